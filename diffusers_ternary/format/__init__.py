@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes: how codes and scales are laid out in memory and in files. Knows bits, nothing of modules."""
+
+from .base3 import pack_base3, packed_base3_bytes, unpack_base3
+from .metadata import FORMAT_VERSION, METADATA_KEY, FileLayout, check_format_version, crc32
+from .planes import pack_planes, planes_width, unpack_planes
+from .scales import (
+    MULTIPLIER_MAX,
+    double_quantize,
+    expand_scales,
+    group_count,
+    group_scales,
+    normalize_group_size,
+    storage_dtype,
+)
+from .spec import Int8Spec, LayerSpec, TensorSpec, TernarySpec
+
+
+__all__ = [
+    "FORMAT_VERSION",
+    "METADATA_KEY",
+    "MULTIPLIER_MAX",
+    "FileLayout",
+    "Int8Spec",
+    "LayerSpec",
+    "TensorSpec",
+    "TernarySpec",
+    "check_format_version",
+    "crc32",
+    "double_quantize",
+    "expand_scales",
+    "group_count",
+    "group_scales",
+    "normalize_group_size",
+    "pack_base3",
+    "pack_planes",
+    "packed_base3_bytes",
+    "planes_width",
+    "storage_dtype",
+    "unpack_base3",
+    "unpack_planes",
+]

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scale layouts: one 16-bit scale per group, or a 6-bit multiplier per group times one 16-bit scale per row."""
+
+import torch
+
+
+# An int8 dot product needs `code * multiplier` in int8, and the CPU's int8 paths are exact only up to 64.
+MULTIPLIER_MAX = 63
+
+
+def normalize_group_size(group_size: int | None, in_features: int) -> int:
+    """Group size for a row of `in_features` columns: `None` and anything larger mean one group per row."""
+    return in_features if group_size is None else min(group_size, in_features)
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Groups per row; the last one may be shorter."""
+    return -(-in_features // group_size)
+
+
+def group_scales(scale: torch.Tensor, multiplier: torch.Tensor | None) -> torch.Tensor:
+    """Effective float32 scale of every group.
+
+    Args:
+        scale (`torch.Tensor`): `[N, G]`, or `[N, 1]` with a multiplier; any float dtype.
+        multiplier (`torch.Tensor`, *optional*): uint8 `[N, G]`, values 0..63.
+
+    Returns:
+        `torch.Tensor`: float32 `[N, G]`; `scale * multiplier / 63` with a multiplier, else `scale`.
+    """
+    if multiplier is None:
+        return scale.float()
+    return scale.float() * multiplier.float() / MULTIPLIER_MAX
+
+
+def expand_scales(scales: torch.Tensor, group_size: int, in_features: int) -> torch.Tensor:
+    """Repeats group scales `[N, G]` over their columns to `[N, K]`."""
+    if scales.shape[1] == 1:
+        return scales.expand(-1, in_features)
+    return scales.repeat_interleave(group_size, dim=1)[:, :in_features]
+
+
+def storage_dtype(scales: torch.Tensor) -> torch.dtype:
+    """16-bit dtype that stores `scales` best: float16 (11 bits), or bfloat16 where float16 would lose its range."""
+    nonzero = scales[scales > 0]
+    limits = torch.finfo(torch.float16)
+    if nonzero.numel() and (float(nonzero.min()) < limits.smallest_normal or float(nonzero.max()) > limits.max):
+        return torch.bfloat16
+    return torch.float16
+
+
+def double_quantize(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Splits group scales into a row scale and 6-bit multipliers.
+
+    Args:
+        scales (`torch.Tensor`): float32 `[N, G]`, not negative.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: scale 16-bit `[N, 1]` (the largest of the row) and multiplier uint8
+        `[N, G]`, the nearest of 1..63; 0 only where the group scale is 0. The absolute error is at most
+        `scale / 126` plus the rounding of the 16-bit row scale.
+    """
+    largest = scales.amax(dim=1, keepdim=True)
+    row = largest.to(storage_dtype(largest))
+    safe = row.float().clamp_min(torch.finfo(torch.float32).tiny)
+    multiplier = (scales / safe * MULTIPLIER_MAX).round().clamp(1, MULTIPLIER_MAX)
+    multiplier = torch.where(scales > 0, multiplier, torch.zeros_like(multiplier))
+    return row, multiplier.to(torch.uint8)

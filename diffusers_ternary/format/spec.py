@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one quantized layer stores: the tensors, their dtypes and shapes, in memory and in a file."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+
+from .base3 import packed_base3_bytes
+from .planes import planes_width
+from .scales import group_count
+
+
+SCALE_LAYOUTS = ("group", "double")
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Allowed dtypes and the shape of one stored tensor."""
+
+    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[int, ...]
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name}={size!r} is not a positive integer.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TernarySpec:
+    """A ternary weight.
+
+    Args:
+        out_features (`int`): N.
+        in_features (`int`): K.
+        group_size (`int`): columns that share a scale, 1..K; the last group of a row may be shorter.
+        scales (`str`): `"group"` (one 16-bit scale per group) or `"double"` (a uint8 multiplier of 0..63 per group
+            times one 16-bit scale per row).
+    """
+
+    out_features: int
+    in_features: int
+    group_size: int
+    scales: str = "group"
+
+    kind: ClassVar[str] = "ternary"
+
+    def __post_init__(self) -> None:
+        _check_positive(out_features=self.out_features, in_features=self.in_features, group_size=self.group_size)
+        if self.group_size > self.in_features:
+            raise ValueError(f"group_size={self.group_size} is larger than in_features={self.in_features}.")
+        if self.scales not in SCALE_LAYOUTS:
+            raise ValueError(f"scales={self.scales!r} is not one of {', '.join(SCALE_LAYOUTS)}.")
+
+    @property
+    def groups(self) -> int:
+        """Groups per row (G)."""
+        return group_count(self.in_features, self.group_size)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, N * K."""
+        return self.out_features * self.in_features
+
+    def _scale_tensors(self) -> dict[str, TensorSpec]:
+        if self.scales == "group":
+            return {"weight_scale": TensorSpec(SCALE_DTYPES, (self.out_features, self.groups))}
+        return {
+            "weight_scale": TensorSpec(SCALE_DTYPES, (self.out_features, 1)),
+            "weight_multiplier": TensorSpec((torch.uint8,), (self.out_features, self.groups)),
+        }
+
+    def file_tensors(self) -> dict[str, TensorSpec]:
+        """Tensors in a file: base-3 codes and scales."""
+        codes = TensorSpec((torch.uint8,), (packed_base3_bytes(self.weights),))
+        return {"weight": codes, **self._scale_tensors()}
+
+    def memory_tensors(self) -> dict[str, TensorSpec]:
+        """Tensors in memory: 2-bit planes and scales."""
+        codes = TensorSpec((torch.int8,), (self.out_features, planes_width(self.in_features)))
+        return {"weight": codes, **self._scale_tensors()}
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-safe description; [`layer_spec_from_json`] reads it back."""
+        return {
+            "kind": self.kind,
+            "shape": [self.out_features, self.in_features],
+            "group_size": self.group_size,
+            "scales": self.scales,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Spec:
+    """A symmetric int8 weight with one scale per row.
+
+    Args:
+        out_features (`int`): N.
+        in_features (`int`): K.
+    """
+
+    out_features: int
+    in_features: int
+
+    kind: ClassVar[str] = "int8"
+
+    def __post_init__(self) -> None:
+        _check_positive(out_features=self.out_features, in_features=self.in_features)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, N * K."""
+        return self.out_features * self.in_features
+
+    def memory_tensors(self) -> dict[str, TensorSpec]:
+        """Tensors in memory: the int8 weight and its row scales."""
+        return {
+            "weight": TensorSpec((torch.int8,), (self.out_features, self.in_features)),
+            "weight_scale": TensorSpec(SCALE_DTYPES, (self.out_features, 1)),
+        }
+
+    def file_tensors(self) -> dict[str, TensorSpec]:
+        """Tensors in a file: the same as in memory."""
+        return self.memory_tensors()
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-safe description; [`layer_spec_from_json`] reads it back."""
+        return {"kind": self.kind, "shape": [self.out_features, self.in_features]}
+
+
+LayerSpec = TernarySpec | Int8Spec
+
+
+def layer_spec_from_json(data: Any) -> LayerSpec:
+    """Reads what `to_json` of a spec wrote.
+
+    Raises:
+        ValueError: if a field is missing, unknown or impossible.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"a layer description must be an object, got {data!r}.")
+    fields = dict(data)
+    kind = fields.pop("kind", None)
+    shape = fields.pop("shape", None)
+    if not isinstance(shape, list) or len(shape) != 2:
+        raise ValueError(f"shape={shape!r} is not [out_features, in_features].")
+    try:
+        if kind == TernarySpec.kind:
+            return TernarySpec(shape[0], shape[1], **fields)
+        if kind == Int8Spec.kind:
+            return Int8Spec(shape[0], shape[1], **fields)
+    except TypeError as error:
+        raise ValueError(f"the fields of a {kind} layer are wrong: {error}.") from error
+    raise ValueError(f"kind={kind!r} is not one of ternary, int8.")

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ternary linear map in plain torch: what every kernel is tested against, and what serves where none exists."""
+
+import torch
+import torch.nn.functional as F
+
+from ..format import expand_scales, group_scales, unpack_planes
+
+
+def dequantize(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    *,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Dense weight `[N, K]` from 2-bit planes `[N, ceil(K / 4)]` and scales; float32 product, rounded once."""
+    scales = expand_scales(group_scales(scale, multiplier), group_size, in_features)
+    return (unpack_planes(weight, in_features) * scales).to(dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    in_features: int,
+    group_size: int,
+    activation_dtype: str = "none",
+) -> torch.Tensor:
+    """`x @ W.T + bias` with W dequantized.
+
+    Args:
+        x (`torch.Tensor`): `[..., K]` float.
+        weight, scale, multiplier: the packed weight (see [`dequantize`]).
+        bias (`torch.Tensor`, *optional*): `[N]`.
+        in_features (`int`): K.
+        group_size (`int`): columns per scale.
+        activation_dtype (`str`): `"none"` and `"auto"` multiply `x` as it is; `"int8"` and `"float8_e4m3fn"` round it
+            per token first (fake quantization), as the kernels for those dtypes do.
+
+    Returns:
+        `torch.Tensor`: `[..., N]`, dtype of `x`.
+    """
+    dense = dequantize(weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=x.dtype)
+    if activation_dtype in ("int8", "float8_e4m3fn"):
+        x = fake_quantize_activations(x, activation_dtype)
+    return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+
+
+def fake_quantize_activations(x: torch.Tensor, activation_dtype: str) -> torch.Tensor:
+    """Rounds each token to int8 or float8_e4m3fn with an absmax scale, and back.
+
+    Args:
+        x (`torch.Tensor`): `[..., K]` float.
+        activation_dtype (`str`): `"int8"` (scale max|x| / 127, half to even) or `"float8_e4m3fn"` (max|x| / 448).
+
+    Returns:
+        `torch.Tensor`: like `x`. A row of zeros stays zero; a row with NaN or Inf becomes NaN.
+    """
+    x32 = x.float()
+    largest = x32.abs().amax(dim=-1, keepdim=True)
+    limit = 127.0 if activation_dtype == "int8" else 448.0
+    scale = largest / limit
+    scaled = torch.where(scale > 0, x32 / scale, torch.zeros_like(x32))
+    scaled = torch.where(torch.isfinite(largest), scaled, largest * float("nan"))
+    if activation_dtype == "int8":
+        rounded = scaled.round()
+    else:
+        rounded = scaled.to(torch.float8_e4m3fn).float()
+    return (rounded * scale).to(x.dtype)

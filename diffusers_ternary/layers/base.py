@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the packed layers share: their tensors, the float placeholder that loaders fill, and `dequantize`."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..format import LayerSpec
+
+
+class QuantizedLinear(nn.Linear):
+    """Base of the packed linear layers.
+
+    A subclass of `nn.Linear`, so that the hooks and adapters of diffusers, accelerate and PEFT find it by type. All
+    packed tensors are plain integer Parameters without gradient:
+
+    - Parameters, because offloading hooks move parameters only;
+    - not tensor subclasses, because those hooks rebuild parameters and drop everything else;
+    - integers, because libraries cast floating parameters with the model (`.to(dtype)`, layerwise casting, loaders)
+      and derive `model.dtype` from the first floating one. The 16-bit scales are therefore held as their bit
+      patterns (int16) and viewed as `scale_dtype` where they are used, so no cast can change them;
+    - int8 codes, not uint8, because T5 casts its activations to `weight.dtype` unless that is int8.
+
+    Between construction and [`~QuantizedLinear.install`] the layer is a *placeholder*: `weight` is a float
+    `[N, K]` parameter, as the loaders of float checkpoints expect.
+
+    Args:
+        spec ([`LayerSpec`]): what the layer stores.
+        bias (`bool`): whether there is a bias.
+        activation_dtype (`str`): dtype the activations are rounded to, see [`TernaryConfig`].
+        compute_dtype (`torch.dtype`, *optional*): dtype of the product; `None` follows the input.
+        device, dtype: of the placeholder weight and the bias.
+    """
+
+    # Named after the kernel that serves the layer in `repr`.
+    kernel: ClassVar[str] = "torch"
+    packed_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
+    weight_scale: nn.Parameter | None
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        bias: bool = True,
+        *,
+        activation_dtype: str = "none",
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features = spec.in_features
+        self.out_features = spec.out_features
+        self.spec = spec
+        self.activation_dtype = activation_dtype
+        self.compute_dtype = compute_dtype
+        self.scale_dtype = torch.float16
+        placeholder = torch.empty(spec.out_features, spec.in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(placeholder, requires_grad=False)
+        for name in self.packed_names[1:]:
+            self.register_parameter(name, None)
+        if bias:
+            values = torch.empty(spec.out_features, device=device, dtype=dtype)
+            self.bias = nn.Parameter(values, requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the packed weight is installed (on any device, meta included)."""
+        return self.weight_scale is not None
+
+    def install(self, **tensors: torch.Tensor | None) -> None:
+        """Replaces the placeholder by packed tensors (keywords named as in the spec; scales in their float dtype).
+
+        Raises:
+            ValueError: if a dtype or shape is not what the spec asks for.
+        """
+        expected = self.spec.memory_tensors()
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        if given.keys() != expected.keys():
+            raise ValueError(f"Expected the tensors {sorted(expected)}, got {sorted(given)}.")
+        for name, tensor in given.items():
+            if tensor.dtype not in expected[name].dtypes or tuple(tensor.shape) != expected[name].shape:
+                raise ValueError(
+                    f"{name} of a {self.spec} must be {expected[name].dtypes} {list(expected[name].shape)}, "
+                    f"got {tensor.dtype} {list(tensor.shape)}."
+                )
+        self.scale_dtype = given["weight_scale"].dtype
+        for name, tensor in given.items():
+            if name == "weight_scale":
+                tensor = scale_to_bits(tensor)
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+    def install_empty(self, scale_dtype: torch.dtype, device: torch.device | str = "meta") -> None:
+        """Installs packed tensors without values, which a loader fills by name."""
+        tensors = {
+            name: torch.empty(
+                spec.shape, dtype=scale_dtype if name == "weight_scale" else spec.dtypes[0], device=device
+            )
+            for name, spec in self.spec.memory_tensors().items()
+        }
+        self.install(**tensors)
+
+    def pack(self, weight: torch.Tensor, *, name: str = "weight", **options: object) -> None:
+        """Quantizes a float weight `[N, K]` and installs it."""
+        raise NotImplementedError
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """The stored scale in its float dtype, a view of `weight_scale`."""
+        if self.weight_scale is None:
+            raise RuntimeError(f"{type(self).__name__} holds no packed weight yet: load or pack one first.")
+        return bits_to_scale(self.weight_scale, self.scale_dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Dense weight `[N, K]` in `dtype` (default: the compute dtype, else float32)."""
+        raise NotImplementedError
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A float `nn.Linear` with the dequantized weight and the same bias."""
+        dense = self.dequantize(dtype)
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device=dense.device, dtype=dense.dtype)
+        linear.weight = nn.Parameter(dense, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(dense.dtype), requires_grad=False)
+        return linear
+
+    def stored_bytes(self) -> int:
+        """Bytes of the packed tensors as they are in memory (bias not counted)."""
+        parameters = (getattr(self, name) for name in self.packed_names)
+        return sum(p.numel() * p.element_size() for p in parameters if p is not None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` to `[..., N]`, in the dtype that a float `nn.Linear` would return."""
+        if torch.is_autocast_enabled(x.device.type):
+            # Autocast does not see custom operators, and nn.Linear would have been cast.
+            return self._multiply(x.to(torch.get_autocast_dtype(x.device.type)))
+        if self.compute_dtype is None:
+            return self._multiply(x)
+        return self._multiply(x.to(self.compute_dtype)).to(x.dtype)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Shapes, bits and kernel, for `print(model)`."""
+        bits = f"{8 * self.stored_bytes() / self.spec.weights:.3f} bits/weight" if self.is_packed else "empty"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self._repr_details()}{bits}, kernel={self.kernel}"
+        )
+
+    def _repr_details(self) -> str:
+        return ""
+
+
+def scale_to_bits(scale: torch.Tensor) -> torch.Tensor:
+    """Bit pattern of a scale: int16 for 16-bit floats, int32 for float32."""
+    return scale.contiguous().view(torch.int16 if scale.element_size() == 2 else torch.int32)
+
+
+def bits_to_scale(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Inverse of [`scale_to_bits`]."""
+    return bits.view(dtype)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`diffusers_ternary::linear`: schema, fake kernel, autograd, and one implementation registered per device."""
+
+from typing import Any
+
+import torch
+
+from ..kernels import reference
+
+
+ACTIVATION_DTYPES = ("auto", "int8", "float8_e4m3fn", "none")
+
+
+@torch.library.custom_op("diffusers_ternary::linear", mutates_args=())
+def ternary_linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    in_features: int,
+    group_size: int,
+    activation_dtype: str,
+) -> torch.Tensor:
+    """`input @ W.T + bias` with a packed ternary W.
+
+    Args:
+        input (`torch.Tensor`): `[..., K]` float32, bfloat16 or float16.
+        weight (`torch.Tensor`): int8 `[N, ceil(K / 4)]`, 2-bit planes.
+        scale (`torch.Tensor`): `[N, G]`, or `[N, 1]` with a multiplier; float.
+        multiplier (`torch.Tensor`, *optional*): uint8 `[N, G]`.
+        bias (`torch.Tensor`, *optional*): `[N]` float.
+        in_features (`int`): K.
+        group_size (`int`): columns per scale.
+        activation_dtype (`str`): one of `ACTIVATION_DTYPES`.
+
+    Returns:
+        `torch.Tensor`: `[..., N]`, dtype of `input`.
+    """
+    # The default implementation serves every device without one of its own.
+    return reference.linear(
+        input,
+        weight,
+        scale,
+        multiplier,
+        bias,
+        in_features=in_features,
+        group_size=group_size,
+        activation_dtype=activation_dtype,
+    )
+
+
+@ternary_linear.register_fake
+def _(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    in_features: int,
+    group_size: int,
+    activation_dtype: str,
+) -> torch.Tensor:
+    torch._check(input.shape[-1] == in_features, lambda: f"expected [..., {in_features}], got {list(input.shape)}")
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    input, weight, scale, multiplier, bias, in_features, group_size, _ = inputs
+    ctx.save_for_backward(weight, scale, multiplier)
+    ctx.in_features = in_features
+    ctx.group_size = group_size
+    ctx.input_dtype = input.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    weight, scale, multiplier = ctx.saved_tensors
+    grad_input = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        # Straight through the rounding of activations: the gradient is that of the float map.
+        dense = reference.dequantize(
+            weight,
+            scale,
+            multiplier,
+            in_features=ctx.in_features,
+            group_size=ctx.group_size,
+            dtype=grad.dtype,
+        )
+        grad_input = (grad @ dense).to(ctx.input_dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.flatten(0, -2).sum(dim=0).to(ctx.bias_dtype)
+    return grad_input, None, None, None, grad_bias, None, None, None
+
+
+ternary_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host contract: what diffusers and transformers call while loading and saving, and `quantize`."""
+
+from .checkpoint import StoredTensor, check_headers, read_headers
+from .diffusers_backend import TernaryDiffusersQuantizer
+from .in_memory import quantize
+from .plan import ConversionPlan, plan_conversion
+from .registration import register
+from .summary import bits_per_weight, file_bytes, packed_layers, summarize
+from .transformers_backend import TernaryTransformersQuantizer
+
+
+__all__ = [
+    "ConversionPlan",
+    "StoredTensor",
+    "TernaryDiffusersQuantizer",
+    "TernaryTransformersQuantizer",
+    "bits_per_weight",
+    "check_headers",
+    "file_bytes",
+    "packed_layers",
+    "plan_conversion",
+    "quantize",
+    "read_headers",
+    "register",
+    "summarize",
+]

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between a packed checkpoint and tensors in memory: reads headers, checks, converts both ways."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..format import (
+    MULTIPLIER_MAX,
+    FileLayout,
+    Int8Spec,
+    LayerSpec,
+    TernarySpec,
+    crc32,
+    pack_base3,
+    pack_planes,
+    unpack_base3,
+    unpack_planes,
+)
+from ..layers.base import bits_to_scale, scale_to_bits
+
+
+_SAFETENSORS_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+}
+_DAMAGED = "The file is damaged or incomplete: download it again, or write it again with diffusers-ternary."
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies and what its header says: dtype in safetensors' notation and shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedCheckpoint:
+    """A packed checkpoint as its headers describe it.
+
+    Args:
+        layout ([`FileLayout`]): quantized layers and checksums.
+        tensors (`dict[str, StoredTensor]`): every tensor of all shards.
+    """
+
+    layout: FileLayout
+    tensors: dict[str, StoredTensor]
+
+    def scale_dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of each layer's scale as stored."""
+        names = {name: self.tensors.get(f"{name}.weight_scale") for name in self.layout.layers}
+        return {
+            name: _SAFETENSORS_DTYPES.get(stored.dtype, torch.float16) if stored else torch.float16
+            for name, stored in names.items()
+        }
+
+
+def read_headers(
+    files: Sequence[str | os.PathLike[str]],
+) -> tuple[FileLayout | None, dict[str, StoredTensor]]:
+    """Reads the headers of safetensors files; no tensor data is touched. Other files are skipped.
+
+    Raises:
+        ValueError: if a file cannot be read, or its metadata is malformed or of a newer version.
+    """
+    layout: FileLayout | None = None
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        path = os.fspath(file)
+        if not path.endswith(".safetensors"):
+            continue
+        try:
+            with safe_open(path, framework="pt") as handle:
+                layout = FileLayout.from_metadata(handle.metadata(), source=path) or layout
+                for name in handle.keys():  # noqa: SIM118 - not a mapping
+                    header = handle.get_slice(name)
+                    tensors[name] = StoredTensor(path, header.get_dtype(), tuple(header.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as safetensors ({error}). {_DAMAGED}") from error
+    return layout, tensors
+
+
+def check_headers(layout: FileLayout, tensors: Mapping[str, StoredTensor], *, source: str) -> None:
+    """Checks that every tensor of every packed layer is there, with the right dtype and shape.
+
+    Raises:
+        ValueError: names the file, the tensor and the remedy.
+    """
+    for layer, spec in layout.layers.items():
+        for suffix, expected in spec.file_tensors().items():
+            name = f"{layer}.{suffix}"
+            stored = tensors.get(name)
+            if stored is None:
+                raise ValueError(f"{source}: the tensor {name} of a packed layer is missing. {_DAMAGED}")
+            dtype = _SAFETENSORS_DTYPES.get(stored.dtype)
+            if dtype not in expected.dtypes or stored.shape != expected.shape:
+                wanted = "/".join(str(dtype).removeprefix("torch.") for dtype in expected.dtypes)
+                raise ValueError(
+                    f"{stored.file}: {name} is {stored.dtype} {list(stored.shape)}, but a {spec.kind} layer of "
+                    f"{[spec.out_features, spec.in_features]} stores {wanted} {list(expected.shape)}. {_DAMAGED}"
+                )
+
+
+def owner(name: str, layers: Mapping[str, LayerSpec]) -> tuple[str, str] | None:
+    """Splits a tensor name into (layer, suffix) if it is part of a packed layer."""
+    layer, _, suffix = name.rpartition(".")
+    if layer in layers and suffix in layers[layer].file_tensors():
+        return layer, suffix
+    return None
+
+
+def check_crc(name: str, tensor: torch.Tensor, layout: FileLayout, *, source: str) -> None:
+    """Checks a tensor, packed or not, against the checksum in the metadata.
+
+    Raises:
+        ValueError: if it differs.
+    """
+    expected = layout.checksums.get(name)
+    if expected is not None and crc32(tensor) != expected:
+        raise ValueError(f"{source}: the checksum of {name} does not match. {_DAMAGED}")
+
+
+def to_memory(name: str, suffix: str, tensor: torch.Tensor, spec: LayerSpec, *, source: str) -> torch.Tensor:
+    """Turns one stored tensor of a packed layer into what the layer's parameter holds.
+
+    Args:
+        name (`str`): full tensor name, for messages.
+        suffix (`str`): `"weight"`, `"weight_scale"` or `"weight_multiplier"`.
+        tensor (`torch.Tensor`): as stored (see FORMAT.md).
+        spec ([`LayerSpec`]): of the layer.
+        source (`str`): file name for messages.
+
+    Raises:
+        ValueError: for code bytes of 243 or more, scales that are not finite or negative, multipliers above 63.
+    """
+    if suffix == "weight_scale":
+        values = tensor.float()
+        if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+            raise ValueError(f"{source}: {name} holds NaN, Inf or negative scales. {_DAMAGED}")
+        return scale_to_bits(tensor)
+    if suffix == "weight_multiplier":
+        if int(tensor.max()) > MULTIPLIER_MAX:
+            raise ValueError(
+                f"{source}: {name} holds {int(tensor.max())}; multipliers are 0..{MULTIPLIER_MAX}. {_DAMAGED}"
+            )
+        return tensor
+    if isinstance(spec, Int8Spec):
+        return tensor
+    try:
+        codes = unpack_base3(tensor, (spec.out_features, spec.in_features))
+    except ValueError as error:
+        raise ValueError(f"{source}: {name}: {error}") from error
+    return pack_planes(codes)
+
+
+def to_file(suffix: str, tensor: torch.Tensor, spec: LayerSpec, scale_dtype: torch.dtype) -> torch.Tensor:
+    """Inverse of [`to_memory`]."""
+    if suffix == "weight_scale":
+        return bits_to_scale(tensor, scale_dtype)
+    if suffix == "weight" and isinstance(spec, TernarySpec):
+        return pack_base3(unpack_planes(tensor, spec.in_features))
+    return tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRecord:
+    """What a saver must know of a packed layer beside its tensors."""
+
+    spec: LayerSpec
+    scale_dtype: torch.dtype
+
+
+def state_dict_to_file(
+    state_dict: Mapping[str, torch.Tensor], records: Mapping[str, LayerRecord]
+) -> tuple[dict[str, torch.Tensor], FileLayout]:
+    """Turns a model's state dict into what goes into a packed file. `state_dict` is left as it is.
+
+    Raises:
+        ValueError: if adapters are injected, or a packed layer is not in the state dict as it was recorded.
+    """
+    _refuse_adapters(state_dict)
+    specs = {name: record.spec for name, record in records.items()}
+    _check_memory(state_dict, specs)
+    converted: dict[str, torch.Tensor] = {}
+    for name, tensor in state_dict.items():
+        part = owner(name, specs)
+        if part is None:
+            converted[name] = tensor
+        else:
+            layer, suffix = part
+            converted[name] = to_file(suffix, tensor, specs[layer], records[layer].scale_dtype)
+    checksums = {name: crc32(tensor) for name, tensor in converted.items() if not tensor.is_meta}
+    return converted, FileLayout(layers=specs, checksums=checksums)
+
+
+def _refuse_adapters(names: Iterable[str]) -> None:
+    injected = next((name for name in names if ".base_layer." in name or ".lora_" in name), None)
+    if injected is not None:
+        raise ValueError(
+            f"The model carries adapter layers ({injected}), which a packed checkpoint cannot hold. Save them with "
+            "pipe.save_lora_weights(...) and unload them with pipe.unload_lora_weights() before saving the model."
+        )
+
+
+def _check_memory(state_dict: Mapping[str, torch.Tensor], specs: Mapping[str, LayerSpec]) -> None:
+    for layer, spec in specs.items():
+        for suffix, expected in spec.memory_tensors().items():
+            tensor = state_dict.get(f"{layer}.{suffix}")
+            if tensor is None or tuple(tensor.shape) != expected.shape:
+                found = "is missing" if tensor is None else f"is {list(tensor.shape)}"
+                raise ValueError(
+                    f"Cannot save: {layer}.{suffix} {found}, but the layer was packed as {list(expected.shape)}. "
+                    "Its module was replaced after quantization; quantize the model again."
+                )

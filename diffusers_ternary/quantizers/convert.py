@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replaces linear layers by packed ones that a loader will fill."""
+
+import torch
+from torch import nn
+
+from ..config import TernaryConfig
+from ..format import Int8Spec, LayerSpec
+from ..layers import Int8Linear, QuantizedLinear, TernaryLinear
+from .plan import ConversionPlan, layer_spec
+
+
+def placeholder_for(module: nn.Linear, spec: LayerSpec, config: TernaryConfig) -> QuantizedLinear:
+    """A packed layer in the place of `module`, not yet filled; it takes over the bias parameter."""
+    cls = Int8Linear if isinstance(spec, Int8Spec) else TernaryLinear
+    layer = cls(
+        spec,
+        bias=False,
+        activation_dtype=config.activation_dtype,
+        compute_dtype=config.torch_compute_dtype,
+        device="meta",
+        dtype=module.weight.dtype,
+    )
+    layer.bias = module.bias
+    layer.train(module.training)
+    return layer
+
+
+def pack_options(config: TernaryConfig) -> dict[str, str]:
+    """How the config wants ternary layers packed (keywords of [`ternarize`])."""
+    return {"rounding": config.rounding, "scales": config.scales}
+
+
+def insert_placeholders(model: nn.Module, plan: ConversionPlan, config: TernaryConfig) -> None:
+    """Swaps the layers of the plan for placeholders, whose float weight a loader will hand over."""
+    for name, kind in plan.kinds.items():
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        model.set_submodule(name, placeholder_for(module, layer_spec(kind, module, config), config))
+
+
+def insert_packed(
+    model: nn.Module,
+    layers: dict[str, LayerSpec],
+    scale_dtypes: dict[str, torch.dtype],
+    config: TernaryConfig,
+    *,
+    source: str,
+) -> None:
+    """Swaps layers for packed ones without values, as a checkpoint describes them.
+
+    Raises:
+        ValueError: if the model has no such linear layer, or one of another shape.
+    """
+    for name, spec in layers.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            module = None
+        if type(module) is not nn.Linear:
+            raise ValueError(
+                f"{source} holds the packed layer {name}, which is no linear layer of {type(model).__name__}. "
+                "The weights belong to another architecture; check config.json."
+            )
+        assert isinstance(module, nn.Linear)
+        if (module.out_features, module.in_features) != (spec.out_features, spec.in_features):
+            raise ValueError(
+                f"{source}: {name} is packed as {[spec.out_features, spec.in_features]}, but {type(model).__name__} "
+                f"expects {[module.out_features, module.in_features]}. config.json does not fit the weights."
+            )
+        layer = placeholder_for(module, spec, config)
+        layer.install_empty(scale_dtypes[name])
+        model.set_submodule(name, layer)

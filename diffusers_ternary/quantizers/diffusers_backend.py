@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantizer that diffusers calls from `from_pretrained`, `from_single_file` and `save_pretrained`."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compat import DiffusersQuantizer, drop_config_entries
+from ..config import TernaryConfig, TernaryMethod
+from ..layers import QuantizedLinear
+from .checkpoint import (
+    LayerRecord,
+    PackedCheckpoint,
+    check_crc,
+    check_headers,
+    owner,
+    read_headers,
+    state_dict_to_file,
+    to_memory,
+)
+from .convert import insert_packed, insert_placeholders, pack_options
+from .dequantize import dequantize_layers
+from .plan import plan_conversion
+from .summary import packed_layers, summarize
+
+
+logger = logging.getLogger(__name__)
+
+
+class TernaryDiffusersQuantizer(DiffusersQuantizer):
+    """Streams float checkpoints into packed layers, and packed ones to and from files.
+
+    On the fly, each layer is a placeholder of its float shape on the meta device, and is packed the moment its weight
+    arrives: memory never holds more than one shard and the packed model.
+
+    Args:
+        quantization_config ([`TernaryConfig`]): what to do.
+        pre_quantized (`bool`): whether the model's own config asked for this quantizer.
+    """
+
+    use_keep_in_fp32_modules = True
+    quantization_config: TernaryConfig
+
+    def __init__(self, quantization_config: TernaryConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.checkpoint: PackedCheckpoint | None = None
+        self.records: dict[str, LayerRecord] = {}
+        self.kept: dict[str, str] = {}
+
+    # --- before the weights -------------------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Rejects placements that would store float weights.
+
+        Raises:
+            ValueError: for disk offload while quantizing on the fly.
+        """
+        device_map = kwargs.get("device_map")
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map puts layers on disk while quantizing on the fly, which would store them unquantized. "
+                "Quantize and save_pretrained first, then load the packed folder with this device_map."
+            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        """Without `torch_dtype`, the model is loaded in the config's compute dtype."""
+        return torch_dtype if torch_dtype is not None else self.quantization_config.torch_compute_dtype
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
+        """Bytes per weight for `device_map="auto"`: 2-bit codes and scales (accelerate has no finer unit)."""
+        from accelerate.utils import CustomDtype
+
+        return CustomDtype.INT2
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """The only hook that sees all shards before modules are swapped: reads and checks their headers."""
+        layout, tensors = read_headers(checkpoint_files)
+        source = os.path.dirname(os.fspath(checkpoint_files[0])) if checkpoint_files else "checkpoint"
+        if layout is not None and not self.pre_quantized:
+            raise ValueError(
+                f"{source} holds packed weights, but its config.json has no quantization_config. Restore the "
+                'config.json that was saved with them (it has "quant_method": "diffusers_ternary").'
+            )
+        if layout is None and self.pre_quantized:
+            raise ValueError(
+                f"config.json in {source} declares diffusers_ternary, but the weights beside it are not packed. "
+                "Restore the packed weights, or delete quantization_config from config.json to load float weights."
+            )
+        if layout is not None:
+            check_headers(layout, tensors, source=source)
+            self.checkpoint = PackedCheckpoint(layout, tensors)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(
+        self,
+        model: nn.Module,
+        device_map: Any = None,
+        keep_in_fp32_modules: list[str] | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.checkpoint is not None:
+            insert_packed(
+                model,
+                self.checkpoint.layout.layers,
+                self.checkpoint.scale_dtypes(),
+                self.quantization_config,
+                source=next(iter(self.checkpoint.tensors.values())).file,
+            )
+            return
+        if state_dict is not None:
+            # Only from_single_file hands over the weights here; it claims that every checkpoint is pre-quantized.
+            self.pre_quantized = False
+        plan = plan_conversion(model, self.quantization_config)
+        insert_placeholders(model, plan, self.quantization_config)
+        self.kept = plan.kept
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """A packed or to-be-packed layer without its tensors is an error, not a warning."""
+        layers = packed_layers(model)
+        for key in sorted(missing_keys):
+            layer, _, name = key.rpartition(".")
+            if layer in layers and name in layers[layer].packed_names:
+                raise ValueError(
+                    f"The checkpoint has no tensor {key}, which the {type(layers[layer]).__name__} needs. "
+                    "Check that it belongs to this architecture and that no shard is missing."
+                )
+        return missing_keys
+
+    # --- the weights --------------------------------------------------------------------------------------------
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Turns the packed tensors of a shard into their memory layout, checking every tensor on the way."""
+        if self.checkpoint is None:
+            _refuse_packed_single_file(state_dict)
+            return state_dict
+        layout = self.checkpoint.layout
+        converted = {}
+        for name, tensor in state_dict.items():
+            source = self.checkpoint.tensors[name].file if name in self.checkpoint.tensors else "checkpoint"
+            check_crc(name, tensor, layout, source=source)
+            part = owner(name, layout.layers)
+            if part is not None:
+                layer, suffix = part
+                tensor = to_memory(name, suffix, tensor, layout.layers[layer], source=source)
+            converted[name] = tensor
+        return converted
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Any, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        """Whether this is the float weight of a placeholder."""
+        layer, _, name = param_name.rpartition(".")
+        if self.pre_quantized or name != "weight":
+            return False
+        module = model.get_submodule(layer)
+        return isinstance(module, QuantizedLinear) and not module.is_packed
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any] | None = None,
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Packs one layer on the device it will live on."""
+        name = param_name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        assert isinstance(module, QuantizedLinear)
+        # The loader has cast param_value to the model's dtype already; the checkpoint's own precision is better.
+        weight = param_value if state_dict is None else state_dict[param_name]
+        module.pack(weight.to(target_device), name=name, **pack_options(self.quantization_config))
+
+    # --- after the weights --------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, layer in packed_layers(model).items():
+            if not layer.is_packed:
+                raise ValueError(f"The checkpoint has no weight for {name}. Check that no shard is missing.")
+        self.attach(model)
+        logger.info("%s", summarize(model, self.kept))
+        return model
+
+    def attach(self, model: Any) -> None:
+        """Marks `model` as quantized by this quantizer, and remembers what saving needs to know."""
+        self.records = {name: LayerRecord(m.spec, m.scale_dtype) for name, m in packed_layers(model).items()}
+        self.checkpoint = None
+        # What was loaded or made is packed now, whichever way it came.
+        self.pre_quantized = True
+        model.hf_quantizer = self
+        model.is_quantized = True
+        model.quantization_method = TernaryMethod.DIFFUSERS_TERNARY
+        model.register_to_config(quantization_config=self.quantization_config)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = True
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Memory layout to file layout, called by `save_pretrained`.
+
+        Raises:
+            ValueError: for pickle files, which have no metadata, and for models with adapters.
+        """
+        if not safe_serialization:
+            raise ValueError("Packed weights are saved as safetensors only: leave safe_serialization=True.")
+        converted, layout = state_dict_to_file(state_dict, self.records)
+        return converted, layout.to_metadata()
+
+    def _dequantize(self, model: Any) -> Any:
+        dequantize_layers(model)
+        model.quantization_method = None
+        drop_config_entries(model, ("quantization_config", "_pre_quantization_dtype"))
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        """Packed models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on packed models; the packed weights themselves are frozen."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """`torch.compile(fullgraph=True)` works."""
+        return True
+
+
+def _refuse_packed_single_file(state_dict: dict[str, Any]) -> None:
+    for name, weight in state_dict.items():
+        packed = getattr(weight, "dtype", None) == torch.uint8 and weight.dim() == 1
+        if packed and f"{name}_scale" in state_dict:
+            raise ValueError(
+                f"{name} is packed already: from_single_file reads float checkpoints. Load packed models with "
+                "from_pretrained(folder), from the folder that save_pretrained wrote."
+            )

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantize`: ternarizes models that are in memory already."""
+
+import logging
+from typing import TypeVar
+
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import TernaryConfig
+from ..layers import QuantizedLinear
+from ..ternarize import check_finite
+from .convert import pack_options, placeholder_for
+from .diffusers_backend import TernaryDiffusersQuantizer
+from .plan import ConversionPlan, layer_spec, plan_conversion
+from .summary import summarize
+from .transformers_backend import TernaryTransformersQuantizer
+
+
+logger = logging.getLogger(__name__)
+ModelT = TypeVar("ModelT", bound=nn.Module | DiffusionPipeline)
+
+
+def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> ModelT:
+    """Ternarizes a model, or the components of a pipeline that `config` selects, in place.
+
+    One layer at a time: beside the model, at most one layer is in float32. The result saves, loads and dequantizes
+    like one from `from_pretrained(..., quantization_config=config)`.
+
+    Args:
+        model_or_pipeline (`nn.Module` or `DiffusionPipeline`): what to quantize; also plain modules.
+        config ([`TernaryConfig`], *optional*): how.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: if it is quantized already, carries LoRA layers, has nothing to convert, or holds NaN or Inf;
+            nothing is changed then.
+        TypeError: for anything that is no module and no pipeline.
+    """
+    config = config or TernaryConfig()
+    if isinstance(model_or_pipeline, DiffusionPipeline):
+        _quantize_pipeline(model_or_pipeline, config)
+    elif isinstance(model_or_pipeline, nn.Module):
+        _apply(model_or_pipeline, _checked_plan(model_or_pipeline, config), config)
+    else:
+        raise TypeError(f"quantize takes a model or a pipeline, got {type(model_or_pipeline).__name__}.")
+    return model_or_pipeline
+
+
+def _quantize_pipeline(pipeline: DiffusionPipeline, config: TernaryConfig) -> None:
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    missing = [name for name in config.components or [] if name not in modules]
+    selected = [name for name in modules if config.selects(name)]
+    if missing or not selected:
+        raise ValueError(
+            f"{type(pipeline).__name__} has no component {', '.join(missing) or 'that denoises'} to quantize. "
+            f"Choose from {', '.join(modules)} with TernaryConfig(components=[...])."
+        )
+    plans = {name: _checked_plan(modules[name], config) for name in selected}
+    for name, plan in plans.items():
+        _apply(modules[name], plan, config)
+
+
+def _checked_plan(model: nn.Module, config: TernaryConfig) -> ConversionPlan:
+    """Everything that can go wrong goes wrong here, before the first layer is replaced."""
+    _check_quantizable(model)
+    plan = plan_conversion(model, config)
+    for name in plan.kinds:
+        check_finite(model.get_parameter(f"{name}.weight"), name=name)
+    return plan
+
+
+def _apply(model: nn.Module, plan: ConversionPlan, config: TernaryConfig) -> None:
+    for name, kind in plan.kinds.items():
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        layer = placeholder_for(module, layer_spec(kind, module, config), config)
+        layer.pack(module.weight.detach(), name=name, **pack_options(config))
+        model.set_submodule(name, layer)
+    _attach_quantizer(model, config)
+    logger.info("%s", summarize(model, plan.kept))
+
+
+def _check_quantizable(model: nn.Module) -> None:
+    name = type(model).__name__
+    method = getattr(model, "quantization_method", None)
+    if method is not None or any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError(
+            f"{name} is quantized already ({getattr(method, 'value', method) or 'packed layers'}). "
+            "Load the float weights, or call its dequantize() first."
+        )
+    if any(".base_layer" in module_name for module_name, _ in model.named_modules()):
+        raise ValueError(f"{name} carries adapter layers. Unload or fuse the adapters before quantizing.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{name} has weights that are not in memory (meta device: offloaded, or never loaded). "
+            "Quantize before offloading is enabled."
+        )
+
+
+def _attach_quantizer(model: nn.Module, config: TernaryConfig) -> None:
+    if isinstance(model, ModelMixin):
+        TernaryDiffusersQuantizer(config, pre_quantized=False).attach(model)
+    elif isinstance(model, PreTrainedModel):
+        TernaryTransformersQuantizer(config, pre_quantized=False).attach(model)

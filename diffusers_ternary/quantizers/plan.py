@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which linear layers of a model are converted, to what, and why the others are not."""
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from ..compat import keep_in_fp32_names
+from ..config import TernaryConfig, matches, matches_any, policy_for
+from ..format import Int8Spec, LayerSpec, TernarySpec, normalize_group_size
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionPlan:
+    """What happens to each linear layer of a model.
+
+    Args:
+        kinds (`dict[str, str]`): module name → `"ternary"` or `"int8"`.
+        kept (`dict[str, str]`): module name → why it stays as it is.
+    """
+
+    kinds: dict[str, str]
+    kept: dict[str, str]
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Plain `nn.Linear` modules by name. Subclasses are left alone: their forward may be more than a product."""
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and name:
+            yield name, module
+
+
+def plan_conversion(
+    model: nn.Module, config: TernaryConfig, *, keep_in_fp32: Iterable[str] | None = None
+) -> ConversionPlan:
+    """Decides for every linear layer: overrides first, then the user's list, float32 modules, and the policy.
+
+    Args:
+        model (`nn.Module`): the model; tensors may be on the meta device.
+        config ([`TernaryConfig`]): what the user asks for. Left as it is.
+        keep_in_fp32 (`Iterable[str]`, *optional*): name components that stay float32; default: what the model says.
+
+    Raises:
+        ValueError: if no layer at all is to be converted.
+    """
+    policy = policy_for(type(model).__name__)
+    float32 = set(keep_in_fp32_names(model) if keep_in_fp32 is None else keep_in_fp32)
+    float32 -= set(policy.ignore_keep_in_fp32)
+    overrides = config.overrides or {}
+    skipped = config.modules_to_not_convert or []
+    used: set[str] = set()
+    kinds: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    for name, _ in linear_layers(model):
+        override = next((pattern for pattern in overrides if matches(pattern, name)), None)
+        used.update(pattern for pattern in skipped if matches(pattern, name))
+        if override is not None:
+            used.add(override)
+            if overrides[override] == "keep":
+                kept[name] = f"overrides[{override!r}]"
+            else:
+                kinds[name] = overrides[override]
+        elif matches_any(skipped, name):
+            kept[name] = "listed in modules_to_not_convert"
+        elif float32.intersection(name.split(".")):
+            kept[name] = "kept in float32 by the model class"
+        elif (reason := policy.reason_to_keep(name)) is not None:
+            kept[name] = reason
+        else:
+            kinds[name] = "ternary"
+    for pattern in [*overrides, *skipped]:
+        if pattern not in used:
+            logger.warning("%r in the TernaryConfig names no linear layer of %s.", pattern, type(model).__name__)
+    if not kinds:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer to convert ({len(kept)} linear layers, all kept). "
+            "Name layers in overrides, e.g. overrides={'*': 'ternary'}, or leave this component out."
+        )
+    return ConversionPlan(kinds, kept)
+
+
+def layer_spec(kind: str, module: nn.Linear, config: TernaryConfig) -> LayerSpec:
+    """Spec of the layer that replaces `module`; the scale layout of a ternary one is settled when it is packed."""
+    if kind == "int8":
+        return Int8Spec(module.out_features, module.in_features)
+    group_size = normalize_group_size(config.group_size, module.in_features)
+    return TernarySpec(module.out_features, module.in_features, group_size)

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes `diffusers_ternary` known to diffusers and transformers."""
+
+from ..compat import DIFFUSERS_CONFIGS, DIFFUSERS_QUANTIZERS, TRANSFORMERS_CONFIGS, TRANSFORMERS_QUANTIZERS
+from ..config import QUANT_METHOD, TernaryConfig
+from .diffusers_backend import TernaryDiffusersQuantizer
+from .transformers_backend import TernaryTransformersQuantizer
+
+
+def register() -> None:
+    """Registers the config and both quantizers. Calling it again changes nothing."""
+    DIFFUSERS_CONFIGS[QUANT_METHOD] = TernaryConfig
+    DIFFUSERS_QUANTIZERS[QUANT_METHOD] = TernaryDiffusersQuantizer
+    # The same as transformers' register_* decorators, which refuse to run twice (a reload would then fail).
+    TRANSFORMERS_CONFIGS[QUANT_METHOD] = TernaryConfig
+    TRANSFORMERS_QUANTIZERS[QUANT_METHOD] = TernaryTransformersQuantizer

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a conversion did, in a few lines for the log."""
+
+import collections
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..format import Int8Spec, LayerSpec, TensorSpec, TernarySpec
+from ..layers import QuantizedLinear
+
+
+def packed_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The packed layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def file_bytes(spec: LayerSpec) -> int:
+    """Bytes of a layer in a file, with 16-bit scales; the bias is not counted."""
+
+    def size(name: str, tensor: TensorSpec) -> int:
+        count = 1
+        for dim in tensor.shape:
+            count *= dim
+        return count * (2 if name == "weight_scale" else tensor.dtypes[0].itemsize)
+
+    return sum(size(name, tensor) for name, tensor in spec.file_tensors().items())
+
+
+def bits_per_weight(specs: Mapping[str, LayerSpec]) -> float:
+    """Stored bits per converted weight in a file: codes, scales and multipliers; biases are not weights."""
+    return 8 * sum(file_bytes(spec) for spec in specs.values()) / sum(spec.weights for spec in specs.values())
+
+
+def summarize(model: nn.Module, kept: Mapping[str, str]) -> str:
+    """One paragraph: what was converted, what was kept and why, and the bits per weight reached."""
+    specs = {name: layer.spec for name, layer in packed_layers(model).items()}
+    ternary = sum(isinstance(spec, TernarySpec) for spec in specs.values())
+    int8 = sum(isinstance(spec, Int8Spec) for spec in specs.values())
+    reasons = collections.Counter(kept.values())
+    kept_text = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
+    kinds = f"{ternary} ternary" + (f", {int8} int8" if int8 else "")
+    return (
+        f"{type(model).__name__}: {kinds} linear layers at {bits_per_weight(specs):.3f} bits per weight; "
+        f"linear layers kept: {kept_text}."
+    )

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantizer that transformers calls for text encoders."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from ..compat import ConversionOps, HfQuantizer, WeightConverter, forget_weight_conversions
+from ..config import TernaryConfig, TernaryMethod
+from ..layers import QuantizedLinear
+from .checkpoint import (
+    LayerRecord,
+    PackedCheckpoint,
+    check_crc,
+    owner,
+    read_headers,
+    state_dict_to_file,
+    to_memory,
+)
+from .convert import insert_packed, insert_placeholders, pack_options
+from .dequantize import dequantize_layers
+from .plan import plan_conversion
+from .summary import packed_layers, summarize
+
+
+logger = logging.getLogger(__name__)
+_STORED = ("weight", "weight_scale", "weight_multiplier")
+
+
+class PackOnLoad(ConversionOps):
+    """Packs a float weight into its placeholder the moment it is read."""
+
+    def __init__(self, quantizer: "TernaryTransformersQuantizer") -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, torch.Tensor]:
+        """See `ConversionOps`; returns nothing because the layer takes the tensors itself."""
+        name = kwargs["full_layer_name"].rpartition(".")[0]
+        value = next(iter(input_dict.values()))
+        weight = value[0] if isinstance(value, list) else value
+        layer = kwargs["model"].get_submodule(name)
+        layer.pack(weight, name=name, **pack_options(self.quantizer.quantization_config))
+        layer._is_hf_initialized = True
+        kwargs["missing_keys"].discard(f"{name}.weight")
+        return {}
+
+
+class UnpackOnLoad(ConversionOps):
+    """Turns stored tensors of packed layers into their memory layout; passes all others on."""
+
+    def __init__(self, quantizer: "TernaryTransformersQuantizer") -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, torch.Tensor]:
+        """See `ConversionOps`."""
+        full_name = kwargs["full_layer_name"]
+        value = next(iter(input_dict.values()))
+        tensor = value[0] if isinstance(value, list) else value
+        return {full_name: self.quantizer.read_tensor(full_name, tensor)}
+
+
+class TernaryTransformersQuantizer(HfQuantizer):
+    """Streams float checkpoints into packed layers, and packed ones to and from files.
+
+    Args:
+        quantization_config ([`TernaryConfig`]): what to do.
+        pre_quantized (`bool`): whether the model's own config asked for this quantizer.
+    """
+
+    quantization_config: TernaryConfig
+
+    def __init__(self, quantization_config: TernaryConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.checkpoint: PackedCheckpoint | None = None
+        self.kept: dict[str, str] = {}
+        # transformers collects errors of conversions and goes on; the first one is raised after loading.
+        self.first_error: ValueError | None = None
+        self.read: set[str] = set()
+
+    # --- before the weights -------------------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Rejects placements that would store float weights.
+
+        Raises:
+            ValueError: for disk offload while quantizing on the fly.
+        """
+        device_map = kwargs.get("device_map")
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map puts layers on disk while quantizing on the fly, which would store them unquantized. "
+                "Quantize and save_pretrained first, then load the packed folder with this device_map."
+            )
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Without a dtype, the model is loaded in the config's compute dtype."""
+        return dtype if dtype is not None else self.quantization_config.torch_compute_dtype
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        layout, tensors = read_headers(checkpoint_files or [])
+        source = os.path.dirname(checkpoint_files[0]) if checkpoint_files else "checkpoint"
+        if layout is not None and not self.pre_quantized:
+            raise ValueError(
+                f"{source} holds packed weights, but its config.json has no quantization_config. Restore the "
+                'config.json that was saved with them (it has "quant_method": "diffusers_ternary").'
+            )
+        if not self.pre_quantized:
+            plan = plan_conversion(model, self.quantization_config)
+            insert_placeholders(model, plan, self.quantization_config)
+            self.kept = plan.kept
+            return model
+        if layout is None:
+            raise ValueError(
+                f"config.json in {source} declares diffusers_ternary, but the weights beside it are not packed. "
+                "Restore the packed weights, or delete quantization_config from config.json to load float weights."
+            )
+        self.checkpoint = PackedCheckpoint(layout, tensors)
+        insert_packed(model, layout.layers, self.checkpoint.scale_dtypes(), self.quantization_config, source=source)
+        return model
+
+    # --- the weights --------------------------------------------------------------------------------------------
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether this is the float weight of a placeholder."""
+        layer, _, name = param_name.rpartition(".")
+        if name != "weight":
+            return False
+        module = model.get_submodule(layer)
+        return isinstance(module, QuantizedLinear) and not module.is_packed
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Packs on the fly."""
+        return PackOnLoad(self)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Turns stored tensors into their memory layout, one by one."""
+        if not self.pre_quantized:
+            return []
+        return [WeightConverter([name], [name], [UnpackOnLoad(self)]) for name in _STORED]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Kept weights are cast with the model, stored tensors of packed layers never."""
+        is_float = (
+            param.get_dtype().startswith(("F", "BF")) if hasattr(param, "get_dtype") else param.is_floating_point()
+        )
+        is_scale = "weight_scale" in getattr(converter, "source_patterns", ())
+        return dtype if is_float and not is_scale else None
+
+    def read_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Checks one stored tensor and turns it into its memory layout."""
+        assert self.checkpoint is not None
+        part = owner(name, self.checkpoint.layout.layers)
+        if part is None:
+            return tensor
+        stored = self.checkpoint.tensors.get(name)
+        source = stored.file if stored is not None else "checkpoint"
+        layer, suffix = part
+        try:
+            expected = self.checkpoint.layout.layers[layer].file_tensors()[suffix]
+            if tensor.dtype not in expected.dtypes or tuple(tensor.shape) != expected.shape:
+                raise ValueError(
+                    f"{source}: {name} is {tensor.dtype} {list(tensor.shape)}, expected {list(expected.shape)}."
+                )
+            check_crc(name, tensor, self.checkpoint.layout, source=source)
+            value = to_memory(name, suffix, tensor, self.checkpoint.layout.layers[layer], source=source)
+        except ValueError as error:
+            self.first_error = self.first_error or error
+            raise
+        self.read.add(name)
+        return value
+
+    # --- after the weights --------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.first_error is not None:
+            raise self.first_error
+        for name, layer in packed_layers(model).items():
+            if not layer.is_packed:
+                raise ValueError(f"The checkpoint has no weight for {name}. Check that no shard is missing.")
+            for suffix in layer.spec.file_tensors() if self.checkpoint is not None else ():
+                if f"{name}.{suffix}" not in self.read:
+                    raise ValueError(
+                        f"The checkpoint has no tensor {name}.{suffix}, which the {type(layer).__name__} needs. "
+                        "The file is incomplete: download it again, or write it again with diffusers-ternary."
+                    )
+        forget_weight_conversions(model, UnpackOnLoad)
+        self.attach(model)
+        logger.info("%s", summarize(model, self.kept))
+        return model
+
+    def attach(self, model: Any) -> None:
+        """Marks `model` as quantized by this quantizer."""
+        self.checkpoint = None
+        self.pre_quantized = True
+        self.read = set()
+        model.hf_quantizer = self
+        model.is_quantized = True
+        model.quantization_method = TernaryMethod.DIFFUSERS_TERNARY
+        model.config.quantization_config = self.quantization_config
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Memory layout to file layout, called by `save_pretrained`."""
+        records = {name: LayerRecord(m.spec, m.scale_dtype) for name, m in packed_layers(model).items()}
+        converted, layout = state_dict_to_file(model.state_dict(), records)
+        return converted, layout.to_metadata()
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        dequantize_layers(model, dtype)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Packed models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on packed models; the packed weights themselves are frozen."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """`torch.compile(fullgraph=True)` works."""
+        return True

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A float matrix to a packed ternary weight, one layer at a time."""
+
+import dataclasses
+
+import torch
+
+from ..format import (
+    TernarySpec,
+    double_quantize,
+    expand_scales,
+    group_count,
+    group_scales,
+    normalize_group_size,
+    pack_planes,
+    storage_dtype,
+    unpack_planes,
+)
+from .rounding import ROUNDINGS
+
+
+# Rows are ternarized in slices of about this many weights: bounds the float32 copy (and the sort of `optimum`).
+_CHUNK_WEIGHTS = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class TernaryWeight:
+    """A packed ternary weight.
+
+    Args:
+        spec (`TernarySpec`): shape, group size and scale layout.
+        packed (`torch.Tensor`): int8 `[N, ceil(K / 4)]`, 2-bit planes.
+        scale (`torch.Tensor`): `[N, G]`, or `[N, 1]` with a multiplier; 16-bit float.
+        multiplier (`torch.Tensor`, *optional*): uint8 `[N, G]`, only in the `"double"` layout.
+    """
+
+    spec: TernarySpec
+    packed: torch.Tensor
+    scale: torch.Tensor
+    multiplier: torch.Tensor | None = None
+
+    def codes(self) -> torch.Tensor:
+        """Codes int8 `[N, K]`."""
+        return unpack_planes(self.packed, self.spec.in_features)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Dense weight `[N, K]`: the product is formed in float32 and rounded once to `dtype`."""
+        scales = group_scales(self.scale, self.multiplier)
+        scales = expand_scales(scales, self.spec.group_size, self.spec.in_features)
+        return (self.codes() * scales).to(dtype)
+
+
+def check_finite(weight: torch.Tensor, *, name: str) -> None:
+    """Raises if a weight holds NaN or Inf.
+
+    Raises:
+        ValueError: names the layer, the count and the remedy.
+    """
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        raise ValueError(
+            f"{name}: the weight holds {bad} NaN or Inf of {weight.numel()} values and cannot be quantized. "
+            f"Check the checkpoint, or list the layer in modules_to_not_convert."
+        )
+
+
+def ternarize(
+    weight: torch.Tensor,
+    *,
+    group_size: int | None = 128,
+    rounding: str = "twn",
+    scales: str = "auto",
+    name: str = "weight",
+) -> TernaryWeight:
+    """Rounds a float weight to ternary codes and scales, and packs it.
+
+    Args:
+        weight (`torch.Tensor`): float `[N, K]`, any float dtype and device.
+        group_size (`int`, *optional*, defaults to 128): columns per scale; `None` = one scale per row.
+        rounding (`str`, *optional*, defaults to `"twn"`): `"twn"`, `"optimum"` or `"absmean"`.
+        scales (`str`, *optional*, defaults to `"auto"`): `"group"`, `"double"`, or `"auto"`, which takes the layout
+            that stores fewer bits (see [`scale_layout`]).
+        name (`str`, *optional*): layer name for messages.
+
+    Returns:
+        [`TernaryWeight`] on the device of `weight`. A group of zeros has scale 0.
+
+    Raises:
+        ValueError: if the weight is not a float matrix, or holds NaN or Inf.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"{name}: expected a float [N, K] weight, got {weight.dtype} {list(weight.shape)}.")
+    rows, columns = weight.shape
+    size = normalize_group_size(group_size, columns)
+    groups = group_count(columns, size)
+    counts = torch.full((groups,), float(size), device=weight.device)
+    counts[-1] = columns - (groups - 1) * size
+    packed, group_scale = [], []
+    step = max(1, _CHUNK_WEIGHTS // columns)
+    for start in range(0, rows, step):
+        part = weight[start : start + step].float()  # float32: sums over K in 16 bits lose small weights
+        check_finite(part, name=name)
+        padded = torch.nn.functional.pad(part, (0, groups * size - columns)).view(-1, groups, size)
+        result = ROUNDINGS[rounding](padded, counts)
+        packed.append(pack_planes(result.codes.view(-1, groups * size)[:, :columns]))
+        group_scale.append(result.scales)
+    layout = scale_layout(scales, columns, size)
+    spec = TernarySpec(rows, columns, size, layout)
+    return _assemble(spec, torch.cat(packed), torch.cat(group_scale))
+
+
+def scale_layout(requested: str, in_features: int, group_size: int) -> str:
+    """Resolves `"auto"`: the layout that stores fewer bits per row; `"group"` on a tie.
+
+    6-bit multipliers add at most 0.8 % of the row's largest scale to a group's scale, about -50 dB of the weight,
+    where ternary rounding itself leaves about -6 dB (measured: `integration_tests/benchmarks/bench_scales.py`);
+    so the smaller layout costs nothing that can be seen. With fewer than three groups a row, plain 16-bit scales
+    are the smaller ones.
+    """
+    if requested != "auto":
+        return requested
+    groups = group_count(in_features, group_size)
+    return "double" if 8 * groups + 16 < 16 * groups else "group"
+
+
+def _assemble(spec: TernarySpec, packed: torch.Tensor, scales: torch.Tensor) -> TernaryWeight:
+    if spec.scales == "double":
+        scale, multiplier = double_quantize(scales)
+        return TernaryWeight(spec, packed, scale, multiplier)
+    return TernaryWeight(spec, packed, scales.to(storage_dtype(scales)))
