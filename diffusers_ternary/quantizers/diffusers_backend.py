@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from diffusers.utils.logging import tqdm
 from torch import nn
 
 from ..compat import DiffusersQuantizer, drop_config_entries
@@ -49,6 +50,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         self.checkpoint: PackedCheckpoint | None = None
         self.records: dict[str, LayerRecord] = {}
         self.kept: dict[str, str] = {}
+        self.progress: Any = None
 
     # --- before the weights -------------------------------------------------------------------------------------
 
@@ -117,6 +119,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         plan = plan_conversion(model, self.quantization_config)
         insert_placeholders(model, plan, self.quantization_config)
         self.kept = plan.kept
+        self.progress = tqdm(total=len(plan.kinds), desc="Packing layers", leave=False)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """A packed or to-be-packed layer without its tensors is an error, not a warning."""
@@ -176,10 +179,14 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         # The loader has cast param_value to the model's dtype already; the checkpoint's own precision is better.
         weight = param_value if state_dict is None else state_dict[param_name]
         module.pack(weight.to(target_device), name=name, **pack_options(self.quantization_config))
+        self.progress.update()
 
     # --- after the weights --------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.progress is not None:
+            self.progress.close()
+            self.progress = None
         for name, layer in packed_layers(model).items():
             if not layer.is_packed:
                 raise ValueError(f"The checkpoint has no weight for {name}. Check that no shard is missing.")

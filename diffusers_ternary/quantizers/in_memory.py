@@ -2,11 +2,10 @@
 """`quantize`: ternarizes models that are in memory already."""
 
 import logging
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils.logging import tqdm
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..config import TernaryConfig
 from ..layers import QuantizedLinear
@@ -18,8 +17,11 @@ from .summary import summarize
 from .transformers_backend import TernaryTransformersQuantizer
 
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 logger = logging.getLogger(__name__)
-ModelT = TypeVar("ModelT", bound=nn.Module | DiffusionPipeline)
+ModelT = TypeVar("ModelT")
 
 
 def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> ModelT:
@@ -40,6 +42,8 @@ def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> 
             nothing is changed then.
         TypeError: for anything that is no module and no pipeline.
     """
+    from diffusers import DiffusionPipeline  # not at import: it loads half of diffusers
+
     config = config or TernaryConfig()
     if isinstance(model_or_pipeline, DiffusionPipeline):
         _quantize_pipeline(model_or_pipeline, config)
@@ -50,7 +54,7 @@ def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> 
     return model_or_pipeline
 
 
-def _quantize_pipeline(pipeline: DiffusionPipeline, config: TernaryConfig) -> None:
+def _quantize_pipeline(pipeline: "DiffusionPipeline", config: TernaryConfig) -> None:
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     missing = [name for name in config.components or [] if name not in modules]
     selected = [name for name in modules if config.selects(name)]
@@ -74,7 +78,7 @@ def _checked_plan(model: nn.Module, config: TernaryConfig) -> ConversionPlan:
 
 
 def _apply(model: nn.Module, plan: ConversionPlan, config: TernaryConfig) -> None:
-    for name, kind in plan.kinds.items():
+    for name, kind in tqdm(plan.kinds.items(), desc="Packing layers", leave=False):
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear)
         layer = placeholder_for(module, layer_spec(kind, module, config), config)
@@ -102,7 +106,14 @@ def _check_quantizable(model: nn.Module) -> None:
 
 
 def _attach_quantizer(model: nn.Module, config: TernaryConfig) -> None:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
+
+    quantizer: Any
     if isinstance(model, ModelMixin):
-        TernaryDiffusersQuantizer(config, pre_quantized=False).attach(model)
+        quantizer = TernaryDiffusersQuantizer(config, pre_quantized=False)
     elif isinstance(model, PreTrainedModel):
-        TernaryTransformersQuantizer(config, pre_quantized=False).attach(model)
+        quantizer = TernaryTransformersQuantizer(config, pre_quantized=False)
+    else:
+        return  # a plain module: its packed layers are all there is to it
+    quantizer.attach(model)

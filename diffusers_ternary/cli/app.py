@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands and the options that all of them have."""
+
+import importlib.metadata
+import logging
+from typing import Annotated
+
+import typer
+
+from .console import console
+from .inspect import inspect_command
+from .quantize import quantize_command
+
+
+app = typer.Typer(
+    name="diffusers-ternary",
+    help="Ternary (1.58-bit) diffusion models: quantize, inspect, compare. Exit codes: 0 done, 1 failed, 2 wrong "
+    "usage, 3 bad input (the message says what to do).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="rich",
+)
+app.command("quantize")(quantize_command)
+app.command("inspect")(inspect_command)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        console.print(importlib.metadata.version("diffusers-ternary"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is converted, kept and why.")] = False,
+) -> None:
+    """Sets up logging for all commands."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("diffusers_ternary").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`diffusers-ternary inspect`."""
+
+import json
+import pathlib
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..inspection import Component, inspect_path
+from .console import console, escape, explained_errors, format_bytes
+
+
+def inspect_command(
+    path: Annotated[pathlib.Path, typer.Argument(help="Pipeline folder, model folder, or safetensors file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Shows what a folder or file of weights holds: layers, shapes, bits per weight, bytes.
+
+    Reads headers only, so a file of gigabytes takes a second.
+
+    Example: diffusers-ternary inspect out/transformer
+    """
+    with explained_errors():
+        components = inspect_path(path)
+    if as_json:
+        print(json.dumps([component.to_dict() for component in components], indent=2))
+        return
+    for component in components:
+        console.print(_table(component))
+    if len(components) > 1:
+        console.print(_ratio("total", sum(c.bytes for c in components), sum(c.bytes_16bit for c in components)))
+
+
+def _table(component: Component) -> Table:
+    title = component.name
+    if component.format_version is not None:
+        title += f"  (packed, format version {component.format_version})"
+    bits = component.packed_bits_per_weight
+    caption = _ratio("size", component.bytes, component.bytes_16bit)
+    if bits is not None:
+        caption = f"{bits:.3f} bits per converted weight; {caption}"
+    table = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left")
+    table.add_column("layers", overflow="fold")
+    table.add_column("kind")
+    for heading in ("count", "shape", "bits/weight", "bytes"):
+        table.add_column(heading, justify="right")
+    for row in component.rows:
+        shape = "" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}"
+        table.add_row(row.name, row.kind, f"{row.count}", shape, f"{row.bits_per_weight:.3f}", format_bytes(row.bytes))
+    return table
+
+
+def _ratio(label: str, size: int, size_16bit: int) -> str:
+    ratio = size_16bit / size if size else 1.0
+    return f"{label} {format_bytes(size)}, {ratio:.2f}x smaller than 16 bits ({format_bytes(size_16bit)})"

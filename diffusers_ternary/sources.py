@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds out what a path or Hub id holds, loads it quantized, and writes folders that are complete or absent."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from .config import TernaryConfig
+
+
+def load_quantized(
+    source: str, config: TernaryConfig, *, torch_dtype: torch.dtype | None = None, variant: str | None = None
+) -> Any:
+    """Loads a float pipeline, diffusers model or transformers model, quantizing on the fly.
+
+    Args:
+        source (`str`): local folder or Hub id.
+        config ([`TernaryConfig`]): how to quantize.
+        torch_dtype (`torch.dtype`, *optional*): of what is not converted.
+        variant (`str`, *optional*): of the source's files.
+
+    Raises:
+        ValueError: if `source` holds no pipeline and no model, or is quantized already.
+    """
+    import diffusers
+    import transformers
+
+    index = _read_json(source, "model_index.json")
+    if index is not None:
+        known = [name for name, value in index.items() if isinstance(value, list) and value and value[0]]
+        missing = [name for name in config.components or [] if name not in known]
+        if missing or not any(config.selects(name) for name in known):
+            raise ValueError(
+                f"{source} has no component {', '.join(missing) or 'that denoises'}. Choose from {', '.join(known)}."
+            )
+        for name in known:
+            if config.selects(name):
+                _refuse_quantized(_read_json(source, f"{name}/config.json"), f"{source}/{name}")
+        return diffusers.DiffusionPipeline.from_pretrained(
+            source, quantization_config=config, torch_dtype=torch_dtype, variant=variant
+        )
+    model = _read_json(source, "config.json")
+    if model is None:
+        raise ValueError(
+            f"{source} holds neither model_index.json (a pipeline) nor config.json (a model). Give a folder that "
+            "save_pretrained wrote, or a Hub id."
+        )
+    _refuse_quantized(model, source)
+    if "_class_name" in model:
+        cls = getattr(diffusers, model["_class_name"], None)
+        if cls is None:
+            raise ValueError(f"{source}: this diffusers has no model class {model['_class_name']}. Upgrade diffusers.")
+        return cls.from_pretrained(source, quantization_config=config, torch_dtype=torch_dtype, variant=variant)
+    architectures = model.get("architectures") or []
+    cls = getattr(transformers, architectures[0], None) if architectures else None
+    if cls is None:
+        raise ValueError(f"{source}: config.json names no model class that transformers knows ({architectures}).")
+    return cls.from_pretrained(source, quantization_config=config, dtype=torch_dtype, variant=variant)
+
+
+def _read_json(source: str, name: str) -> dict[str, Any] | None:
+    path: str | os.PathLike[str] = pathlib.Path(source) / name
+    if not os.path.isdir(source):
+        try:
+            path = hf_hub_download(source, name)
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+            raise ValueError(f"{source} is no local folder, and the Hub does not give it: {error}") from error
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Restore the file.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object. Restore the file.")
+    return content
+
+
+def _refuse_quantized(config: dict[str, Any] | None, source: str) -> None:
+    method = ((config or {}).get("quantization_config") or {}).get("quant_method")
+    if method is not None:
+        raise ValueError(f"{source} is quantized already ({method}). Start from its float weights.")
+
+
+@contextlib.contextmanager
+def save_atomically(destination: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """Gives a temporary folder beside `destination` that takes its name when the block ends without an error.
+
+    Raises:
+        FileExistsError: if `destination` exists (and is not an empty folder) and `overwrite` is false.
+    """
+    target = pathlib.Path(destination)
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
+        raise FileExistsError(f"{target} exists already. Choose another folder, or pass --overwrite.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder
+        # mkdtemp makes folders private; the result is to be readable like any other.
+        umask = os.umask(0)
+        os.umask(umask)
+        folder.chmod(0o777 & ~umask)
+        if target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
