@@ -71,8 +71,7 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         ValueError: for a value that is impossible, or a `format_version` that this package does not read.
     """
 
-    # What PipelineQuantizationConfig's methods and the pipeline loader read; this class replaces its mapping.
-    components_to_quantize = None
+    # What the pipeline loader reads of a PipelineQuantizationConfig; this class replaces its mapping.
     quant_mapping = None
     quant_backend = None
 
@@ -102,6 +101,11 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         self.scales = _check_choice("scales", scales, ("auto", *SCALE_LAYOUTS))
         check_format_version(format_version, source="TernaryConfig")
         self.format_version = format_version
+
+    @property
+    def components_to_quantize(self) -> list[str] | None:
+        """`components` by the name that the pipeline loader checks against the pipeline's own components."""
+        return self.components
 
     @property
     def torch_compute_dtype(self) -> torch.dtype | None:
