@@ -20,7 +20,7 @@ from .rounding import ROUNDINGS
 
 
 # Rows are ternarized in slices of about this many weights: bounds the float32 copy (and the sort of `optimum`).
-_CHUNK_WEIGHTS = 1 << 22
+_CHUNK_WEIGHTS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
