@@ -8,23 +8,38 @@ projection 112, time MLP 1.8, against 0.04 to 0.13 for the linears of a block, i
 parameters). On top of that:
 
 - *adaLN modulation inside the blocks* is 27 to 33 % of FLUX.1, Stable Diffusion 3 and Qwen-Image, so keeping it in
-  16 bits would cap the size ratio at about 3.4x: it is ternary there. Where it is 2 % (Z-Image, Lumina 2) it is
-  kept: precision that costs nothing.
+  16 bits would cap the size ratio at about 3.4x: it is ternary there, and in every other architecture where it is
+  more than a few percent. Where it is 2 % (Z-Image) it is kept: precision that costs nothing.
 - *embedders inside blocks* (time projections of UNet resnets, routers of mixtures of experts) are kept.
+
+The shares are asserted on the real architectures in `integration_tests/unit/test_policy.py`.
 """
 
 import dataclasses
 import re
+
+from torch import nn
 
 from .patterns import matches_any
 
 
 @dataclasses.dataclass(frozen=True)
 class KeepRule:
-    """Modules that stay in high precision, and the reason that is shown to people."""
+    """Modules that stay in high precision, and the reason that is shown to people.
+
+    Args:
+        patterns (`tuple[str, ...]`): names of modules, see [`matches`].
+        reason (`str`): why.
+        narrowing (`bool`, *optional*, defaults to `False`): only layers with fewer outputs than inputs.
+    """
 
     patterns: tuple[str, ...]
     reason: str
+    narrowing: bool = False
+
+    def applies(self, name: str, module: nn.Linear) -> bool:
+        """Whether the rule keeps this layer."""
+        return matches_any(self.patterns, name) and not (self.narrowing and module.out_features >= module.in_features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +59,12 @@ class ArchitecturePolicy:
     outside: str = "outside the repeated blocks (embedders, final norm and projection)"
     ignore_keep_in_fp32: tuple[str, ...] = ()
 
-    def reason_to_keep(self, name: str) -> str | None:
-        """Why module `name` stays in high precision, or `None` if it is to be converted."""
+    def reason_to_keep(self, name: str, module: nn.Linear) -> str | None:
+        """Why the layer `module` of this name stays in high precision, or `None` if it is to be converted."""
         if not is_in_block(name):
             return self.outside
         for rule in (*COMMON_RULES, *self.keep):
-            if matches_any(rule.patterns, name):
+            if rule.applies(name, module):
                 return rule.reason
         return None
 
@@ -88,27 +103,35 @@ COMMON_RULES = (
         ),
         "embeds the image, the timestep or the text",
     ),
-    KeepRule(("gate", "router"), "routes tokens to experts"),
+    # A router has one output per expert; the gate of a gated feed-forward (Krea 2) has more outputs than inputs.
+    KeepRule(("gate", "router"), "routes tokens to experts", narrowing=True),
     KeepRule(("norm_out", "*final_layer*"), "final norm and projection"),
 )
 
 _SMALL_MODULATION = KeepRule(
-    ("adaLN_modulation", "norm1.linear", "norm1_context.linear", "norm.linear", "*modulation*"),
+    ("adaLN_modulation",),
     "adaLN modulation, about 2 % of the weights",
 )
 
 ARCHITECTURE_POLICIES = (
     # Modulation is ternary: FLUX.1 27.1 % of the weights, SD3 33.0 %, Qwen-Image 33.3 %.
-    ArchitecturePolicy(("FluxTransformer2DModel", "ChromaTransformer2DModel")),
+    # AuraFlow 33.1 %, Lumina 2 10.1 %.
+    ArchitecturePolicy(("FluxTransformer2DModel",)),
     ArchitecturePolicy(("SD3Transformer2DModel", "SD3ControlNetModel")),
     ArchitecturePolicy(("QwenImageTransformer2DModel",)),
     ArchitecturePolicy(("AuraFlowTransformer2DModel",)),
+    ArchitecturePolicy(("Lumina2Transformer2DModel",)),
+    # One small network makes the modulation of every block from the timestep, and has numbered layers of its own.
+    ArchitecturePolicy(
+        ("ChromaTransformer2DModel",),
+        (KeepRule(("distilled_guidance_layer",), "makes the modulation of all blocks, 3 % of the weights"),),
+    ),
     # Modulation is shared by all blocks or made outside of them: nothing to decide.
     ArchitecturePolicy(("Flux2Transformer2DModel",)),
     ArchitecturePolicy(("PixArtTransformer2DModel", "SanaTransformer2DModel")),
     ArchitecturePolicy(("WanTransformer3DModel", "LTXVideoTransformer3DModel")),
     # Modulation is small: kept.
-    ArchitecturePolicy(("ZImageTransformer2DModel", "Lumina2Transformer2DModel"), (_SMALL_MODULATION,)),
+    ArchitecturePolicy(("ZImageTransformer2DModel", "BriaFibo2Transformer2DModel"), (_SMALL_MODULATION,)),
     # UNets: the projections that inject the time embedding into the residual blocks are covered by COMMON_RULES.
     ArchitecturePolicy(("UNet2DConditionModel", "ControlNetModel")),
     # transformers lists `wo` of T5 as float32 for the sake of float16 activations; its weight itself may be coded.

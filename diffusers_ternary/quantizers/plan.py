@@ -56,7 +56,7 @@ def plan_conversion(
     used: set[str] = set()
     kinds: dict[str, str] = {}
     kept: dict[str, str] = {}
-    for name, _ in linear_layers(model):
+    for name, module in linear_layers(model):
         override = next((pattern for pattern in overrides if matches(pattern, name)), None)
         used.update(pattern for pattern in skipped if matches(pattern, name))
         if override is not None:
@@ -69,7 +69,7 @@ def plan_conversion(
             kept[name] = "listed in modules_to_not_convert"
         elif float32.intersection(name.split(".")):
             kept[name] = "kept in float32 by the model class"
-        elif (reason := policy.reason_to_keep(name)) is not None:
+        elif (reason := policy.reason_to_keep(name, module)) is not None:
             kept[name] = reason
         else:
             kinds[name] = "ternary"
