@@ -58,7 +58,8 @@ def double_quantize(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: scale 16-bit `[N, 1]` (the largest of the row) and multiplier uint8
         `[N, G]`, the nearest of 1..63; 0 only where the group scale is 0. The absolute error is at most
-        `scale / 126` plus the rounding of the 16-bit row scale.
+        `scale / 126` (`scale / 63` for groups below `scale / 126`, which would otherwise vanish) plus the rounding
+        of the 16-bit row scale.
     """
     largest = scales.amax(dim=1, keepdim=True)
     row = largest.to(storage_dtype(largest))
