@@ -9,7 +9,13 @@ MULTIPLIER_MAX = 63
 
 
 def normalize_group_size(group_size: int | None, in_features: int) -> int:
-    """Group size for a row of `in_features` columns: `None` and anything larger mean one group per row."""
+    """Group size for a row of `in_features` columns: `None` and anything larger mean one group per row.
+
+    Raises:
+        ValueError: if it is not positive.
+    """
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size={group_size} is not a positive integer; None means one scale per row.")
     return in_features if group_size is None else min(group_size, in_features)
 
 

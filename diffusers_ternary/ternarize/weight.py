@@ -87,13 +87,16 @@ def ternarize(
         [`TernaryWeight`] on the device of `weight`. A group of zeros has scale 0.
 
     Raises:
-        ValueError: if the weight is not a float matrix, or holds NaN or Inf.
+        ValueError: if the weight is not a float matrix or holds NaN or Inf, or an option is impossible.
     """
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding={rounding!r} is not one of {', '.join(ROUNDINGS)}.")
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"{name}: expected a float [N, K] weight, got {weight.dtype} {list(weight.shape)}.")
     rows, columns = weight.shape
     size = normalize_group_size(group_size, columns)
-    groups = group_count(columns, size)
+    spec = TernarySpec(rows, columns, size, scale_layout(scales, columns, size))
+    groups = spec.groups
     counts = torch.full((groups,), float(size), device=weight.device)
     counts[-1] = columns - (groups - 1) * size
     packed, group_scale = [], []
@@ -105,8 +108,6 @@ def ternarize(
         result = ROUNDINGS[rounding](padded, counts)
         packed.append(pack_planes(result.codes.view(-1, groups * size)[:, :columns]))
         group_scale.append(result.scales)
-    layout = scale_layout(scales, columns, size)
-    spec = TernarySpec(rows, columns, size, layout)
     return _assemble(spec, torch.cat(packed), torch.cat(group_scale))
 
 

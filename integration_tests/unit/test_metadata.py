@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metadata of packed files: golden text, round trip, malformed and newer ones, checksums."""
+
+import json
+import zlib
+
+import pytest
+import torch
+
+from diffusers_ternary.format import (
+    FORMAT_VERSION,
+    METADATA_KEY,
+    FileLayout,
+    Int8Spec,
+    TernarySpec,
+    check_format_version,
+    crc32,
+)
+
+
+LAYOUT = FileLayout(
+    layers={"blocks.0.to_q": TernarySpec(7, 13, 4, "double"), "blocks.0.norm.linear": Int8Spec(6, 13)},
+    checksums={"blocks.0.to_q.weight": 2774526541},
+)
+# Version 1 of the format stays readable: this text never changes.
+GOLDEN = (
+    '{"format_version":1,"layers":{'
+    '"blocks.0.to_q":{"kind":"ternary","shape":[7,13],"group_size":4,"scales":"double"},'
+    '"blocks.0.norm.linear":{"kind":"int8","shape":[6,13]}},'
+    '"crc32":{"blocks.0.to_q.weight":2774526541}}'
+)
+
+
+def body(**changes: object) -> dict[str, str]:
+    return {METADATA_KEY: json.dumps({**json.loads(GOLDEN), **changes})}
+
+
+def test_golden_text():
+    assert LAYOUT.to_metadata() == {"diffusers_ternary": GOLDEN}
+    assert FileLayout.from_metadata({"diffusers_ternary": GOLDEN}, source="a.safetensors") == LAYOUT
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}])
+def test_files_of_others_are_no_packed_files(metadata):
+    assert FileLayout.from_metadata(metadata, source="a.safetensors") is None
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({METADATA_KEY: "{"}, "cannot be read"),
+        ({METADATA_KEY: "[]"}, "cannot be read"),
+        ({METADATA_KEY: "{}"}, "cannot be read.*format_version"),
+        (body(layers=[]), "malformed"),
+        (body(layers={"a": {}}), "malformed"),
+        (body(layers={"a": {"kind": "int8", "shape": [0, 1]}}), "malformed.*out_features=0"),
+        (body(crc32={"a": "x"}), "malformed"),
+        (body(crc32=3), "malformed"),
+        (body(format_version="1"), "format_version='1' is not a positive integer"),
+        (body(format_version=0), "format_version=0 is not a positive integer"),
+        (body(format_version=True), "format_version=True is not a positive integer"),
+        (body(format_version=None), "format_version=None is not a positive integer"),
+    ],
+)
+def test_malformed_metadata_names_the_file_and_the_remedy(metadata, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        FileLayout.from_metadata(metadata, source="shard-2.safetensors")
+    assert "shard-2.safetensors" in str(caught.value)
+    assert "Download the file again" in str(caught.value)
+
+
+def test_a_newer_version_is_refused_before_its_fields_are_read():
+    metadata = body(format_version=FORMAT_VERSION + 1, layers="something this version cannot read")
+    with pytest.raises(ValueError, match=r"x\.safetensors: format_version=2 is newer than 1.*pip install -U"):
+        FileLayout.from_metadata(metadata, source="x.safetensors")
+
+
+def test_this_version_is_accepted():
+    check_format_version(FORMAT_VERSION, source="config.json")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.bool])
+def test_crc32_is_zlibs_over_the_bytes(dtype):
+    tensor = (10 * torch.randn(5, 7, generator=torch.Generator().manual_seed(0))).to(dtype)
+    data = bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
+    assert crc32(tensor) == zlib.crc32(data)
+    transposed = tensor.T
+    assert crc32(transposed) == crc32(transposed.contiguous())
+
+
+def test_crc32_of_scalars_and_empty_tensors():
+    assert crc32(torch.tensor(1.0)) == zlib.crc32(b"\x00\x00\x80\x3f")
+    assert crc32(torch.empty(0)) == 0
+
+
+def test_crc32_of_a_view_covers_the_view_only():
+    tensor = torch.arange(10, dtype=torch.uint8)
+    assert crc32(tensor[2:4]) == zlib.crc32(b"\x02\x03")
