@@ -21,6 +21,7 @@ from diffusers_ternary.demo.grammar import (
     training_prompts,
 )
 
+
 EXAMPLE = Portrait(
     expression="smiling",
     hair_style="long",
