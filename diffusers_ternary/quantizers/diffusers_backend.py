@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.utils.logging import tqdm
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ..compat import DiffusersQuantizer, drop_config_entries
 from ..config import TernaryConfig, TernaryMethod
@@ -51,6 +52,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         self.records: dict[str, LayerRecord] = {}
         self.kept: dict[str, str] = {}
         self.progress: Any = None
+        self.input_hook: Any = None
 
     # --- before the weights -------------------------------------------------------------------------------------
 
@@ -204,6 +206,8 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         model.is_quantized = True
         model.quantization_method = TernaryMethod.DIFFUSERS_TERNARY
         model.register_to_config(quantization_config=self.quantization_config)
+        if self.input_hook is None and model.dtype == torch.float32:
+            self.input_hook = model.register_forward_pre_hook(upcast_inputs, with_kwargs=True)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = True
@@ -220,6 +224,9 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: Any) -> Any:
         dequantize_layers(model)
+        if self.input_hook is not None:
+            self.input_hook.remove()
+            self.input_hook = None
         model.quantization_method = None
         drop_config_entries(model, ("quantization_config", "_pre_quantization_dtype"))
         return model
@@ -238,6 +245,21 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
     def is_compileable(self) -> bool:
         """`torch.compile(fullgraph=True)` works."""
         return True
+
+
+def upcast_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of float32 models: 16-bit inputs become float32, which loses nothing.
+
+    Without `torch_dtype`, transformers loads a text encoder in the dtype of its file and diffusers loads everything
+    else in float32; a pipeline saved in 16 bits would then stop at the first linear layer with a dtype error.
+    """
+
+    def upcast(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+            return value.float()
+        return value
+
+    return tree_map(upcast, args), tree_map(upcast, kwargs)
 
 
 def _refuse_packed_single_file(state_dict: dict[str, Any]) -> None:
