@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`diffusers-ternary inspect`."""
 
+import itertools
 import json
 import pathlib
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..inspection import Component, inspect_path
+from ..inspection import Component, Row, inspect_path
 from .console import console, escape, explained_errors, format_bytes
 
 
@@ -41,15 +43,34 @@ def _table(component: Component) -> Table:
     caption = _ratio("size", component.bytes, component.bytes_16bit)
     if bits is not None:
         caption = f"{bits:.3f} bits per converted weight; {caption}"
-    table = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left")
+    table = Table(
+        title=escape(title),
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # names of layers are long, and terminals are 80 columns wide
+    )
     table.add_column("layers", overflow="fold")
-    table.add_column("kind")
-    for heading in ("count", "shape", "bits/weight", "bytes"):
-        table.add_column(heading, justify="right")
-    for row in component.rows:
-        shape = "" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}"
-        table.add_row(row.name, row.kind, f"{row.count}", shape, f"{row.bits_per_weight:.3f}", format_bytes(row.bytes))
+    for heading in ("count", "shape", "bits", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for kind, group in itertools.groupby(sorted(component.rows, key=_kind_order), key=lambda row: row.kind):
+        rows = list(group)
+        kept = rows[0].shape is None
+        if len(rows) > 1 or kept:
+            weights, size = sum(row.weights for row in rows), sum(row.bytes for row in rows)
+            label = f"kept in {kind} (tensors)" if kept else kind
+            count = sum(row.count for row in rows)
+            table.add_row(f"[bold]{label}", f"{count}", "", f"{8 * size / weights:.3f}", format_bytes(size))
+        for row in rows if not kept else ():
+            shape = "" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}"
+            name = f"  {row.name}" if len(rows) > 1 else f"{row.name} [bold]{kind}"
+            table.add_row(name, f"{row.count}", shape, f"{row.bits_per_weight:.3f}", format_bytes(row.bytes))
     return table
+
+
+def _kind_order(row: Row) -> tuple[bool, str]:
+    return row.shape is None, row.kind
 
 
 def _ratio(label: str, size: int, size_16bit: int) -> str:
