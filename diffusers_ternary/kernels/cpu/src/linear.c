@@ -1,0 +1,383 @@
+// SPDX-License-Identifier: Apache-2.0
+// The layer: quantise rows of x, run the tiles (or the GEMV) over packed panels, scale and store.
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "convert.h"
+#include "ternary.h"
+
+enum {
+    CACHE_LINE = 64,
+    ROW_BLOCK = 384,          // rows quantised together: their int8 copy stays in the second-level cache
+    GEMV_LEAST_GROUP = 32,    // shorter groups would pad every vector of the GEMV
+};
+
+static const dt_variant *const VARIANTS[] = {
+#ifdef DT_X86
+    &dt_avx2,
+#endif
+#ifdef DT_NEON
+    &dt_neon_dotprod,
+#endif
+    &dt_scalar,
+};
+enum { VARIANT_COUNT = sizeof(VARIANTS) / sizeof(VARIANTS[0]) };
+
+// Everything that depends on the shape but not on the data.
+typedef struct {
+    const dt_variant *variant;
+    dt_plan plan;
+    int use_gemv;
+    int64_t padded_rows;
+    ptrdiff_t x_stride;  // bytes between quantised rows
+    size_t scale_bytes, correction_bytes, x_bytes;
+} dt_shape;
+
+static void *pointer(int64_t address) { return (void *)(intptr_t)address; }
+
+static int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+static int64_t element_bytes(int64_t dtype) { return dtype == DT_FLOAT32 ? 4 : 2; }
+
+static void *aligned_memory(size_t bytes, void **base) {
+    *base = malloc(bytes + CACHE_LINE);
+    if (!*base) return NULL;
+    return (void *)(((uintptr_t)*base + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
+}
+
+static int shape_build(dt_shape *shape, const dt_args *args, int64_t rows) {
+    if (args->variant < 0 || args->variant >= VARIANT_COUNT || !VARIANTS[args->variant]->supported()) {
+        shape->plan.segments = NULL;
+        return DT_ERROR_VARIANT;
+    }
+    const dt_variant *v = VARIANTS[args->variant];
+    shape->variant = v;
+    shape->use_gemv =
+        args->rows <= v->gemv_max_rows && (args->group_size >= GEMV_LEAST_GROUP || args->group_size >= args->in_features);
+    dt_plan_options options = {4, v->run_steps, v->block_steps, 1};
+    if (shape->use_gemv) options = (dt_plan_options){v->gemv_align, v->gemv_run_steps, v->gemv_run_steps, 0};
+    const int error = dt_plan_build(&shape->plan, args->in_features, args->group_size, options);
+    if (error) return error;
+    shape->padded_rows = shape->use_gemv ? rows : round_up(rows, v->row_multiple);
+    // an odd number of cache lines: rows of a power of two would share one cache set
+    shape->x_stride = (ptrdiff_t)round_up(4 * (int64_t)shape->plan.steps, CACHE_LINE);
+    if (shape->x_stride / CACHE_LINE % 2 == 0) shape->x_stride += CACHE_LINE;
+    shape->scale_bytes = (size_t)round_up(shape->padded_rows * 4, CACHE_LINE);
+    shape->correction_bytes = (size_t)round_up(shape->padded_rows * shape->plan.run_count * 4, CACHE_LINE);
+    shape->x_bytes = (size_t)(shape->padded_rows * shape->x_stride);
+    return 0;
+}
+
+// Bytes of quantised rows: row scales, corrections, int8 values.
+static size_t prepared_bytes(const dt_shape *shape) { return shape->scale_bytes + shape->correction_bytes + shape->x_bytes; }
+
+static void correct_runs(const dt_shape *shape, const int8_t *q, int32_t *correction) {
+    for (int32_t i = 0; i < shape->plan.run_count; i++) {
+        const int8_t *start = q + 4 * (ptrdiff_t)shape->plan.runs[i].step;
+        const int64_t columns = 4 * (int64_t)shape->plan.runs[i].steps;
+        correction[i] = shape->use_gemv ? -shape->variant->sum(start, columns) : shape->variant->correction(start, columns);
+    }
+}
+
+static void quantize_row(const dt_shape *shape, const void *x, int64_t dtype, float *scale, int32_t *correction,
+                         int8_t *q, int8_t *plain, int64_t *infinite_rows) {
+    const dt_plan *plan = &shape->plan;
+    const uint32_t largest = shape->variant->absmax(x, dtype, plan->in_features);
+    // 2^100 lifts subnormal rows, whose 127 / absmax would overflow
+    const float prescale = largest < 0x10000000u ? 0x1p100f : 1.0f;
+    const float absmax = dt_float(largest) * prescale;
+    memset(correction, 0, (size_t)plan->run_count * 4);
+    if (largest >= 0x7f800000u || !(absmax > 0.0f)) {
+        if (largest == 0x7f800000u) ++*infinite_rows;
+        *scale = largest >= 0x7f800000u ? NAN : 0.0f;
+        memset(q, 0, (size_t)shape->x_stride);
+        return;
+    }
+    *scale = absmax / 127.0f / prescale;
+    const int padded = 4 * (int64_t)plan->steps != plan->in_features;
+    int8_t *dense = padded ? plain : q;
+    shape->variant->quantize(x, dtype, plan->in_features, prescale, 127.0f / absmax, dense);
+    for (int32_t i = 0; padded && i < plan->segment_count; i++) {
+        const dt_segment *segment = &plan->segments[i];
+        int8_t *target = q + 4 * (ptrdiff_t)segment->step;
+        memcpy(target, dense + segment->column, (size_t)segment->length);
+        memset(target + segment->length, 0, (size_t)(4 * segment->steps - segment->length));
+    }
+    memset(q + 4 * (ptrdiff_t)plan->steps, 0, (size_t)(shape->x_stride - 4 * (ptrdiff_t)plan->steps));
+    correct_runs(shape, q, correction);
+}
+
+// Returns the number of rows that hold an infinity (and no NaN), or an error.
+static int64_t prepare(const dt_shape *shape, const dt_args *args, int64_t row, int64_t rows, char *prepared) {
+    float *scales = (float *)prepared;
+    int32_t *corrections = (int32_t *)(prepared + shape->scale_bytes);
+    int8_t *q = (int8_t *)(prepared + shape->scale_bytes + shape->correction_bytes);
+    int8_t *plain = malloc((size_t)args->in_features);
+    int64_t infinite_rows = 0;
+    if (!plain) return DT_ERROR_MEMORY;
+    for (int64_t m = 0; m < rows; m++) {
+        const char *x = (const char *)pointer(args->x) + (row + m) * args->x_stride * element_bytes(args->x_dtype);
+        quantize_row(shape, x, args->x_dtype, scales + m, corrections + m * shape->plan.run_count,
+                     q + m * shape->x_stride, plain, &infinite_rows);
+    }
+    const int64_t rest = shape->padded_rows - rows;
+    memset(corrections + rows * shape->plan.run_count, 0, (size_t)(rest * shape->plan.run_count) * 4);
+    memset(q + rows * shape->x_stride, 0, (size_t)(rest * shape->x_stride));
+    free(plain);
+    return infinite_rows;
+}
+
+// Effective float scales of one panel, [groups][tile columns]; columns past the end repeat the last one.
+static void load_scales(const dt_shape *shape, const dt_args *args, int64_t n0, int32_t columns, float *scales) {
+    const int64_t groups = shape->plan.groups;
+    const int32_t tile_columns = shape->variant->tile_columns;
+    const uint8_t *multiplier = pointer(args->multiplier);
+    for (int32_t n = 0; n < tile_columns; n++) {
+        const int64_t row = n0 + (n < columns ? n : columns - 1);
+        const float row_scale = multiplier ? dt_load(pointer(args->scale), args->scale_dtype, row) : 0.0f;
+        for (int64_t g = 0; g < groups; g++) {
+            scales[g * tile_columns + n] = multiplier
+                                               ? row_scale * (float)multiplier[row * groups + g] / 63.0f
+                                               : dt_load(pointer(args->scale), args->scale_dtype, row * groups + g);
+        }
+    }
+}
+
+typedef struct {
+    void *base;
+    float *scales;      // [groups][tile columns]
+    uint8_t *panel;     // one block of codes
+    char *accumulator;  // [padded rows][tile columns]
+    uint8_t *row_copy;
+} dt_scratch;
+
+static int scratch_build(dt_scratch *scratch, const dt_shape *shape) {
+    const int64_t columns = shape->variant->tile_columns;
+    const size_t scales = (size_t)round_up(shape->plan.groups * columns * 4, CACHE_LINE);
+    const size_t panel = shape->use_gemv ? 0 : (size_t)shape->variant->block_steps * (size_t)columns * 4;
+    const size_t accumulator = (size_t)(shape->padded_rows * columns * 4);
+    const size_t row_copy = shape->use_gemv ? (size_t)shape->plan.plane_bytes + 64 : 0;
+    char *memory = aligned_memory(scales + panel + accumulator + row_copy, &scratch->base);
+    if (!memory) return DT_ERROR_MEMORY;
+    scratch->scales = (float *)memory;
+    scratch->panel = (uint8_t *)memory + scales;
+    scratch->accumulator = memory + scales + panel;
+    scratch->row_copy = (uint8_t *)memory + scales + panel + accumulator;
+    return 0;
+}
+
+static void multiply_panel(const dt_shape *shape, const dt_args *args, const char *prepared, int64_t n0, int32_t columns,
+                           const dt_scratch *scratch, const float *group_scale) {
+    const dt_variant *v = shape->variant;
+    const dt_plan *plan = &shape->plan;
+    const uint8_t *weight = pointer(args->weight);
+    const int32_t *corrections = (const int32_t *)(prepared + shape->scale_bytes);
+    const int8_t *q = (const int8_t *)(prepared + shape->scale_bytes + shape->correction_bytes);
+    const uint8_t *weight_end = weight + args->out_features * plan->plane_bytes;
+    const uint8_t *panel_weight = weight + n0 * plan->plane_bytes;
+    memset(scratch->accumulator, 0, (size_t)(shape->padded_rows * v->tile_columns * 4));
+    if (shape->use_gemv) {
+        const dt_gemv gemv = {panel_weight, weight_end, plan->plane_bytes, columns, v->tile_columns,
+                              (int32_t)shape->padded_rows, q, shape->x_stride, plan->runs, plan->run_count,
+                              corrections, plan->run_count, group_scale, scratch->accumulator, scratch->row_copy};
+        v->gemv(&gemv);
+        return;
+    }
+    for (int32_t b = 0; b < plan->block_count; b++) {
+        const dt_block *block = &plan->blocks[b];
+        v->decode(plan, block->step, block->steps, panel_weight, weight_end, columns, v->tile_columns, scratch->panel);
+        for (int64_t m = 0; m < shape->padded_rows; m += v->tile_rows) {
+            const int64_t rows = shape->padded_rows - m < v->tile_rows ? shape->padded_rows - m : v->tile_rows;
+            const dt_tile tile = {scratch->panel,
+                                  q + m * shape->x_stride + 4 * (ptrdiff_t)block->step,
+                                  shape->x_stride,
+                                  plan->runs + block->run,
+                                  block->runs,
+                                  block->step,
+                                  corrections + m * plan->run_count + block->run,
+                                  plan->run_count,
+                                  group_scale,
+                                  scratch->accumulator + m * v->tile_columns * 4};
+            v->tile(&tile, (int32_t)rows);
+        }
+    }
+}
+
+// Output columns [n0, n1) of `rows` quantised rows that start at row `row` of out.
+static int apply(const dt_shape *shape, const dt_args *args, const char *prepared, int64_t row, int64_t rows,
+                 int64_t n0, int64_t n1) {
+    const dt_variant *v = shape->variant;
+    dt_scratch scratch;
+    if (scratch_build(&scratch, shape)) return DT_ERROR_MEMORY;
+    const float *row_scales = (const float *)prepared;
+    const int grouped = shape->plan.groups > 1;
+    for (int64_t n = n0; n < n1; n += v->tile_columns) {
+        const int32_t columns = (int32_t)(n1 - n < v->tile_columns ? n1 - n : v->tile_columns);
+        float bias[DT_MAX_TILE_COLUMNS];
+        load_scales(shape, args, n, columns, scratch.scales);
+        for (int32_t i = 0; args->bias && i < columns; i++) bias[i] = dt_load(pointer(args->bias), args->bias_dtype, n + i);
+        multiply_panel(shape, args, prepared, n, columns, &scratch, grouped ? scratch.scales : NULL);
+        for (int64_t m = 0; m < rows; m++) {
+            char *out = (char *)pointer(args->out) + ((row + m) * args->out_stride + n) * element_bytes(args->x_dtype);
+            v->store(scratch.accumulator + m * v->tile_columns * 4, grouped ? NULL : scratch.scales, row_scales[m],
+                     args->bias ? bias : NULL, out, args->x_dtype, columns);
+        }
+    }
+    free(scratch.base);
+    return 0;
+}
+
+DT_EXPORT int64_t dt_abi_version(void) { return DT_ABI_VERSION; }
+
+// Name of a variant, best first; NULL past the end.
+DT_EXPORT const char *dt_variant_name(int64_t index) {
+    return index >= 0 && index < VARIANT_COUNT ? VARIANTS[index]->name : NULL;
+}
+
+DT_EXPORT int64_t dt_variant_supported(int64_t index) {
+    return index >= 0 && index < VARIANT_COUNT && VARIANTS[index]->supported();
+}
+
+// Bytes that dt_prepare writes for all rows of args.
+DT_EXPORT int64_t dt_prepared_bytes(const dt_args *args) {
+    dt_shape shape;
+    const int error = shape_build(&shape, args, args->rows);
+    if (error) return error;
+    const size_t bytes = prepared_bytes(&shape);
+    dt_plan_free(&shape.plan);
+    return (int64_t)bytes;
+}
+
+// Quantises all rows into `prepared`; returns the number of infinite rows, or an error.
+DT_EXPORT int64_t dt_prepare(const dt_args *args, void *prepared) {
+    dt_shape shape;
+    const int error = shape_build(&shape, args, args->rows);
+    if (error) return error;
+    const int64_t result = prepare(&shape, args, 0, args->rows, prepared);
+    dt_plan_free(&shape.plan);
+    return result;
+}
+
+// Output columns [n0, n1) from prepared rows.
+DT_EXPORT int64_t dt_apply(const dt_args *args, const void *prepared, int64_t n0, int64_t n1) {
+    dt_shape shape;
+    int error = shape_build(&shape, args, args->rows);
+    if (error) return error;
+    error = apply(&shape, args, prepared, 0, args->rows, n0, n1);
+    dt_plan_free(&shape.plan);
+    return error;
+}
+
+// Rows [m0, m1) of the whole layer, in blocks; returns the number of infinite rows, or an error.
+DT_EXPORT int64_t dt_linear(const dt_args *args, int64_t m0, int64_t m1) {
+    int64_t infinite_rows = 0;
+    const int64_t blocks = (m1 - m0 + ROW_BLOCK - 1) / ROW_BLOCK;
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t row = m0 + (m1 - m0) * b / blocks;
+        const int64_t rows = m0 + (m1 - m0) * (b + 1) / blocks - row;
+        dt_shape shape;
+        int64_t result = shape_build(&shape, args, rows);
+        if (result) return result;
+        void *base;
+        char *prepared = aligned_memory(prepared_bytes(&shape), &base);
+        result = prepared ? prepare(&shape, args, row, rows, prepared) : DT_ERROR_MEMORY;
+        if (result >= 0) {
+            infinite_rows += result;
+            result = apply(&shape, args, prepared, row, rows, 0, args->out_features);
+        }
+        free(base);
+        dt_plan_free(&shape.plan);
+        if (result < 0) return result;
+    }
+    return infinite_rows;
+}
+
+// Test hook: int32 sums of int8 x [rows, in_features] times the codes, out [rows, groups, out_features].
+// It runs the layer's own tiles (or GEMV) on one group at a time, as if each were a layer with one scale per row.
+DT_EXPORT int64_t dt_accumulate(const dt_args *args, const int8_t *x, int32_t *out) {
+    dt_shape shape;
+    int64_t error = shape_build(&shape, args, args->rows);
+    if (error) return error;
+    const dt_plan *plan = &shape.plan;
+    const int32_t width = shape.variant->tile_columns;
+    void *base;
+    dt_scratch scratch = {0};
+    char *prepared = aligned_memory(prepared_bytes(&shape), &base);
+    error = prepared ? scratch_build(&scratch, &shape) : DT_ERROR_MEMORY;
+    for (int64_t g = 0; !error && g < plan->groups; g++) {
+        memset(prepared, 0, prepared_bytes(&shape));
+        int32_t *corrections = (int32_t *)(prepared + shape.scale_bytes);
+        int8_t *q = (int8_t *)(prepared + shape.scale_bytes + shape.correction_bytes);
+        for (int64_t m = 0; m < args->rows; m++) {
+            for (int32_t i = 0; i < plan->segment_count; i++) {
+                const dt_segment *segment = &plan->segments[i];
+                if (segment->group != g) continue;
+                memcpy(q + m * shape.x_stride + 4 * (ptrdiff_t)segment->step, x + m * args->in_features + segment->column,
+                       (size_t)segment->length);
+            }
+            correct_runs(&shape, q + m * shape.x_stride, corrections + m * plan->run_count);
+        }
+        for (int64_t n = 0; n < args->out_features; n += width) {
+            const int32_t columns = (int32_t)(args->out_features - n < width ? args->out_features - n : width);
+            multiply_panel(&shape, args, prepared, n, columns, &scratch, NULL);
+            for (int64_t m = 0; m < args->rows; m++) {
+                memcpy(out + (m * plan->groups + g) * args->out_features + n, scratch.accumulator + m * width * 4,
+                       (size_t)columns * 4);
+            }
+        }
+    }
+    free(scratch.base);
+    free(base);
+    dt_plan_free(&shape.plan);
+    return error;
+}
+
+// Test hook: int8 rows as the layer quantises them, without padding, and their scales.
+DT_EXPORT int64_t dt_quantize_rows(const dt_args *args, int8_t *q, float *scales) {
+    dt_shape shape;
+    int64_t error = shape_build(&shape, args, args->rows);
+    if (error) return error;
+    void *base;
+    char *prepared = aligned_memory(prepared_bytes(&shape), &base);
+    error = prepared ? prepare(&shape, args, 0, args->rows, prepared) : DT_ERROR_MEMORY;
+    for (int64_t m = 0; error >= 0 && m < args->rows; m++) {
+        const int8_t *row =
+            (const int8_t *)(prepared + shape.scale_bytes + shape.correction_bytes) + m * shape.x_stride;
+        for (int32_t i = 0; i < shape.plan.segment_count; i++) {
+            const dt_segment *segment = &shape.plan.segments[i];
+            memcpy(q + m * args->in_features + segment->column, row + 4 * (ptrdiff_t)segment->step, (size_t)segment->length);
+        }
+        scales[m] = ((const float *)prepared)[m];
+    }
+    free(base);
+    dt_plan_free(&shape.plan);
+    return error;
+}
+
+// Exact path: rows [n0, n1) of the weight as float32 [n1 - n0, in_features].
+DT_EXPORT int64_t dt_dequantize(const dt_args *args, int64_t n0, int64_t n1, float *out) {
+    dt_shape shape;
+    const int64_t error = shape_build(&shape, args, args->rows);
+    if (error) return error;
+    const dt_plan *plan = &shape.plan;
+    const uint8_t *multiplier = pointer(args->multiplier);
+    for (int64_t n = n0; n < n1; n++) {
+        const uint8_t *row = (const uint8_t *)pointer(args->weight) + n * plan->plane_bytes;
+        float *target = out + (n - n0) * args->in_features;
+        for (int32_t i = 0; i < plan->segment_count; i++) {
+            const dt_segment *segment = &plan->segments[i];
+            const int64_t at = n * plan->groups + segment->group;
+            const float scale =
+                multiplier ? dt_load(pointer(args->scale), args->scale_dtype, n) * (float)multiplier[at] / 63.0f
+                           : dt_load(pointer(args->scale), args->scale_dtype, at);
+            for (int32_t k = 0; k < segment->length; k++) {
+                // the two code bits, sign-extended from the top of the byte
+                const int8_t code = (int8_t)((uint32_t)row[segment->byte + k] << (6 - segment->shift));
+                target[segment->column + k] = (float)(code >> 6) * scale;
+            }
+        }
+    }
+    dt_plan_free(&shape.plan);
+    return 0;
+}
