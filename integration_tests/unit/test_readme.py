@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's commands are those that CI runs, and its snippets run as they stand."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+
+ROOT = pathlib.Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_ci_runs_the_readme_test_command():
+    commands = [block.strip() for block in blocks("bash") if "pytest" in block]
+    assert len(commands) == 1
+    assert commands[0] in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_readme_names_the_pinned_versions():
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "integration_tests" / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    )
+    for name in ("torch", "diffusers", "transformers", "peft", "accelerate"):
+        assert f"{name} {pins[name]}" in README, name
+
+
+@pytest.mark.slow
+def test_readme_snippets_run(tmp_path):
+    first, second, third, config = blocks("python")
+    # The third block says "in a fresh process", and is run in one.
+    for source in (first + second + config, third):
+        result = subprocess.run(
+            [sys.executable, "-c", source],
+            cwd=tmp_path,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size < 2_000_000
+
+
+def test_readme_commands_exist():
+    from typer.main import get_command
+
+    from diffusers_ternary.cli import app
+
+    commands = get_command(app).commands
+    used = set(re.findall(r"^diffusers-ternary (\w+)", README, flags=re.MULTILINE))
+    assert used <= set(commands), used - set(commands)
