@@ -11,6 +11,18 @@ from ..kernels import reference
 ACTIVATION_DTYPES = ("auto", "int8", "float8_e4m3fn", "none")
 
 
+def check_arguments(input: torch.Tensor, in_features: int, activation_dtype: str) -> None:
+    """Checks what a caller can get wrong; every device's implementation calls it first.
+
+    Raises:
+        ValueError: names the value and what is expected.
+    """
+    if input.dim() == 0 or input.shape[-1] != in_features:
+        raise ValueError(f"A ternary linear map expected [..., {in_features}], got {list(input.shape)}.")
+    if activation_dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"activation_dtype={activation_dtype!r} is not one of {', '.join(ACTIVATION_DTYPES)}.")
+
+
 @torch.library.custom_op("diffusers_ternary::linear", mutates_args=())
 def ternary_linear(
     input: torch.Tensor,
@@ -36,7 +48,11 @@ def ternary_linear(
 
     Returns:
         `torch.Tensor`: `[..., N]`, dtype of `input`.
+
+    Raises:
+        ValueError: if `input` has another number of features, or `activation_dtype` is unknown.
     """
+    check_arguments(input, in_features, activation_dtype)
     # The default implementation serves every device without one of its own.
     return reference.linear(
         input,
@@ -61,7 +77,7 @@ def _(
     group_size: int,
     activation_dtype: str,
 ) -> torch.Tensor:
-    torch._check(input.shape[-1] == in_features, lambda: f"expected [..., {in_features}], got {list(input.shape)}")
+    check_arguments(input, in_features, activation_dtype)
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
@@ -89,7 +105,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         )
         grad_input = (grad @ dense).to(ctx.input_dtype)
     if ctx.needs_input_grad[4]:
-        grad_bias = grad.flatten(0, -2).sum(dim=0).to(ctx.bias_dtype)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)  # [N]; also for a single token
     return grad_input, None, None, None, grad_bias, None, None, None
 
 
