@@ -13,7 +13,7 @@
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define INLINE static inline __attribute__((always_inline))
 
-enum { TILE_ROWS = 6, TILE_COLUMNS = 16, RUN_STEPS = 128, GEMV_ROWS = 4 };
+enum { TILE_ROWS = 6, TILE_COLUMNS = 16, RUN_STEPS = 128, GEMV_ROWS = 4, GEMV_COLUMNS = 4 };
 
 AVX2 INLINE __m256 load8(const void *x, int64_t dtype, int64_t i) {
     if (dtype == DT_FLOAT32) return _mm256_loadu_ps((const float *)x + i);
@@ -316,7 +316,6 @@ AVX2 static void tile(const dt_tile *t, int32_t rows) {
     }
 }
 
-// Adds the int32 lanes of one weight row to one output.
 AVX2 INLINE int32_t total(__m256i lanes) {
     __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
@@ -329,80 +328,191 @@ AVX2 INLINE float total_float(__m256 lanes) {
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
-// One run of one weight row times up to four rows of x: int16 pair sums.
-AVX2 INLINE void gemv_run(const uint8_t *w, const int8_t *x, ptrdiff_t x_stride, int32_t bytes, const int shift,
-                          const int rows, __m256i pairs[GEMV_ROWS]) {
-    for (int32_t k = 0; k < bytes; k += 32) {
-        const __m256i u = codes(_mm256_loadu_si256((const __m256i *)(w + k)), shift);
+// One run of `columns` weight rows times `rows` rows of x: int16 pair sums, from zero.
+AVX2 INLINE void gemv_run(const uint8_t *const w[GEMV_COLUMNS], const int8_t *x, ptrdiff_t x_stride, const dt_run *run,
+                          const int shift, const int columns, const int rows, __m256i *pairs) {
+    __m256i sums[GEMV_COLUMNS * GEMV_ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < columns * rows; i++) sums[i] = _mm256_setzero_si256();
+    for (ptrdiff_t k = 0; k < 4 * run->steps; k += 32) {
+#pragma GCC unroll 4
+        for (int n = 0; n < columns; n++) {
+            const __m256i u = codes(_mm256_loadu_si256((const __m256i *)(w[n] + run->byte + k)), shift);
+#pragma GCC unroll 4
+            for (int m = 0; m < rows; m++) {
+                const __m256i q = _mm256_loadu_si256((const __m256i *)(x + m * x_stride + k));
+                sums[n * rows + m] = _mm256_add_epi16(sums[n * rows + m], _mm256_maddubs_epi16(u, q));
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < columns * rows; i++) pairs[i] = sums[i];
+}
+
+// Outputs [row, row + rows) x [column, column + columns), the runs one after the other.
+AVX2 INLINE void gemv_runs(const dt_gemv *g, int32_t row, int32_t column, const int rows, const int columns,
+                           const int scaled) {
+    const uint8_t *w[GEMV_COLUMNS];
+    __m256i sums[GEMV_COLUMNS * GEMV_ROWS];
+    __m256 values[GEMV_COLUMNS * GEMV_ROWS];
+#pragma GCC unroll 4
+    for (int n = 0; n < columns; n++) w[n] = g->weight + (column + n) * g->plane_bytes;
+    // only one row at a time is ever so close to the end that it is read from a copy
+    if (columns == 1) w[0] = dt_readable(w[0], g->weight_end, (size_t)g->plane_bytes + 64, g->row_copy);
+#pragma GCC unroll 16
+    for (int i = 0; i < columns * rows; i++) {
+        sums[i] = _mm256_setzero_si256();
+        values[i] = _mm256_setzero_ps();
+    }
+    for (int32_t i = 0; i < g->run_count; i++) {
+        const dt_run *run = &g->runs[i];
+        const int8_t *x = g->x + row * g->x_stride + 4 * (ptrdiff_t)run->step;
+        __m256i pairs[GEMV_COLUMNS * GEMV_ROWS];
+        switch (run->shift) {
+            case 0: gemv_run(w, x, g->x_stride, run, 0, columns, rows, pairs); break;
+            case 2: gemv_run(w, x, g->x_stride, run, 2, columns, rows, pairs); break;
+            case 4: gemv_run(w, x, g->x_stride, run, 4, columns, rows, pairs); break;
+            default: gemv_run(w, x, g->x_stride, run, 6, columns, rows, pairs); break;
+        }
 #pragma GCC unroll 4
         for (int m = 0; m < rows; m++) {
-            const __m256i q = _mm256_loadu_si256((const __m256i *)(x + m * x_stride + k));
-            pairs[m] = _mm256_add_epi16(pairs[m], _mm256_maddubs_epi16(u, q));
+            // the surplus joins one lane, so every lane stays an exact integer
+            const __m256i surplus =
+                _mm256_zextsi128_si256(_mm_cvtsi32_si128(g->correction[(row + m) * g->correction_stride + i]));
+#pragma GCC unroll 4
+            for (int n = 0; n < columns; n++) {
+                const int at = n * rows + m;
+                const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(pairs[at], _mm256_set1_epi16(1)), surplus);
+                if (scaled) {
+                    const __m256 scale = _mm256_broadcast_ss(g->group_scale + (column + n) * g->groups + run->group);
+                    values[at] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, values[at]);
+                } else {
+                    sums[at] = _mm256_add_epi32(sums[at], sum);
+                }
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < columns; n++) {
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; m++) {
+            const ptrdiff_t at = (ptrdiff_t)(row + m) * g->tile_columns + column + n;
+            if (scaled) {
+                ((float *)g->c)[at] = total_float(values[n * rows + m]);
+            } else {
+                ((int32_t *)g->c)[at] = total(sums[n * rows + m]);
+            }
         }
     }
 }
 
-AVX2 INLINE void gemv_rows(const dt_gemv *g, int32_t row, const int rows, const int scaled) {
+// All planes of a byte at once, for rows of one scale: a nibble holds two codes, and two table look-ups per nibble
+// replace the shift, add and mask of each plane.
+AVX2 INLINE void gemv_planes(const dt_gemv *g, int32_t row, int32_t column, const int columns) {
+    const __m256i nibble = _mm256_set1_epi8(0x0f);
+    const __m256i low_code = _mm256_setr_epi8(1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0,  //
+                                              1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0);
+    const __m256i high_code = _mm256_setr_epi8(1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 0, 0, 0, 0,  //
+                                               1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 0, 0, 0, 0);
+    const ptrdiff_t bytes = 4 * (ptrdiff_t)g->runs[0].steps;
     const int8_t *x = g->x + row * g->x_stride;
-    const int32_t *correction = g->correction + row * g->correction_stride;
-    for (int32_t n = 0; n < g->columns; n++) {
-        const uint8_t *w = g->weight + n * g->plane_bytes;
-        w = dt_readable(w, g->weight_end, (size_t)g->plane_bytes + 64, g->row_copy);
-        __m256i sums[GEMV_ROWS];
-        __m256 values[GEMV_ROWS];
+    const uint8_t *w[GEMV_COLUMNS];
+    __m256i sums[GEMV_COLUMNS];
 #pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) {
-            sums[m] = _mm256_setzero_si256();
-            values[m] = _mm256_setzero_ps();
-        }
-        for (int32_t i = 0; i < g->run_count; i++) {
-            const dt_run *run = &g->runs[i];
-            const int8_t *q = x + 4 * (ptrdiff_t)run->step;
-            __m256i pairs[GEMV_ROWS];
+    for (int n = 0; n < columns; n++) {
+        w[n] = g->weight + (column + n) * g->plane_bytes;
+        sums[n] = _mm256_setzero_si256();
+    }
+    if (columns == 1) w[0] = dt_readable(w[0], g->weight_end, (size_t)g->plane_bytes + 64, g->row_copy);
+    for (ptrdiff_t start = 0; start < bytes; start += 16 * 32) {  // 4 planes x 16 vectors x 508 fit int16
+        const ptrdiff_t end = start + 16 * 32 < bytes ? start + 16 * 32 : bytes;
+        __m256i pairs[GEMV_COLUMNS];
 #pragma GCC unroll 4
-            for (int m = 0; m < rows; m++) pairs[m] = _mm256_setzero_si256();
-            switch (run->shift) {
-                case 0: gemv_run(w + run->byte, q, g->x_stride, 4 * run->steps, 0, rows, pairs); break;
-                case 2: gemv_run(w + run->byte, q, g->x_stride, 4 * run->steps, 2, rows, pairs); break;
-                case 4: gemv_run(w + run->byte, q, g->x_stride, 4 * run->steps, 4, rows, pairs); break;
-                default: gemv_run(w + run->byte, q, g->x_stride, 4 * run->steps, 6, rows, pairs); break;
-            }
+        for (int n = 0; n < columns; n++) pairs[n] = _mm256_setzero_si256();
+        for (ptrdiff_t k = start; k < end; k += 32) {
+            const __m256i x0 = _mm256_loadu_si256((const __m256i *)(x + k));
+            const __m256i x1 = _mm256_loadu_si256((const __m256i *)(x + bytes + k));
+            const __m256i x2 = _mm256_loadu_si256((const __m256i *)(x + 2 * bytes + k));
+            const __m256i x3 = _mm256_loadu_si256((const __m256i *)(x + 3 * bytes + k));
 #pragma GCC unroll 4
-            for (int m = 0; m < rows; m++) {
-                // the surplus joins one lane, so every lane stays an exact integer
-                const __m128i surplus = _mm_cvtsi32_si128(correction[m * g->correction_stride + i]);
-                const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(pairs[m], _mm256_set1_epi16(1)),
-                                                     _mm256_zextsi128_si256(surplus));
-                if (scaled) {
-                    const __m256 scale =
-                        _mm256_broadcast_ss(g->group_scale + (ptrdiff_t)run->group * g->tile_columns + n);
-                    values[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, values[m]);
-                } else {
-                    sums[m] = _mm256_add_epi32(sums[m], sum);
-                }
+            for (int n = 0; n < columns; n++) {
+                const __m256i packed = _mm256_loadu_si256((const __m256i *)(w[n] + k));
+                const __m256i high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
+                const __m256i low = _mm256_and_si256(packed, nibble);
+                const __m256i p0 = _mm256_maddubs_epi16(_mm256_shuffle_epi8(high_code, high), x0);
+                const __m256i p1 = _mm256_maddubs_epi16(_mm256_shuffle_epi8(low_code, high), x1);
+                const __m256i p2 = _mm256_maddubs_epi16(_mm256_shuffle_epi8(high_code, low), x2);
+                const __m256i p3 = _mm256_maddubs_epi16(_mm256_shuffle_epi8(low_code, low), x3);
+                const __m256i four = _mm256_add_epi16(_mm256_add_epi16(p0, p1), _mm256_add_epi16(p2, p3));
+                pairs[n] = _mm256_add_epi16(pairs[n], four);
             }
         }
 #pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) {
-            const ptrdiff_t at = (ptrdiff_t)(row + m) * g->tile_columns + n;
-            if (scaled) {
-                ((float *)g->c)[at] = total_float(values[m]);
-            } else {
-                ((int32_t *)g->c)[at] = total(sums[m]);
-            }
+        for (int n = 0; n < columns; n++) {
+            sums[n] = _mm256_add_epi32(sums[n], _mm256_madd_epi16(pairs[n], _mm256_set1_epi16(1)));
+        }
+    }
+    const int32_t *surplus = g->correction + row * g->correction_stride;
+    const int32_t correction = surplus[0] + surplus[1] + surplus[2] + surplus[3];
+#pragma GCC unroll 4
+    for (int n = 0; n < columns; n++) {
+        ((int32_t *)g->c)[(ptrdiff_t)row * g->tile_columns + column + n] = total(sums[n]) + correction;
+    }
+}
+
+AVX2 INLINE void gemv_columns(const dt_gemv *g, int32_t column, const int columns) {
+    // the four planes in step: K is a multiple of 4 and no run is split
+    const int planes = !g->group_scale && g->run_count == 4 && g->runs[0].steps == g->runs[3].steps;
+    int32_t row = 0;
+    while (row < g->rows) {
+        const int32_t left = g->rows - row;
+        if (left == 1 && planes) {
+            gemv_planes(g, row, column, columns);
+            row += 1;
+        } else if (left == 1) {
+            if (g->group_scale) gemv_runs(g, row, column, 1, columns, 1);
+            else gemv_runs(g, row, column, 1, columns, 0);
+            row += 1;
+        } else if (left < 4) {
+            if (g->group_scale) gemv_runs(g, row, column, 2, columns, 1);
+            else gemv_runs(g, row, column, 2, columns, 0);
+            row += 2;
+        } else {
+            if (g->group_scale) gemv_runs(g, row, column, 4, columns, 1);
+            else gemv_runs(g, row, column, 4, columns, 0);
+            row += 4;
         }
     }
 }
 
 AVX2 static void gemv(const dt_gemv *g) {
-    int32_t row = 0;
-    for (; row + 4 <= g->rows; row += 4) {
-        if (g->group_scale) gemv_rows(g, row, 4, 1);
-        else gemv_rows(g, row, 4, 0);
+    const int wide = g->rows == 1 ? 4 : 2;
+    int32_t n = 0;
+    while (n < g->columns) {
+        const uint8_t *end = g->weight + (n + wide) * g->plane_bytes + 64;
+        if (n + wide > g->columns || end > g->weight_end) {
+            gemv_columns(g, n, 1);
+            n += 1;
+        } else if (wide == 4) {
+            gemv_columns(g, n, 4);
+            n += 4;
+        } else {
+            gemv_columns(g, n, 2);
+            n += 2;
+        }
     }
-    for (; row < g->rows; row++) {
-        if (g->group_scale) gemv_rows(g, row, 1, 1);
-        else gemv_rows(g, row, 1, 0);
+}
+
+AVX2 void dt_scales_avx2(const void *scale, int64_t dtype, const uint8_t *multiplier, int64_t rows, int64_t groups, float *out) {
+    if (!multiplier) {
+        int64_t i = 0;
+        for (; i + 8 <= rows * groups; i += 8) _mm256_storeu_ps(out + i, load8(scale, dtype, i));
+        for (; i < rows * groups; i++) out[i] = dt_load(scale, dtype, i);
+        return;
+    }
+    for (int64_t n = 0; n < rows; n++) {
+        const float row_scale = dt_load(scale, dtype, n);
+        for (int64_t g = 0; g < groups; g++) out[n * groups + g] = row_scale * (float)multiplier[n * groups + g] / 63.0f;
     }
 }
 
@@ -466,6 +576,7 @@ const dt_variant dt_avx2 = {
     .decode = dt_decode_avx2,
     .tile = tile,
     .gemv = gemv,
+    .scales = dt_scales_avx2,
     .store = dt_store_avx2,
 };
 #endif

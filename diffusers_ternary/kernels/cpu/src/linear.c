@@ -128,25 +128,28 @@ static int64_t prepare(const dt_shape *shape, const dt_args *args, int64_t row, 
     return infinite_rows;
 }
 
-// Effective float scales of one panel, [groups][tile columns]; columns past the end repeat the last one.
-static void load_scales(const dt_shape *shape, const dt_args *args, int64_t n0, int32_t columns, float *scales) {
+static const void *offset(int64_t address, int64_t dtype, int64_t elements) {
+    return (const char *)pointer(address) + elements * element_bytes(dtype);
+}
+
+// Effective float scales of one panel: [columns][groups] for the GEMV and for one group, else [groups][tile columns].
+static void load_scales(const dt_shape *shape, const dt_args *args, int64_t n0, int32_t columns, float *scales, float *rows) {
     const int64_t groups = shape->plan.groups;
     const int32_t tile_columns = shape->variant->tile_columns;
-    const uint8_t *multiplier = pointer(args->multiplier);
-    for (int32_t n = 0; n < tile_columns; n++) {
-        const int64_t row = n0 + (n < columns ? n : columns - 1);
-        const float row_scale = multiplier ? dt_load(pointer(args->scale), args->scale_dtype, row) : 0.0f;
-        for (int64_t g = 0; g < groups; g++) {
-            scales[g * tile_columns + n] = multiplier
-                                               ? row_scale * (float)multiplier[row * groups + g] / 63.0f
-                                               : dt_load(pointer(args->scale), args->scale_dtype, row * groups + g);
-        }
+    const uint8_t *multiplier = args->multiplier ? (const uint8_t *)pointer(args->multiplier) + n0 * groups : NULL;
+    const void *source = offset(args->scale, args->scale_dtype, multiplier ? n0 : n0 * groups);
+    const int as_rows = shape->use_gemv || groups == 1;
+    shape->variant->scales(source, args->scale_dtype, multiplier, columns, groups, as_rows ? scales : rows);
+    for (int64_t g = 0; !as_rows && g < groups; g++) {
+        // columns past the end are computed and dropped, but must hold numbers
+        for (int32_t n = 0; n < tile_columns; n++) scales[g * tile_columns + n] = n < columns ? rows[n * groups + g] : 0.0f;
     }
 }
 
 typedef struct {
     void *base;
-    float *scales;      // [groups][tile columns]
+    float *scales;      // as load_scales leaves them
+    float *scale_rows;  // [tile columns][groups]
     uint8_t *panel;     // one block of codes
     char *accumulator;  // [padded rows][tile columns]
     uint8_t *row_copy;
@@ -158,12 +161,13 @@ static int scratch_build(dt_scratch *scratch, const dt_shape *shape) {
     const size_t panel = shape->use_gemv ? 0 : (size_t)shape->variant->block_steps * (size_t)columns * 4;
     const size_t accumulator = (size_t)(shape->padded_rows * columns * 4);
     const size_t row_copy = shape->use_gemv ? (size_t)shape->plan.plane_bytes + 64 : 0;
-    char *memory = aligned_memory(scales + panel + accumulator + row_copy, &scratch->base);
+    char *memory = aligned_memory(2 * scales + panel + accumulator + row_copy, &scratch->base);
     if (!memory) return DT_ERROR_MEMORY;
     scratch->scales = (float *)memory;
-    scratch->panel = (uint8_t *)memory + scales;
-    scratch->accumulator = memory + scales + panel;
-    scratch->row_copy = (uint8_t *)memory + scales + panel + accumulator;
+    scratch->scale_rows = (float *)(memory + scales);
+    scratch->panel = (uint8_t *)memory + 2 * scales;
+    scratch->accumulator = memory + 2 * scales + panel;
+    scratch->row_copy = (uint8_t *)memory + 2 * scales + panel + accumulator;
     return 0;
 }
 
@@ -180,7 +184,7 @@ static void multiply_panel(const dt_shape *shape, const dt_args *args, const cha
     if (shape->use_gemv) {
         const dt_gemv gemv = {panel_weight, weight_end, plan->plane_bytes, columns, v->tile_columns,
                               (int32_t)shape->padded_rows, q, shape->x_stride, plan->runs, plan->run_count,
-                              corrections, plan->run_count, group_scale, scratch->accumulator, scratch->row_copy};
+                              corrections, plan->run_count, group_scale, plan->groups, scratch->accumulator, scratch->row_copy};
         v->gemv(&gemv);
         return;
     }
@@ -215,7 +219,7 @@ static int apply(const dt_shape *shape, const dt_args *args, const char *prepare
     for (int64_t n = n0; n < n1; n += v->tile_columns) {
         const int32_t columns = (int32_t)(n1 - n < v->tile_columns ? n1 - n : v->tile_columns);
         float bias[DT_MAX_TILE_COLUMNS];
-        load_scales(shape, args, n, columns, scratch.scales);
+        load_scales(shape, args, n, columns, scratch.scales, scratch.scale_rows);
         for (int32_t i = 0; args->bias && i < columns; i++) bias[i] = dt_load(pointer(args->bias), args->bias_dtype, n + i);
         multiply_panel(shape, args, prepared, n, columns, &scratch, grouped ? scratch.scales : NULL);
         for (int64_t m = 0; m < rows; m++) {

@@ -36,6 +36,12 @@ int32_t dt_sum_scalar(const int8_t *q, int64_t n) {
 
 int32_t dt_correction_scalar(const int8_t *q, int64_t n) { return -dt_sum_scalar(q, n); }
 
+void dt_scales_scalar(const void *scale, int64_t dtype, const uint8_t *multiplier, int64_t rows, int64_t groups, float *out) {
+    for (int64_t i = 0; i < rows * groups; i++) {
+        out[i] = multiplier ? dt_load(scale, dtype, i / groups) * (float)multiplier[i] / 63.0f : dt_load(scale, dtype, i);
+    }
+}
+
 void dt_store_scalar(const void *c, const float *column_scale, float row_scale, const float *bias, void *out,
                      int64_t dtype, int32_t columns) {
     for (int32_t n = 0; n < columns; n++) {
@@ -103,7 +109,7 @@ static void gemv(const dt_gemv *g) {
                     sum += (int32_t)((((uint32_t)row[run->byte + k] >> run->shift) + 1) & 3) * x[k];
                 }
                 if (g->group_scale) {
-                    ((float *)g->c)[at] += (float)sum * g->group_scale[(ptrdiff_t)run->group * g->tile_columns + n];
+                    ((float *)g->c)[at] += (float)sum * g->group_scale[n * g->groups + run->group];
                 } else {
                     ((int32_t *)g->c)[at] += sum;
                 }
@@ -132,5 +138,6 @@ const dt_variant dt_scalar = {
     .decode = decode,
     .tile = tile,
     .gemv = gemv,
+    .scales = dt_scales_scalar,
     .store = dt_store_scalar,
 };

@@ -100,7 +100,8 @@ typedef struct {
     int32_t run_count;
     const int32_t *correction;  // -sum(x) per [row][run]
     ptrdiff_t correction_stride;
-    const float *group_scale;
+    const float *group_scale;  // [columns][groups], or NULL: c is int32 and unscaled
+    int64_t groups;
     void *c;
     uint8_t *row_copy;      // plane_bytes + 64 bytes, for rows too close to the end of the weight
 } dt_gemv;
@@ -120,6 +121,8 @@ typedef struct {
                    int32_t columns, int32_t tile_columns, uint8_t *panel);
     void (*tile)(const dt_tile *tile, int32_t rows);
     void (*gemv)(const dt_gemv *gemv);
+    // Effective float scales [rows][groups] of consecutive weight rows.
+    void (*scales)(const void *scale, int64_t dtype, const uint8_t *multiplier, int64_t rows, int64_t groups, float *out);
     // out = (c * column_scale) * row_scale + bias; c is int32 when column_scale is given, else float
     void (*store)(const void *c, const float *column_scale, float row_scale, const float *bias, void *out,
                   int64_t dtype, int32_t columns);
@@ -137,6 +140,7 @@ int32_t dt_sum_avx2(const int8_t *q, int64_t n);
 int32_t dt_correction_vnni(const int8_t *q, int64_t n);
 void dt_decode_avx2(const dt_plan *plan, int32_t step, int32_t steps, const uint8_t *weight, const uint8_t *weight_end,
                     int32_t columns, int32_t tile_columns, uint8_t *panel);
+void dt_scales_avx2(const void *scale, int64_t dtype, const uint8_t *multiplier, int64_t rows, int64_t groups, float *out);
 void dt_store_avx2(const void *c, const float *column_scale, float row_scale, const float *bias, void *out,
                    int64_t dtype, int32_t columns);
 #endif
@@ -151,6 +155,7 @@ int32_t dt_sum_scalar(const int8_t *q, int64_t n);
 int32_t dt_correction_scalar(const int8_t *q, int64_t n);
 void dt_store_scalar(const void *c, const float *column_scale, float row_scale, const float *bias, void *out,
                      int64_t dtype, int32_t columns);
+void dt_scales_scalar(const void *scale, int64_t dtype, const uint8_t *multiplier, int64_t rows, int64_t groups, float *out);
 // Bytes of one row from `source`, copied to `copy` when a read of `length` bytes would pass `end`.
 const uint8_t *dt_readable(const uint8_t *source, const uint8_t *end, size_t length, uint8_t *copy);
 
