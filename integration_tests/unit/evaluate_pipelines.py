@@ -111,7 +111,7 @@ def tiny_stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
         text_encoder=CLIPTextModel(clip_text_config(tokenizer)).eval(),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`diffusers-ternary demo`."""
+
+import pathlib
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from .console import console, explained_errors, format_bytes
+
+
+if TYPE_CHECKING:
+    from ..demo.run import DemoResult
+
+
+def demo_command(
+    full: Annotated[bool, typer.Option("--full", help="256 held-out prompts instead of 48.")] = False,
+    json_path: Annotated[
+        pathlib.Path | None, typer.Option("--json", help="Also write the table to this JSON file.", metavar="PATH")
+    ] = None,
+    output: Annotated[pathlib.Path, typer.Option(help="Folder for contact_sheet.png.", metavar="DIR")] = pathlib.Path(
+        "diffusers-ternary-demo"
+    ),
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's own.", min=1)] = None,
+) -> None:
+    """Draws pixel people with the embedded model and its ternary versions, and judges both. Needs no network.
+
+    The prompts are attribute combinations that the embedded model was never trained on; every version gets the same
+    prompts and seeds.
+
+    Example: diffusers-ternary demo --json demo.json
+    """
+    with explained_errors():
+        if json_path is not None and not json_path.parent.is_dir():
+            raise FileNotFoundError(
+                f"--json {json_path}: the folder {json_path.parent} does not exist. Make it first."
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        result = _run(full, threads)
+        sheet = output / "contact_sheet.png"
+        result.save_contact_sheet(sheet)
+        if json_path is not None:
+            result.save_json(json_path)
+    console.print(_table(result))
+    for path in (sheet, json_path):
+        if path is not None:
+            console.print(f"wrote {path}", soft_wrap=True, markup=False)
+
+
+def _run(full: bool, threads: int | None) -> "DemoResult":
+    import torch
+
+    from ..evaluate import MissingExtraError
+    from .quiet import hide_loading_bars
+
+    hide_loading_bars()
+    from ..demo.run import run_demo
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        return run_demo(full=full)
+    except MissingExtraError as error:
+        raise ValueError(str(error)) from error
+
+
+def _table(result: "DemoResult") -> Table:
+    table = Table(
+        caption=f"{len(result.prompts)} held-out prompts, one seed each, the same for all variants. "
+        "PSNR and velocity error: distance to the teacher.",
+        caption_justify="left",
+    )
+    table.add_column("variant")
+    headings = ("bits/weight", "bytes", "attributes\nright", "all\nright", "PSNR\ndB", "velocity\nNMSE", "seconds")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        values = row.to_dict()
+        table.add_row(
+            row.variant,
+            f"{row.bits_per_weight:.2f}",
+            format_bytes(row.bytes),
+            f"{row.attribute_accuracy:.1%}",
+            f"{row.all_attributes:.1%}",
+            "–" if values["psnr_db"] is None else f"{row.psnr_db:.1f}",
+            "–" if values["velocity_nmse"] is None else f"{row.velocity_nmse:.3f}",
+            f"{row.seconds:.1f}",
+        )
+    return table

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares a student pipeline with its teacher: the same prompts, the same seeds, and numbers that say how far off."""
+
+from .clip import ClipScore
+from .contact_sheet import contact_sheet
+from .evaluation import Scorer, TeacherRun, compare, evaluate, observe_teacher
+from .extras import MissingExtraError
+from .report import write_report
+from .result import EvaluationResult
+from .sampling import Sampling
+from .velocity import VelocityError
+
+
+__all__ = [
+    "ClipScore",
+    "EvaluationResult",
+    "MissingExtraError",
+    "Sampling",
+    "Scorer",
+    "TeacherRun",
+    "VelocityError",
+    "compare",
+    "contact_sheet",
+    "evaluate",
+    "observe_teacher",
+    "write_report",
+]

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: one HTML page that needs nothing else, and its images, plot and numbers as files beside it."""
+
+import base64
+import dataclasses
+import importlib.resources
+import io
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from PIL import Image
+
+from .extras import import_extra
+from .plot import plot_velocity_error
+from .result import EvaluationResult
+
+
+EMBEDDED_SIZE = 512  # pixels; larger images are embedded scaled, and written in full beside the page
+_WEBP_QUALITY = 90
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    prompt: str
+    seed: int
+    psnr: str
+    teacher: str
+    student: str
+    pixelated: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plot:
+    light: str
+    dark: str
+    alternative: str
+
+
+def write_report(
+    result: EvaluationResult,
+    directory: str | os.PathLike[str],
+    *,
+    student_name: str,
+    teacher_name: str,
+    max_images: int = 48,
+) -> pathlib.Path:
+    """Writes `index.html`, `result.json`, `contact_sheet.png`, `velocity_error.png` and `images/*.png`.
+
+    Args:
+        result ([`EvaluationResult`]): what to show.
+        directory (`str` or `os.PathLike`): made if it does not exist.
+        student_name, teacher_name (`str`): how the page calls them.
+        max_images (`int`, *optional*, defaults to 48): pairs shown on the page; files are written for all.
+
+    Returns:
+        `pathlib.Path`: of the page. It makes no request, to this folder or elsewhere.
+
+    Raises:
+        MissingExtraError: without matplotlib or Jinja2 (`pip install diffusers-ternary[evaluate]`).
+    """
+    folder = pathlib.Path(directory)
+    page = render(result, student_name=student_name, teacher_name=teacher_name, max_images=max_images)
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    result.save_json(folder / "result.json")
+    result.contact_sheet(folder / "contact_sheet.png")
+    if result.velocity is not None:
+        result.plot_velocity_error(folder / "velocity_error.png")
+    digits = len(str(len(result.prompts) - 1))
+    for index, (student, teacher) in enumerate(zip(result.student_images, result.teacher_images, strict=True)):
+        student.save(images / f"{index:0{digits}}_student.png")
+        teacher.save(images / f"{index:0{digits}}_teacher.png")
+    target = folder / "index.html"
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def render(result: EvaluationResult, *, student_name: str, teacher_name: str, max_images: int = 48) -> str:
+    """The page as text; see [`write_report`]."""
+    jinja2 = import_extra("jinja2")
+    source = importlib.resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return str(
+        environment.from_string(source).render(
+            result=result,
+            rows=result.rows(),
+            student=student_name,
+            teacher=teacher_name,
+            pairs=_pairs(result, max_images),
+            plot=_plot(result),
+            call_kwargs={name: _shown(value) for name, value in result.call_kwargs.items()},
+            size="{} × {}".format(*result.teacher_images[0].size),
+        )
+    )
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError:
+        return repr(value)
+
+
+def _pairs(result: EvaluationResult, limit: int) -> list[_Pair]:
+    count = min(limit, len(result.prompts))
+    return [
+        _Pair(
+            prompt=result.prompts[index],
+            seed=result.seeds[index],
+            psnr=_decibel(result.psnr_per_image[index]),
+            teacher=_embedded(result.teacher_images[index]),
+            student=_embedded(result.student_images[index]),
+            pixelated=max(result.teacher_images[index].size) <= 128,
+        )
+        for index in range(count)
+    ]
+
+
+def _decibel(value: float) -> str:
+    return "identical" if math.isinf(value) else f"{value:.1f} dB"
+
+
+def _plot(result: EvaluationResult) -> _Plot | None:
+    if result.velocity is None:
+        return None
+    pictures = []
+    for dark in (False, True):
+        buffer = io.BytesIO()
+        plot_velocity_error({"student": result.velocity}, buffer, dark=dark)
+        pictures.append(_data_uri(buffer.getvalue(), "image/png"))
+    errors = result.velocity.per_step
+    return _Plot(*pictures, alternative=f"From {errors[0]:.2e} at the first step to {errors[-1]:.2e} at the last.")
+
+
+def _embedded(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    if max(image.size) <= EMBEDDED_SIZE // 2:
+        image.save(buffer, format="PNG", optimize=True)
+        return _data_uri(buffer.getvalue(), "image/png")
+    smaller = image.copy()
+    smaller.thumbnail((EMBEDDED_SIZE, EMBEDDED_SIZE), Image.Resampling.LANCZOS)
+    smaller.save(buffer, format="WEBP", quality=_WEBP_QUALITY)
+    return _data_uri(buffer.getvalue(), "image/webp")
+
+
+def _data_uri(data: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
