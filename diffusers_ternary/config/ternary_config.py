@@ -132,8 +132,14 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         return (config, {}) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-safe dictionary of all fields."""
-        return {**copy.deepcopy(self.__dict__), "quant_method": QUANT_METHOD}
+        """A JSON-safe dictionary of all fields.
+
+        `overrides` becomes a list of pairs: their order decides, and hosts sort the keys of what they write.
+        """
+        fields = {**copy.deepcopy(self.__dict__), "quant_method": QUANT_METHOD}
+        if self.overrides is not None:
+            fields["overrides"] = [list(pair) for pair in self.overrides.items()]
+        return fields
 
     # diffusers' JSON view goes through this name, which only transformers' mixin defines.
     to_diff_dict = to_dict
@@ -190,6 +196,8 @@ def _check_names(field: str, value: Any) -> list[str] | None:
 def _check_overrides(value: Any) -> dict[str, str] | None:
     if value is None:
         return None
+    if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        value = dict(value)  # as `to_dict` writes it
     if not isinstance(value, Mapping):
         raise TypeError(f"overrides={value!r} must map patterns to kinds, e.g. {{'*.norm1.linear': 'int8'}}.")
     for pattern, kind in value.items():

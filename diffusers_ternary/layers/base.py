@@ -133,8 +133,8 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` to `[..., N]`, in the dtype that a float `nn.Linear` would return."""
-        if torch.is_autocast_enabled(x.device.type):
-            # Autocast does not see custom operators, and nn.Linear would have been cast.
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            # Autocast does not see custom operators, and nn.Linear would have been cast (unless in float64).
             return self._multiply(x.to(torch.get_autocast_dtype(x.device.type)))
         if self.compute_dtype is None:
             return self._multiply(x)

@@ -67,7 +67,7 @@ def numpy_int8(x: np.ndarray) -> np.ndarray:
 
 
 def numpy_e4m3(x: np.ndarray) -> np.ndarray:
-    """Round to the nearest multiple of the spacing of float8_e4m3fn (3 mantissa bits, least exponent -6), ties even."""
+    """To the nearest multiple of the spacing of float8_e4m3fn: 3 mantissa bits, least exponent -6, ties to even."""
     scale = np.abs(x).max(axis=-1, keepdims=True) / 448
     scaled = x / np.where(scale > 0, scale, 1)
     exponent = np.maximum(np.floor(np.log2(np.maximum(np.abs(scaled), 1e-30))), -6)
