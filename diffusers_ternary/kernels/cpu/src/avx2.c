@@ -485,7 +485,7 @@ AVX2 INLINE void gemv_columns(const dt_gemv *g, int32_t column, const int column
     }
 }
 
-AVX2 static void gemv(const dt_gemv *g) {
+AVX2 void dt_gemv_avx2(const dt_gemv *g) {
     const int wide = g->rows == 1 ? 4 : 2;
     int32_t n = 0;
     while (n < g->columns) {
@@ -575,7 +575,7 @@ const dt_variant dt_avx2 = {
     .correction = correction,
     .decode = dt_decode_avx2,
     .tile = tile,
-    .gemv = gemv,
+    .gemv = dt_gemv_avx2,
     .scales = dt_scales_avx2,
     .store = dt_store_avx2,
 };

@@ -15,7 +15,7 @@ enum {
 
 static const dt_variant *const VARIANTS[] = {
 #ifdef DT_X86
-    &dt_avx2,
+    &dt_avx512_vnni, &dt_avx_vnni, &dt_avx2,
 #endif
 #ifdef DT_NEON
     &dt_neon_dotprod,

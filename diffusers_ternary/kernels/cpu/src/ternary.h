@@ -140,6 +140,7 @@ int32_t dt_sum_avx2(const int8_t *q, int64_t n);
 int32_t dt_correction_vnni(const int8_t *q, int64_t n);
 void dt_decode_avx2(const dt_plan *plan, int32_t step, int32_t steps, const uint8_t *weight, const uint8_t *weight_end,
                     int32_t columns, int32_t tile_columns, uint8_t *panel);
+void dt_gemv_avx2(const dt_gemv *g);
 void dt_scales_avx2(const void *scale, int64_t dtype, const uint8_t *multiplier, int64_t rows, int64_t groups, float *out);
 void dt_store_avx2(const void *c, const float *column_scale, float row_scale, const float *bias, void *out,
                    int64_t dtype, int32_t columns);

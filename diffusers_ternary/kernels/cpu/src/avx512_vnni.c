@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512-VNNI: vpdpbusd sums four byte products into int32; 12 rows x 32 columns in 24 accumulators.
+#include "ternary.h"
+
+#ifdef DT_X86
+#include <immintrin.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+
+enum { TILE_ROWS = 12, TILE_COLUMNS = 32, GEMV_COLUMNS = 4, GEMV_ROWS = 4 };
+
+int32_t dt_correction_vnni(const int8_t *q, int64_t n) { return -dt_sum_avx2(q, n); }
+
+AVX512 INLINE void finish(__m512i sum, const float *scale, void *c) {
+    if (scale) {
+        _mm512_storeu_ps(c, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(scale), _mm512_loadu_ps(c)));
+    } else {
+        _mm512_storeu_si512(c, _mm512_add_epi32(sum, _mm512_loadu_si512(c)));
+    }
+}
+
+#define STEP_ROW(address, low, high)                     \
+    "vpbroadcastd " address ", %%zmm26\n\t"              \
+    "vpdpbusd %%zmm26, %%zmm24, %%zmm" low "\n\t"        \
+    "vpdpbusd %%zmm26, %%zmm25, %%zmm" high "\n\t"
+
+#define STEP_THREE(pointer, a, b, c, d, e, f)            \
+    STEP_ROW("(%[" pointer "])", a, b)                   \
+    STEP_ROW("(%[" pointer "], %[stride])", c, d)        \
+    STEP_ROW("(%[" pointer "], %[stride], 2)", e, f)
+
+#define START(offset, low, high) \
+    "vpbroadcastd " offset "(%[r]), %%zmm" low "\n\tvmovdqa64 %%zmm" low ", %%zmm" high "\n\t"
+
+#define FINISH(low, high, offset)                                    \
+    "vpaddd " offset "(%[c]), %%zmm" low ", %%zmm" low "\n\t"        \
+    "vmovdqu32 %%zmm" low ", " offset "(%[c])\n\t"                   \
+    "vpaddd 64+" offset "(%[c]), %%zmm" high ", %%zmm" high "\n\t"   \
+    "vmovdqu32 %%zmm" high ", 64+" offset "(%[c])\n\t"
+
+#define FINISH_SCALED(low, high, offset)                                      \
+    "vcvtdq2ps %%zmm" low ", %%zmm" low "\n\t"                                \
+    "vfmadd213ps " offset "(%[c]), %%zmm24, %%zmm" low "\n\t"                 \
+    "vmovups %%zmm" low ", " offset "(%[c])\n\t"                              \
+    "vcvtdq2ps %%zmm" high ", %%zmm" high "\n\t"                              \
+    "vfmadd213ps 64+" offset "(%[c]), %%zmm25, %%zmm" high "\n\t"             \
+    "vmovups %%zmm" high ", 64+" offset "(%[c])\n\t"
+
+#define ALL_ROWS(macro)                                                                                 \
+    macro("0", "1", "0") macro("2", "3", "128") macro("4", "5", "256") macro("6", "7", "384")           \
+    macro("8", "9", "512") macro("10", "11", "640") macro("12", "13", "768") macro("14", "15", "896")   \
+    macro("16", "17", "1024") macro("18", "19", "1152") macro("20", "21", "1280") macro("22", "23", "1408")
+
+// In assembly with its registers named: from intrinsics gcc spills the accumulators as soon as scales join.
+#define FULL_TILE_RUN(finish)                                                                                  \
+    __asm__ volatile(                                                                                          \
+        START("0", "0", "1") START("4", "2", "3") START("8", "4", "5") START("12", "6", "7")                   \
+        START("16", "8", "9") START("20", "10", "11") START("24", "12", "13") START("28", "14", "15")          \
+        START("32", "16", "17") START("36", "18", "19") START("40", "20", "21") START("44", "22", "23")        \
+        ".p2align 4\n\t"                                                                                       \
+        "1:\n\t"                                                                                               \
+        "vmovdqa64 (%[w]), %%zmm24\n\t"                                                                        \
+        "vmovdqa64 64(%[w]), %%zmm25\n\t"                                                                      \
+        STEP_THREE("x0", "0", "1", "2", "3", "4", "5") STEP_THREE("x3", "6", "7", "8", "9", "10", "11")        \
+        STEP_THREE("x6", "12", "13", "14", "15", "16", "17") STEP_THREE("x9", "18", "19", "20", "21", "22", "23") \
+        "add $128, %[w]\n\t"                                                                                   \
+        "add $4, %[x0]\n\t"                                                                                    \
+        "add $4, %[x3]\n\t"                                                                                    \
+        "add $4, %[x6]\n\t"                                                                                    \
+        "add $4, %[x9]\n\t"                                                                                    \
+        "dec %[steps]\n\t"                                                                                     \
+        "jnz 1b\n\t"                                                                                           \
+        finish                                                                                                 \
+        : [w] "+r"(w), [x0] "+r"(x0), [x3] "+r"(x3), [x6] "+r"(x6), [x9] "+r"(x9), [steps] "+r"(steps)         \
+        : [stride] "r"(t->x_stride), [r] "r"(corrections), [c] "r"(t->c), [scale] "r"(scale)                   \
+        : "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",      \
+          "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20",   \
+          "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26")
+
+// One run of 12 rows x 32 columns.
+AVX512 static void full_run(const dt_tile *t, const dt_run *run, const int32_t *corrections, const float *scale) {
+    const uint8_t *w = t->panel + (ptrdiff_t)(run->step - t->step) * TILE_COLUMNS * 4;
+    const int8_t *x0 = t->x + 4 * (ptrdiff_t)(run->step - t->step);
+    const int8_t *x3 = x0 + 3 * t->x_stride, *x6 = x0 + 6 * t->x_stride, *x9 = x0 + 9 * t->x_stride;
+    ptrdiff_t steps = run->steps;
+    if (scale) {
+        FULL_TILE_RUN("vmovups (%[scale]), %%zmm24\n\tvmovups 64(%[scale]), %%zmm25\n\t" ALL_ROWS(FINISH_SCALED));
+    } else {
+        FULL_TILE_RUN(ALL_ROWS(FINISH));
+    }
+}
+
+// The same for four rows.
+AVX512 static void short_run(const dt_tile *t, const dt_run *run, const int32_t *corrections, const float *scale) {
+    const uint8_t *w = t->panel + (ptrdiff_t)(run->step - t->step) * TILE_COLUMNS * 4;
+    const int8_t *x = t->x + 4 * (ptrdiff_t)(run->step - t->step);
+    __m512i low[4], high[4];
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; m++) low[m] = high[m] = _mm512_set1_epi32(corrections[m]);
+    for (int32_t s = 0; s < run->steps; s++) {
+        const __m512i w0 = _mm512_load_si512(w + 128 * s);
+        const __m512i w1 = _mm512_load_si512(w + 128 * s + 64);
+#pragma GCC unroll 4
+        for (int m = 0; m < 4; m++) {
+            int32_t four;
+            memcpy(&four, x + m * t->x_stride + 4 * s, 4);
+            low[m] = _mm512_dpbusd_epi32(low[m], w0, _mm512_set1_epi32(four));
+            high[m] = _mm512_dpbusd_epi32(high[m], w1, _mm512_set1_epi32(four));
+        }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; m++) {
+        float *c = (float *)t->c + m * TILE_COLUMNS;
+        finish(low[m], scale, c);
+        finish(high[m], scale ? scale + 16 : NULL, c + 16);
+    }
+}
+
+AVX512 static void tile(const dt_tile *t, int32_t rows) {
+    for (int32_t i = 0; i < t->run_count; i++) {
+        const dt_run *run = &t->runs[i];
+        const float *scale = t->group_scale ? t->group_scale + (ptrdiff_t)run->group * TILE_COLUMNS : NULL;
+        int32_t corrections[TILE_ROWS];
+        for (int32_t m = 0; m < rows; m++) corrections[m] = t->correction[m * t->correction_stride + i];
+        if (rows == TILE_ROWS) {
+            full_run(t, run, corrections, scale);
+            continue;
+        }
+        for (int32_t m = 0; m < rows; m += 4) {
+            dt_tile part = *t;
+            part.x += m * t->x_stride;
+            part.c = (float *)t->c + m * TILE_COLUMNS;
+            short_run(&part, run, corrections + m, scale);
+        }
+    }
+}
+
+// One run of `columns` weight rows times `rows` rows of x. The codes stay at their bit position,
+// (byte + (1 << shift)) & (3 << shift) = u << shift, and the exact sums are shifted back once.
+AVX512 INLINE void gemv_run(const uint8_t *const w[GEMV_COLUMNS], const int8_t *x, ptrdiff_t x_stride,
+                                 const dt_run *run, const int columns, const int rows, __m512i *out) {
+    const __m512i one = _mm512_set1_epi8((char)(1 << run->shift));
+    const __m512i mask = _mm512_set1_epi8((char)(3 << run->shift));
+    __m512i sums[GEMV_COLUMNS * GEMV_ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < columns * rows; i++) sums[i] = _mm512_setzero_si512();
+    for (ptrdiff_t k = 0; k < 4 * run->steps; k += 64) {
+#pragma GCC unroll 4
+        for (int n = 0; n < columns; n++) {
+            const __m512i packed = _mm512_loadu_si512(w[n] + run->byte + k);
+            const __m512i u = _mm512_and_si512(_mm512_add_epi8(packed, one), mask);
+#pragma GCC unroll 4
+            for (int m = 0; m < rows; m++) {
+                sums[n * rows + m] = _mm512_dpbusd_epi32(sums[n * rows + m], u, _mm512_loadu_si512(x + m * x_stride + k));
+            }
+        }
+    }
+    const __m128i shift = _mm_cvtsi32_si128(run->shift);
+#pragma GCC unroll 16
+    for (int i = 0; i < columns * rows; i++) out[i] = _mm512_sra_epi32(sums[i], shift);
+}
+
+AVX512 INLINE void gemv_block(const dt_gemv *g, int32_t row, int32_t column, const int rows, const int columns,
+                                   const int scaled) {
+    const uint8_t *w[GEMV_COLUMNS];
+    __m512i sums[GEMV_COLUMNS * GEMV_ROWS];
+    __m512 values[GEMV_COLUMNS * GEMV_ROWS];
+#pragma GCC unroll 4
+    for (int n = 0; n < columns; n++) w[n] = g->weight + (column + n) * g->plane_bytes;
+    if (columns == 1) w[0] = dt_readable(w[0], g->weight_end, (size_t)g->plane_bytes + 64, g->row_copy);
+#pragma GCC unroll 16
+    for (int i = 0; i < columns * rows; i++) {
+        sums[i] = _mm512_setzero_si512();
+        values[i] = _mm512_setzero_ps();
+    }
+    for (int32_t i = 0; i < g->run_count; i++) {
+        const dt_run *run = &g->runs[i];
+        __m512i lanes[GEMV_COLUMNS * GEMV_ROWS];
+        gemv_run(w, g->x + row * g->x_stride + 4 * (ptrdiff_t)run->step, g->x_stride, run, columns, rows, lanes);
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; m++) {
+            // the surplus joins one lane, so every lane stays an exact integer
+            const __m512i surplus =
+                _mm512_zextsi128_si512(_mm_cvtsi32_si128(g->correction[(row + m) * g->correction_stride + i]));
+#pragma GCC unroll 4
+            for (int n = 0; n < columns; n++) {
+                const int at = n * rows + m;
+                const __m512i sum = _mm512_add_epi32(lanes[at], surplus);
+                if (scaled) {
+                    const __m512 scale = _mm512_set1_ps(g->group_scale[(column + n) * g->groups + run->group]);
+                    values[at] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, values[at]);
+                } else {
+                    sums[at] = _mm512_add_epi32(sums[at], sum);
+                }
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < columns; n++) {
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; m++) {
+            const ptrdiff_t at = (ptrdiff_t)(row + m) * g->tile_columns + column + n;
+            if (scaled) {
+                ((float *)g->c)[at] = _mm512_reduce_add_ps(values[n * rows + m]);
+            } else {
+                ((int32_t *)g->c)[at] = _mm512_reduce_add_epi32(sums[n * rows + m]);
+            }
+        }
+    }
+}
+
+AVX512 INLINE void gemv_columns(const dt_gemv *g, int32_t column, const int columns, const int scaled) {
+    int32_t row = 0;
+    for (; row + 4 <= g->rows; row += 4) gemv_block(g, row, column, 4, columns, scaled);
+    for (; row + 2 <= g->rows; row += 2) gemv_block(g, row, column, 2, columns, scaled);
+    if (row < g->rows) gemv_block(g, row, column, 1, columns, scaled);
+}
+
+AVX512 static void gemv(const dt_gemv *g) {
+    int32_t n = 0;
+    while (n < g->columns) {
+        const uint8_t *end = g->weight + (n + GEMV_COLUMNS) * g->plane_bytes + 64;
+        if (n + GEMV_COLUMNS <= g->columns && end <= g->weight_end) {
+            if (g->group_scale) gemv_columns(g, n, GEMV_COLUMNS, 1);
+            else gemv_columns(g, n, GEMV_COLUMNS, 0);
+            n += GEMV_COLUMNS;
+        } else {
+            if (g->group_scale) gemv_columns(g, n, 1, 1);
+            else gemv_columns(g, n, 1, 0);
+            n += 1;
+        }
+    }
+}
+
+static int supported(void) {
+    return dt_avx2.supported() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+const dt_variant dt_avx512_vnni = {
+    .name = "avx512-vnni",
+    .supported = supported,
+    .tile_rows = TILE_ROWS,
+    .row_multiple = 4,
+    .tile_columns = TILE_COLUMNS,
+    .run_steps = 256,
+    .block_steps = 256,
+    .gemv_align = 64,
+    .gemv_run_steps = 4096,
+    .gemv_max_rows = 4,
+    .absmax = dt_absmax_avx2,
+    .quantize = dt_quantize_avx2,
+    .sum = dt_sum_avx2,
+    .correction = dt_correction_vnni,
+    .decode = dt_decode_avx2,
+    .tile = tile,
+    .gemv = gemv,
+    .scales = dt_scales_avx2,
+    .store = dt_store_avx2,
+};
+#endif
