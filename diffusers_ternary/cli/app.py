@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from .console import console
+from .demo import demo_command
+from .evaluate import evaluate_command
 from .inspect import inspect_command
 from .quantize import quantize_command
 
@@ -21,8 +23,10 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
+app.command("demo")(demo_command)
 app.command("quantize")(quantize_command)
 app.command("inspect")(inspect_command)
+app.command("evaluate")(evaluate_command)
 
 
 def _print_version(value: bool) -> None:
