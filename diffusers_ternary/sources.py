@@ -18,14 +18,14 @@ from .config import TernaryConfig
 
 
 def load_quantized(
-    source: str, config: TernaryConfig, *, torch_dtype: torch.dtype | None = None, variant: str | None = None
+    source: str, config: TernaryConfig, *, dtype: torch.dtype | None = None, variant: str | None = None
 ) -> Any:
     """Loads a float pipeline, diffusers model or transformers model, quantizing on the fly.
 
     Args:
         source (`str`): local folder or Hub id.
         config ([`TernaryConfig`]): how to quantize.
-        torch_dtype (`torch.dtype`, *optional*): of what is not converted.
+        dtype (`torch.dtype`, *optional*): of what is not converted.
         variant (`str`, *optional*): of the source's files.
 
     Raises:
@@ -46,7 +46,7 @@ def load_quantized(
             if config.selects(name):
                 _refuse_quantized(_read_json(source, f"{name}/config.json"), f"{source}/{name}")
         return diffusers.DiffusionPipeline.from_pretrained(
-            source, quantization_config=config, torch_dtype=torch_dtype, variant=variant
+            source, quantization_config=config, dtype=dtype, variant=variant
         )
     model = _read_json(source, "config.json")
     if model is None:
@@ -59,12 +59,12 @@ def load_quantized(
         cls = getattr(diffusers, model["_class_name"], None)
         if cls is None:
             raise ValueError(f"{source}: this diffusers has no model class {model['_class_name']}. Upgrade diffusers.")
-        return cls.from_pretrained(source, quantization_config=config, torch_dtype=torch_dtype, variant=variant)
+        return cls.from_pretrained(source, quantization_config=config, dtype=dtype, variant=variant)
     architectures = model.get("architectures") or []
     cls = getattr(transformers, architectures[0], None) if architectures else None
     if cls is None:
         raise ValueError(f"{source}: config.json names no model class that transformers knows ({architectures}).")
-    return cls.from_pretrained(source, quantization_config=config, dtype=torch_dtype, variant=variant)
+    return cls.from_pretrained(source, quantization_config=config, dtype=dtype, variant=variant)
 
 
 def _read_json(source: str, name: str) -> dict[str, Any] | None:

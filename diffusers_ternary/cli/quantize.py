@@ -55,9 +55,9 @@ def quantize_command(
             overrides=_parse_overrides(override),
             components=component,
         )
-        torch_dtype = _parse_dtype(dtype)
+        model_dtype = _parse_dtype(dtype)
         with save_atomically(destination, overwrite=overwrite) as folder:
-            model = load_quantized(source, config, torch_dtype=torch_dtype, variant=variant)
+            model = load_quantized(source, config, dtype=model_dtype, variant=variant)
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         components = [part for part in inspect_path(destination) if part.format_version is not None]
     for part in components:

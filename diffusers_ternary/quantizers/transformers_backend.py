@@ -42,7 +42,10 @@ class PackOnLoad(ConversionOps):
         weight = value[0] if isinstance(value, list) else value
         layer = kwargs["model"].get_submodule(name)
         layer.pack(weight, name=name, **pack_options(self.quantizer.quantization_config))
-        layer._is_hf_initialized = True
+        for parameter_name in layer.packed_names:
+            parameter = getattr(layer, parameter_name)
+            if parameter is not None:
+                parameter._is_hf_initialized = True  # transformers draws random values for what is not marked
         kwargs["missing_keys"].discard(f"{name}.weight")
         return {}
 

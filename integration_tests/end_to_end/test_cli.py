@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands as people call them: output, files and exit codes."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from support import pipelines
+from typer.testing import CliRunner
+
+import diffusers_ternary
+from diffusers_ternary.cli import app
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("float") / "flux"
+    torch.manual_seed(0)
+    pipelines.PIPELINES["flux"].build().save_pretrained(folder)
+    return folder
+
+
+def test_quantize_then_inspect_then_load(source, tmp_path):
+    result = run("quantize", source, tmp_path / "out", "--override", "*.norm1.linear=int8", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert "bits per converted weight" in result.output
+
+    described = run("inspect", tmp_path / "out", "--json")
+    assert described.exit_code == 0
+    components = {part["name"]: part for part in json.loads(described.output)}
+    assert components["transformer"]["format_version"] == 1
+    assert components["text_encoder"]["format_version"] is None
+
+    table = run("inspect", tmp_path / "out" / "transformer")
+    assert "transformer_blocks.*.attn.to_q" in table.output
+    assert "int8" in table.output
+
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert isinstance(pipe.transformer.transformer_blocks[0].attn.to_q, diffusers_ternary.TernaryLinear)
+    assert isinstance(pipe.transformer.transformer_blocks[0].norm1.linear, diffusers_ternary.Int8Linear)
+
+
+def test_a_single_model_and_a_text_encoder(source, tmp_path):
+    assert run("quantize", source / "transformer", tmp_path / "t", "--group-size", 0).exit_code == 0
+    assert "ternary per row" in run("inspect", tmp_path / "t").output
+    assert run("quantize", source / "text_encoder_2", tmp_path / "e").exit_code == 0
+    assert "encoder.block.*.layer.*.DenseReluDense.wo" in run("inspect", tmp_path / "e").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounding", "best"], "rounding='best' is not one of twn"),
+        (["--override", "int8"], "is not PATTERN=KIND"),
+        (["--override", "x=int4"], "is not one of ternary, int8, keep"),
+        (["--dtype", "int8"], "is not one of float32"),
+        (["--component", "unet"], "no component unet"),
+        (["--skip", "*"], "no linear layer to convert"),
+    ],
+)
+def test_bad_options_say_what_to_do_and_leave_nothing(source, tmp_path, arguments, message):
+    result = run("quantize", source, tmp_path / "out", *arguments)
+    assert result.exit_code == 3, result.output
+    assert message in " ".join(result.output.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_destination_is_not_touched(source, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    result = run("quantize", source, tmp_path)
+    assert result.exit_code == 3
+    assert "--overwrite" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_usage_errors_and_help():
+    assert run("quantize").exit_code == 2
+    assert run("nonsense").exit_code == 2
+    assert run("inspect", "/no/such/path").exit_code == 3
+    for command in ("quantize", "inspect", "evaluate", "demo"):
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert "Example" in result.output, command
+    assert diffusers_ternary.__version__ in run("--version").output

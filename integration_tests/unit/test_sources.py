@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders are complete or absent, and what a source holds is found out before anything is loaded."""
+
+import json
+
+import pytest
+
+from diffusers_ternary import TernaryConfig
+from diffusers_ternary.sources import load_quantized, save_atomically
+
+
+def test_the_folder_appears_when_the_block_ends(tmp_path):
+    target = tmp_path / "deep" / "out"
+    with save_atomically(target) as folder:
+        (folder / "weights").write_text("x")
+        assert not target.exists()
+    assert (target / "weights").read_text() == "x"
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+    assert target.stat().st_mode & 0o055, "readable for others, unlike a private temporary folder"
+
+
+def test_an_error_leaves_nothing(tmp_path):
+    def write_half() -> None:
+        with save_atomically(tmp_path / "out") as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(FileExistsError, match="--overwrite"), save_atomically(target):
+        pass
+    with pytest.raises(RuntimeError), save_atomically(target, overwrite=True):
+        raise RuntimeError
+    assert (target / "old").read_text() == "old"
+    with save_atomically(target, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    with save_atomically(tmp_path) as folder:
+        (folder / "new").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "neither model_index.json"),
+        ({"config.json": "{"}, "not valid JSON"),
+        ({"config.json": "[]"}, "JSON object"),
+        ({"config.json": '{"_class_name": "NoSuchModel"}'}, "NoSuchModel"),
+        ({"config.json": '{"architectures": ["NoSuchEncoder"]}'}, "NoSuchEncoder"),
+        ({"config.json": '{"quantization_config": {"quant_method": "bitsandbytes"}}'}, "already .bitsandbytes"),
+        (
+            {
+                "model_index.json": '{"transformer": ["diffusers", "FluxTransformer2DModel"]}',
+                "transformer/config.json": '{"quantization_config": {"quant_method": "gguf"}}',
+            },
+            "transformer is quantized already .gguf",
+        ),
+        ({"model_index.json": '{"vae": ["diffusers", "AutoencoderKL"]}'}, "no component that denoises.*vae"),
+    ],
+)
+def test_what_cannot_be_quantized_is_said_first(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_quantized(str(tmp_path), TernaryConfig())
+
+
+def test_an_unknown_component_is_named(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "X"]}))
+    with pytest.raises(ValueError, match=r"no component unet\. Choose from transformer"):
+        load_quantized(str(tmp_path), TernaryConfig(components=["unet"]))
+
+
+def test_a_missing_folder_is_no_hub_id_either():
+    with pytest.raises(ValueError, match="is no local folder"):
+        load_quantized("no/such/folder/here", TernaryConfig())
