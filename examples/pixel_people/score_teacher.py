@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusers_ternary.demo import Judge, demo_pipeline, generate, held_out_prompts, real_images
+from diffusers_ternary.demo import DEMO_CALL, Judge, demo_pipeline, generate, held_out_prompts, real_images
 from diffusers_ternary.demo.grammar import ATTRIBUTES, prompt_of, sample_portraits
 from diffusers_ternary.demo.judge import AttributeAccuracy
 
@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the scores")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--count", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--cfg", type=float, default=2.0)
+    parser.add_argument("--steps", type=int, default=DEMO_CALL["num_inference_steps"])
+    parser.add_argument("--cfg", type=float, default=DEMO_CALL["true_cfg_scale"])
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)

@@ -114,6 +114,14 @@ def test_demo_call_serves_a_single_prompt_as_the_readme_writes_it(teacher: FluxP
     np.testing.assert_allclose(np.asarray(image) / 255.0, expected, atol=1 / 255)
 
 
+def test_guidance_away_from_the_empty_prompt_works_in_batches(teacher: FluxPipeline) -> None:
+    prompts = held_out_prompts(3, 0)
+    guided = generate(teacher, prompts, true_cfg_scale=2.0, num_inference_steps=3)
+    plain = generate(teacher, prompts, num_inference_steps=3)
+    assert guided.shape == plain.shape == (3, 16, 16, 3)
+    assert np.abs(guided - plain).max() > 0.01
+
+
 def test_demo_call_cannot_be_changed_by_accident() -> None:
     with pytest.raises(TypeError):
         DEMO_CALL["height"] = 32  # type: ignore[index]
