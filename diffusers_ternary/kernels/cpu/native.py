@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled library: found, checked against torch, and called through ctypes (which releases the GIL)."""
+
+import ctypes
+import functools
+import importlib.util
+import logging
+import struct
+from dataclasses import dataclass
+
+import torch
+
+from ...format import pack_planes
+
+
+logger = logging.getLogger(__name__)
+
+ABI_VERSION = 1
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ERRORS = {-1: "out of memory", -2: "this CPU lacks the instructions of the chosen kernel"}
+_ARGUMENTS = struct.Struct("16q")  # dt_args in ternary.h
+_SIGNATURES = {
+    "dt_abi_version": [],
+    "dt_variant_name": [ctypes.c_int64],
+    "dt_variant_supported": [ctypes.c_int64],
+    "dt_prepared_bytes": [ctypes.c_char_p],
+    "dt_prepare": [ctypes.c_char_p, ctypes.c_void_p],
+    "dt_apply": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64],
+    "dt_linear": [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64],
+    "dt_accumulate": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p],
+    "dt_quantize_rows": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p],
+    "dt_dequantize": [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
+}
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """One kernel variant of the compiled library.
+
+    The methods take `arguments` from [`NativeLibrary.arguments`], which holds bare addresses: the tensors must
+    outlive the call.
+    """
+
+    functions: ctypes.CDLL
+    variant: str
+    variant_index: int
+
+    def arguments(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        multiplier: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        *,
+        in_features: int,
+        group_size: int,
+    ) -> bytes:
+        """Packs a call.
+
+        Args:
+            x (`torch.Tensor`): `[M, K]` float32, bfloat16 or float16, last stride 1.
+            weight (`torch.Tensor`): int8 `[N, ceil(K / 4)]`, contiguous.
+            scale (`torch.Tensor`): `[N, G]`, or `[N, 1]` with a multiplier, contiguous.
+            multiplier (`torch.Tensor`, *optional*): uint8 `[N, G]`, contiguous.
+            bias (`torch.Tensor`, *optional*): `[N]`, contiguous.
+            out (`torch.Tensor`): `[M, N]`, dtype of `x`, last stride 1.
+            in_features (`int`): K.
+            group_size (`int`): columns per scale.
+        """
+        return _ARGUMENTS.pack(
+            self.variant_index,
+            x.data_ptr(),
+            x.stride(0),
+            DTYPES[x.dtype],
+            weight.data_ptr(),
+            scale.data_ptr(),
+            DTYPES[scale.dtype],
+            0 if multiplier is None else multiplier.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else DTYPES[bias.dtype],
+            out.data_ptr(),
+            out.stride(0),
+            x.shape[0],
+            weight.shape[0],
+            in_features,
+            group_size,
+        )
+
+    def linear(self, arguments: bytes, first_row: int, last_row: int) -> int:
+        """Rows `[first_row, last_row)` of the layer; returns how many of them hold an infinity."""
+        return _checked(self.functions.dt_linear(arguments, first_row, last_row))
+
+    def prepare(self, arguments: bytes) -> tuple[torch.Tensor, int]:
+        """Quantises all rows of x; returns the buffer for [`NativeLibrary.apply`] and the number of infinite rows."""
+        buffer = torch.empty(_checked(self.functions.dt_prepared_bytes(arguments)), dtype=torch.uint8)
+        return buffer, _checked(self.functions.dt_prepare(arguments, buffer.data_ptr()))
+
+    def apply(self, arguments: bytes, prepared: torch.Tensor, first_column: int, last_column: int) -> None:
+        """Output columns `[first_column, last_column)` of prepared rows."""
+        _checked(self.functions.dt_apply(arguments, prepared.data_ptr(), first_column, last_column))
+
+    def dequantize(self, arguments: bytes, first: int, last: int, out: torch.Tensor) -> None:
+        """Weight rows `[first, last)` as float32 `[last - first, K]` into `out`."""
+        _checked(self.functions.dt_dequantize(arguments, first, last, out.data_ptr()))
+
+    def accumulate(self, x: torch.Tensor, weight: torch.Tensor, *, group_size: int) -> torch.Tensor:
+        """Test hook: the int32 sums of the layer's own tiles.
+
+        Args:
+            x (`torch.Tensor`): int8 `[M, K]` in -127..127, contiguous.
+            weight (`torch.Tensor`): int8 `[N, ceil(K / 4)]`.
+            group_size (`int`): columns per sum.
+
+        Returns:
+            `torch.Tensor`: int32 `[M, G, N]`.
+        """
+        rows, in_features = x.shape
+        out = torch.empty(rows, -(-in_features // group_size), weight.shape[0], dtype=torch.int32)
+        unused = torch.ones(rows, 1)
+        arguments = self.arguments(
+            unused, weight, unused, None, None, unused, in_features=in_features, group_size=group_size
+        )
+        _checked(self.functions.dt_accumulate(arguments, x.data_ptr(), out.data_ptr()))
+        return out
+
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Test hook: int8 `[M, K]` and float32 scales `[M]` as the layer quantises `x` `[M, K]`."""
+        q = torch.empty(x.shape, dtype=torch.int8)
+        scales = torch.empty(x.shape[0])
+        weight = torch.zeros(1, 1, dtype=torch.int8)
+        columns = x.shape[1]
+        arguments = self.arguments(
+            x, weight, scales, None, None, scales[:, None], in_features=columns, group_size=columns
+        )
+        _checked(self.functions.dt_quantize_rows(arguments, q.data_ptr(), scales.data_ptr()))
+        return q, scales
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        raise RuntimeError(f"The native CPU kernel failed: {ERRORS.get(result, result)}.")
+    return result
+
+
+@functools.cache
+def open_library() -> ctypes.CDLL | str:
+    """The library with its signatures set, or the reason why there is none."""
+    spec = importlib.util.find_spec(f"{__package__}._native")
+    if spec is None or spec.origin is None:
+        return "the package was installed without its compiled library (no C compiler?)"
+    try:
+        functions = ctypes.CDLL(spec.origin)
+        for name, types in _SIGNATURES.items():
+            function = getattr(functions, name)
+            function.argtypes = types
+            function.restype = ctypes.c_char_p if name == "dt_variant_name" else ctypes.c_int64
+    except (OSError, AttributeError) as error:
+        return f"the compiled library cannot be loaded: {error}"
+    if functions.dt_abi_version() != ABI_VERSION:
+        return f"the compiled library has version {functions.dt_abi_version()}, expected {ABI_VERSION}: reinstall"
+    return functions
+
+
+def variants() -> list[str]:
+    """Names of the variants this CPU runs, best first; empty without the compiled library."""
+    functions = open_library()
+    if isinstance(functions, str):
+        return []
+    names = []
+    index = 0
+    while (name := functions.dt_variant_name(index)) is not None:
+        if functions.dt_variant_supported(index):
+            names.append(name.decode())
+        index += 1
+    return names
+
+
+def _variant_index(functions: ctypes.CDLL, variant: str) -> int:
+    index = 0
+    while functions.dt_variant_name(index).decode() != variant:
+        index += 1
+    return index
+
+
+def passes_self_test(library: NativeLibrary) -> bool:
+    """Whether the variant's integers equal torch's, for a GEMV and for tiles with tails in every direction."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns, in_features, group_size in ((2, 37, 267, 267), (27, 37, 267, 64)):
+        codes = torch.randint(-1, 2, (columns, in_features), generator=generator, dtype=torch.int8)
+        x = torch.randint(-127, 128, (rows, in_features), generator=generator, dtype=torch.int8)
+        sums = library.accumulate(x, pack_planes(codes), group_size=group_size)
+        parts = zip(x.long().split(group_size, 1), codes.long().split(group_size, 1), strict=True)
+        if not torch.equal(sums, torch.stack([a @ b.T for a, b in parts], 1).int()):
+            return False
+    return True
+
+
+@functools.cache
+def load(variant: str | None = None) -> NativeLibrary | None:
+    """The compiled library with the best kernel of this CPU.
+
+    Args:
+        variant (`str`, *optional*): one of [`variants`], instead of the best.
+
+    Returns:
+        `NativeLibrary`, or `None` (logged once, with the reason) if there is none or it computes wrong numbers.
+
+    Raises:
+        ValueError: if `variant` is not one that this CPU runs.
+    """
+    functions = open_library()
+    if isinstance(functions, str):
+        logger.warning("Ternary layers on the CPU use plain torch: %s.", functions)
+        return None
+    names = variants()
+    if variant is not None and variant not in names:
+        raise ValueError(f"variant={variant!r} is not one of {', '.join(names)}.")
+    for name in names if variant is None else [variant]:
+        library = NativeLibrary(functions, name, _variant_index(functions, name))
+        if passes_self_test(library):
+            logger.info("Ternary layers on the CPU use the native kernel %s.", name)
+            return library
+        logger.warning("The native kernel %s computes wrong numbers on this CPU and is not used.", name)
+    logger.warning("Ternary layers on the CPU use plain torch: no native kernel passes its self-test.")
+    return None
