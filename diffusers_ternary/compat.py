@@ -50,12 +50,6 @@ def keep_in_fp32_names(model: Any) -> list[str]:
     return names
 
 
-def forget_weight_conversions(model: Any, operation: type) -> None:
-    """Drops the converters with `operation` that transformers remembers in order to revert them when it saves."""
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is not None:
-        model._weight_conversions = [
-            conversion
-            for conversion in conversions
-            if not any(isinstance(op, operation) for op in getattr(conversion, "operations", ()))
-        ]
+def forget_weight_conversions(model: Any) -> None:
+    """Makes transformers save the state dict as it is, instead of reverting the renamings of an older checkpoint."""
+    model._weight_conversions = []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes: how codes and scales are laid out in memory and in files. Knows bits, nothing of modules."""
 
-from .base3 import pack_base3, packed_base3_bytes, unpack_base3
+from .base3 import check_base3, pack_base3, packed_base3_bytes, unpack_base3
 from .metadata import FORMAT_VERSION, METADATA_KEY, FileLayout, check_format_version, crc32
 from .planes import pack_planes, planes_width, unpack_planes
 from .scales import (
@@ -25,6 +25,7 @@ __all__ = [
     "LayerSpec",
     "TensorSpec",
     "TernarySpec",
+    "check_base3",
     "check_format_version",
     "crc32",
     "double_quantize",

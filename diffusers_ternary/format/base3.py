@@ -59,6 +59,20 @@ def pack_base3(codes: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+def check_base3(packed: torch.Tensor) -> None:
+    """Checks that every byte of `packed` (uint8) is one that five trits give.
+
+    Raises:
+        ValueError: names the first byte of 243 or more.
+    """
+    if packed.numel() and int(packed.max()) >= BYTE_VALUES:
+        position = int((packed >= BYTE_VALUES).nonzero()[0])
+        raise ValueError(
+            f"Code byte {int(packed[position])} at offset {position}: base-3 bytes are below {BYTE_VALUES}. "
+            "The data is corrupt; download or write it again."
+        )
+
+
 def unpack_base3(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Inverse of [`pack_base3`].
 
@@ -80,12 +94,7 @@ def unpack_base3(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
             f"Packed codes of a {list(shape)} weight must be uint8 [{packed_base3_bytes(numel)}], "
             f"got {str(packed.dtype).removeprefix('torch.')} {list(packed.shape)}."
         )
-    if packed.numel() and int(packed.max()) >= BYTE_VALUES:
-        position = int((packed >= BYTE_VALUES).nonzero()[0])
-        raise ValueError(
-            f"Code byte {int(packed[position])} at offset {position}: base-3 bytes are below {BYTE_VALUES}. "
-            "The data is corrupt; download or write it again."
-        )
+    check_base3(packed)
     table = _decode_table().to(packed.device)
     codes = torch.empty(packed.numel() * TRITS_PER_BYTE, dtype=torch.int8, device=packed.device)
     rows = codes.view(-1, TRITS_PER_BYTE)

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from ..format import (
     MULTIPLIER_MAX,
     FileLayout,
-    Int8Spec,
     LayerSpec,
     TernarySpec,
+    check_base3,
     crc32,
     pack_base3,
     pack_planes,
@@ -109,6 +109,24 @@ def check_headers(layout: FileLayout, tensors: Mapping[str, StoredTensor], *, so
                 )
 
 
+def check_values(layout: FileLayout, tensors: Mapping[str, StoredTensor]) -> None:
+    """Reads all tensors, one at a time, and checks their checksums and values.
+
+    For hosts that offer no place to raise while they load.
+
+    Raises:
+        ValueError: names the file, the tensor and the remedy.
+    """
+    for file in sorted({stored.file for stored in tensors.values()}):
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                tensor = handle.get_tensor(name)
+                check_crc(name, tensor, layout, source=file)
+                part = owner(name, layout.layers)
+                if part is not None:
+                    check_tensor(name, part[1], tensor, layout.layers[part[0]], source=file)
+
+
 def owner(name: str, layers: Mapping[str, LayerSpec]) -> tuple[str, str] | None:
     """Splits a tensor name into (layer, suffix) if it is part of a packed layer."""
     layer, _, suffix = name.rpartition(".")
@@ -128,8 +146,8 @@ def check_crc(name: str, tensor: torch.Tensor, layout: FileLayout, *, source: st
         raise ValueError(f"{source}: the checksum of {name} does not match. {_DAMAGED}")
 
 
-def to_memory(name: str, suffix: str, tensor: torch.Tensor, spec: LayerSpec, *, source: str) -> torch.Tensor:
-    """Turns one stored tensor of a packed layer into what the layer's parameter holds.
+def check_tensor(name: str, suffix: str, tensor: torch.Tensor, spec: LayerSpec, *, source: str) -> None:
+    """Checks the values of one stored tensor of a packed layer.
 
     Args:
         name (`str`): full tensor name, for messages.
@@ -145,20 +163,28 @@ def to_memory(name: str, suffix: str, tensor: torch.Tensor, spec: LayerSpec, *, 
         values = tensor.float()
         if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
             raise ValueError(f"{source}: {name} holds NaN, Inf or negative scales. {_DAMAGED}")
-        return scale_to_bits(tensor)
-    if suffix == "weight_multiplier":
+    elif suffix == "weight_multiplier":
         if int(tensor.max()) > MULTIPLIER_MAX:
             raise ValueError(
                 f"{source}: {name} holds {int(tensor.max())}; multipliers are 0..{MULTIPLIER_MAX}. {_DAMAGED}"
             )
-        return tensor
-    if isinstance(spec, Int8Spec):
-        return tensor
-    try:
-        codes = unpack_base3(tensor, (spec.out_features, spec.in_features))
-    except ValueError as error:
-        raise ValueError(f"{source}: {name}: {error}") from error
-    return pack_planes(codes)
+    elif isinstance(spec, TernarySpec):
+        try:
+            check_base3(tensor)
+        except ValueError as error:
+            raise ValueError(f"{source}: {name}: {error}") from error
+
+
+def to_memory(name: str, suffix: str, tensor: torch.Tensor, spec: LayerSpec, *, source: str) -> torch.Tensor:
+    """Checks one stored tensor of a packed layer ([`check_tensor`], same arguments) and turns it into what the layer's
+    parameter holds.
+    """
+    check_tensor(name, suffix, tensor, spec, source=source)
+    if suffix == "weight_scale":
+        return scale_to_bits(tensor)
+    if suffix == "weight" and isinstance(spec, TernarySpec):
+        return pack_planes(unpack_base3(tensor, (spec.out_features, spec.in_features)))
+    return tensor
 
 
 def to_file(suffix: str, tensor: torch.Tensor, spec: LayerSpec, scale_dtype: torch.dtype) -> torch.Tensor:

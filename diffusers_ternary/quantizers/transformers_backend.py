@@ -13,7 +13,8 @@ from ..layers import QuantizedLinear
 from .checkpoint import (
     LayerRecord,
     PackedCheckpoint,
-    check_crc,
+    check_headers,
+    check_values,
     owner,
     read_headers,
     state_dict_to_file,
@@ -29,11 +30,18 @@ logger = logging.getLogger(__name__)
 _STORED = ("weight", "weight_scale", "weight_multiplier")
 
 
-class PackOnLoad(ConversionOps):
-    """Packs a float weight into its placeholder the moment it is read."""
+class QuantizerOperation(ConversionOps):
+    """A conversion that reports to the quantizer, which all copies share: the loader copies it for every tensor."""
 
     def __init__(self, quantizer: "TernaryTransformersQuantizer") -> None:
         self.quantizer = quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizerOperation":
+        return self
+
+
+class PackOnLoad(QuantizerOperation):
+    """Packs a float weight into its placeholder the moment it is read."""
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, torch.Tensor]:
         """See `ConversionOps`; returns nothing because the layer takes the tensors itself."""
@@ -41,7 +49,13 @@ class PackOnLoad(ConversionOps):
         value = next(iter(input_dict.values()))
         weight = value[0] if isinstance(value, list) else value
         layer = kwargs["model"].get_submodule(name)
-        layer.pack(weight, name=name, **pack_options(self.quantizer.quantization_config))
+        options = pack_options(self.quantizer.quantization_config)
+        try:
+            layer.pack(weight, name=name, **options)
+        except ValueError as error:
+            # The loader would bury it in a report of its own; it is raised when the loader is done.
+            self.quantizer.first_error = self.quantizer.first_error or error
+            layer.pack(torch.zeros_like(weight), name=name, **options)
         for parameter_name in layer.packed_names:
             parameter = getattr(layer, parameter_name)
             if parameter is not None:
@@ -50,11 +64,8 @@ class PackOnLoad(ConversionOps):
         return {}
 
 
-class UnpackOnLoad(ConversionOps):
+class UnpackOnLoad(QuantizerOperation):
     """Turns stored tensors of packed layers into their memory layout; passes all others on."""
-
-    def __init__(self, quantizer: "TernaryTransformersQuantizer") -> None:
-        self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, torch.Tensor]:
         """See `ConversionOps`."""
@@ -78,7 +89,7 @@ class TernaryTransformersQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.checkpoint: PackedCheckpoint | None = None
         self.kept: dict[str, str] = {}
-        # transformers collects errors of conversions and goes on; the first one is raised after loading.
+        # The first layer that could not be packed; raised after loading.
         self.first_error: ValueError | None = None
         self.read: set[str] = set()
 
@@ -121,6 +132,9 @@ class TernaryTransformersQuantizer(HfQuantizer):
                 f"config.json in {source} declares diffusers_ternary, but the weights beside it are not packed. "
                 "Restore the packed weights, or delete quantization_config from config.json to load float weights."
             )
+        # Before anything is loaded: the loader collects the errors of conversions and raises one of its own.
+        check_headers(layout, tensors, source=source)
+        check_values(layout, tensors)
         self.checkpoint = PackedCheckpoint(layout, tensors)
         insert_packed(model, layout.layers, self.checkpoint.scale_dtypes(), self.quantization_config, source=source)
         return model
@@ -154,27 +168,15 @@ class TernaryTransformersQuantizer(HfQuantizer):
         return dtype if is_float and not is_scale else None
 
     def read_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Checks one stored tensor and turns it into its memory layout."""
+        """Turns one stored tensor into its memory layout."""
         assert self.checkpoint is not None
-        part = owner(name, self.checkpoint.layout.layers)
+        layers = self.checkpoint.layout.layers
+        part = owner(name, layers)
         if part is None:
             return tensor
-        stored = self.checkpoint.tensors.get(name)
-        source = stored.file if stored is not None else "checkpoint"
-        layer, suffix = part
-        try:
-            expected = self.checkpoint.layout.layers[layer].file_tensors()[suffix]
-            if tensor.dtype not in expected.dtypes or tuple(tensor.shape) != expected.shape:
-                raise ValueError(
-                    f"{source}: {name} is {tensor.dtype} {list(tensor.shape)}, expected {list(expected.shape)}."
-                )
-            check_crc(name, tensor, self.checkpoint.layout, source=source)
-            value = to_memory(name, suffix, tensor, self.checkpoint.layout.layers[layer], source=source)
-        except ValueError as error:
-            self.first_error = self.first_error or error
-            raise
         self.read.add(name)
-        return value
+        layer, suffix = part
+        return to_memory(name, suffix, tensor, layers[layer], source=self.checkpoint.tensors[name].file)
 
     # --- after the weights --------------------------------------------------------------------------------------
 
@@ -190,7 +192,6 @@ class TernaryTransformersQuantizer(HfQuantizer):
                         f"The checkpoint has no tensor {name}.{suffix}, which the {type(layer).__name__} needs. "
                         "The file is incomplete: download it again, or write it again with diffusers-ternary."
                     )
-        forget_weight_conversions(model, UnpackOnLoad)
         self.attach(model)
         logger.info("%s", summarize(model, self.kept))
         return model
@@ -200,6 +201,8 @@ class TernaryTransformersQuantizer(HfQuantizer):
         self.checkpoint = None
         self.pre_quantized = True
         self.read = set()
+        # Files are written with the names of the modules, whatever names they were read under.
+        forget_weight_conversions(model)
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = TernaryMethod.DIFFUSERS_TERNARY

@@ -68,7 +68,7 @@ class TestValues:
             (
                 {"activation_dtype": "int4"},
                 ValueError,
-                "activation_dtype='int4' is not one of auto, int8, float8_e4m3fn",
+                "activation_dtype='int4' is not one of auto, int8, float8",
             ),
             ({"activation_dtype": None}, ValueError, "activation_dtype=None is not one of"),
             ({"activation_dtype": torch.int8}, ValueError, "activation_dtype=torch.int8 is not one of"),
