@@ -33,8 +33,6 @@ class QuantizedLinear(nn.Linear):
         device, dtype: of the placeholder weight and the bias.
     """
 
-    # Named after the kernel that serves the layer in `repr`.
-    kernel: ClassVar[str] = "torch"
     packed_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     weight_scale: nn.Parameter | None
 
@@ -64,6 +62,11 @@ class QuantizedLinear(nn.Linear):
             self.bias = nn.Parameter(values, requires_grad=False)
         else:
             self.register_parameter("bias", None)
+
+    @property
+    def kernel(self) -> str:
+        """Name of the kernel that serves the layer where it is now."""
+        return "torch"
 
     @property
     def is_packed(self) -> bool:

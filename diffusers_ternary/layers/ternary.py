@@ -8,7 +8,7 @@ from torch import nn
 
 from ..format import TernarySpec
 from ..kernels import reference
-from ..ops import ternary_linear
+from ..ops import kernel_name, ternary_linear
 from ..ternarize import TernaryWeight, ternarize
 from .base import QuantizedLinear
 
@@ -22,6 +22,11 @@ class TernaryLinear(QuantizedLinear):
     packed_names = ("weight", "weight_scale", "weight_multiplier")
     spec: TernarySpec
     weight_multiplier: nn.Parameter | None
+
+    @property
+    def kernel(self) -> str:
+        """Name of the kernel that serves the layer where it is now."""
+        return kernel_name(self.weight.device.type, self.activation_dtype)
 
     @classmethod
     def from_weight(cls, packed: TernaryWeight, bias: torch.Tensor | None = None, **options: Any) -> "TernaryLinear":

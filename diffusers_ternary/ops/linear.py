@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..kernels import reference
+from ..kernels import cpu, reference
 
 
 ACTIVATION_DTYPES = ("auto", "int8", "float8_e4m3fn", "none")
@@ -64,6 +64,41 @@ def ternary_linear(
         group_size=group_size,
         activation_dtype=activation_dtype,
     )
+
+
+@ternary_linear.register_kernel("cpu")
+def _linear_cpu(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    in_features: int,
+    group_size: int,
+    activation_dtype: str,
+) -> torch.Tensor:
+    check_arguments(input, in_features, activation_dtype)
+    tensors = (input, weight, scale, multiplier, bias)
+    if input.dtype == torch.float64:
+        # Whoever asks for float64 wants exact numbers (gradient checks), not speed.
+        exact = "none" if activation_dtype == "auto" else activation_dtype
+        return reference.linear(*tensors, in_features=in_features, group_size=group_size, activation_dtype=exact)
+    if activation_dtype == "none":
+        return cpu.linear_exact(*tensors, in_features=in_features, group_size=group_size)
+    if activation_dtype == "float8_e4m3fn":
+        return reference.linear(
+            *tensors, in_features=in_features, group_size=group_size, activation_dtype=activation_dtype
+        )
+    return cpu.linear_int8(*tensors, in_features=in_features, group_size=group_size)
+
+
+def kernel_name(device_type: str, activation_dtype: str) -> str:
+    """Which kernel serves a device, for `repr` and logs."""
+    if device_type == "cpu" and activation_dtype in ("auto", "int8"):
+        return f"{cpu.kernel_name()} int8"
+    if device_type == "cpu" and activation_dtype == "none":
+        return "blocked float32"
+    return "torch"
 
 
 @ternary_linear.register_fake

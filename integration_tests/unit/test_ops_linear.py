@@ -65,7 +65,10 @@ def test_gradients_against_a_dense_float64_map(lead, activation_dtype):
     bias64 = bias.detach().double().requires_grad_()
     expected = torch.nn.functional.linear(x64, dense, bias64)
     expected.backward(grad.double())
-    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    # "auto" may round each activation to the nearest of 255 steps: half a step times the weights at the most.
+    step = x64.abs().amax(-1, keepdim=True) / 127 if activation_dtype == "auto" else torch.zeros(1)
+    bound = step / 2 * dense.abs().sum(dim=1)
+    assert bool(((y.double() - expected).abs() <= bound + 1e-4).all())
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(bias.grad.double(), bias64.grad, rtol=1e-4, atol=1e-4)
 
