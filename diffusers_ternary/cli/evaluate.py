@@ -125,7 +125,7 @@ def load_pipeline(source: str, dtype: torch.dtype) -> Any:
     if _is_demo(source):
         from ..demo.variants import TEACHER, find_variant
 
-        return find_variant(source.partition(":")[2] or TEACHER.name).load().to(dtype=dtype)
+        return find_variant(source.partition(":")[2] or TEACHER.name).load(dtype)
     path = pathlib.Path(source)
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ValueError(f"{source} holds no model_index.json, so it is no pipeline. Give the folder of a pipeline.")
@@ -139,7 +139,7 @@ def load_student(source: str, teacher: Any, dtype: torch.dtype) -> Any:
         return load_pipeline(source, dtype)
     from ..evaluate.comparable import DENOISERS, denoiser_of
 
-    current = denoiser_of(teacher)
+    current: Any = denoiser_of(teacher)
     denoiser = type(current).from_pretrained(source, torch_dtype=dtype)
     name = next(name for name in DENOISERS if getattr(teacher, name, None) is current)
     return type(teacher)(**{**teacher.components, name: denoiser})

@@ -21,12 +21,13 @@ class Variant:
 
     Args:
         name (`str`): in the table, the contact sheet and the JSON.
-        load (`Callable[[], DiffusionPipeline]`): makes a pipeline of its own, independent of the other variants.
+        load (`Callable[[torch.dtype], DiffusionPipeline]`): makes a pipeline of its own, independent of the other
+            variants; the dtype is that of what is not packed.
         description (`str`): one line for people.
     """
 
     name: str
-    load: Callable[[], DiffusionPipeline]
+    load: Callable[[torch.dtype], DiffusionPipeline]
     description: str
 
 
@@ -43,11 +44,15 @@ class Size:
     bytes: int
 
 
-def _rounded() -> DiffusionPipeline:
-    return quantize(demo_pipeline(), TernaryConfig())
+def _teacher(dtype: torch.dtype) -> DiffusionPipeline:
+    return demo_pipeline(torch_dtype=dtype)
 
 
-TEACHER = Variant("teacher", demo_pipeline, "the embedded model, bfloat16")
+def _rounded(dtype: torch.dtype) -> DiffusionPipeline:
+    return quantize(demo_pipeline(torch_dtype=dtype), TernaryConfig())
+
+
+TEACHER = Variant("teacher", _teacher, "the embedded model, bfloat16")
 STUDENTS = (Variant("rounded", _rounded, "TernaryConfig(): every weight rounded on its own, nothing calibrated"),)
 
 

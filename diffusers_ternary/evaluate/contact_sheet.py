@@ -73,8 +73,8 @@ def to_tile(image: Image.Image, size: int) -> Image.Image:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     if longest <= size:
         return image
-    scaled = (max(1, round(side * size / longest)) for side in image.size)
-    return image.resize(tuple(scaled), Image.Resampling.LANCZOS)
+    width, height = (max(1, round(side * size / longest)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, max_lines: int) -> list[str]:

@@ -26,7 +26,9 @@ class ImageDistance:
         psnr_db (`float`): peak signal-to-noise ratio of the mean squared error over all images, in dB; infinite if
             all are identical.
         psnr_per_image (`tuple[float, ...]`): the same for each image.
-        ssim (`float`, *optional*): mean structural similarity (Wang et al. 2004), 1 = identical.
+        ssim (`float`, *optional*): mean structural similarity (Wang et al. 2004), 1 = identical. As torchmetrics
+            defines it: over the windows around all pixels, the image being mirrored at its borders. Those that
+            count only windows inside the image differ, by a few hundredths for images of 16 pixels.
         lpips (`float`, *optional*): mean perceptual distance (Zhang et al. 2018, AlexNet), 0 = identical.
         unavailable (`dict[str, str]`): metrics that are `None`, and why.
     """
@@ -58,11 +60,10 @@ def image_distance(student: Sequence[Image.Image], teacher: Sequence[Image.Image
     reason = lpips_unavailable(smallest)
     if reason is not None:
         reasons["lpips"] = reason
-    perceptual = (
-        None
-        if reason is not None
-        else import_extra("torchmetrics.image").LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-    )
+    perceptual = None
+    if reason is None:
+        images = import_extra("torchmetrics.image")
+        perceptual = images.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
     psnr, ssim = [], []
     for ours, theirs in zip(student, teacher, strict=True):
         pair = to_tensor(ours), to_tensor(theirs)  # [1, 3, H, W] each

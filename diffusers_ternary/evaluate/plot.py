@@ -45,6 +45,9 @@ def plot_velocity_error(errors: Mapping[str, VelocityError], path: Any, *, dark:
         axes.plot(steps, error.per_step, marker="o", markersize=4, linewidth=1.6, color=color, label=label)
     if any(value > 0 for error in errors.values() for value in error.per_step):
         axes.set_yscale("log")
+        ticker = import_extra("matplotlib.ticker")
+        for axis_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_ticks(ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     else:
         axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)

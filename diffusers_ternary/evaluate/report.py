@@ -134,7 +134,11 @@ def _plot(result: EvaluationResult) -> _Plot | None:
         plot_velocity_error({"student": result.velocity}, buffer, dark=dark)
         pictures.append(_data_uri(buffer.getvalue(), "image/png"))
     errors = result.velocity.per_step
-    return _Plot(*pictures, alternative=f"From {errors[0]:.2e} at the first step to {errors[-1]:.2e} at the last.")
+    return _Plot(
+        light=pictures[0],
+        dark=pictures[1],
+        alternative=f"From {errors[0]:.2e} at the first step to {errors[-1]:.2e} at the last.",
+    )
 
 
 def _embedded(image: Image.Image) -> str:

@@ -3,6 +3,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -201,7 +202,7 @@ def _count(number: int, one: str, many: str) -> str:
 def _seeds(seeds: tuple[int, ...]) -> str:
     if len(seeds) == 1:
         return f"seed {seeds[0]}"
-    consecutive = all(after == before + 1 for before, after in zip(seeds, seeds[1:], strict=False))
+    consecutive = all(after == before + 1 for before, after in itertools.pairwise(seeds))
     return f"seeds {seeds[0]} to {seeds[-1]}" if consecutive else f"{len(seeds)} seeds"
 
 

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`diffusers-ternary evaluate`: files in, report out, and an exit code that means something."""
+
+import json
+
+import pytest
+import torch
+import typer
+from evaluate_pipelines import tiny_flux
+from typer.testing import CliRunner
+
+import diffusers_ternary
+from diffusers_ternary.cli.console import ExitCode
+from diffusers_ternary.cli.evaluate import evaluate_command, read_prompts
+
+
+CALL = ["--steps", "2", "--height", "16", "--width", "16", "--set", "max_sequence_length=16", "--device", "cpu"]
+app = typer.Typer()
+app.command()(evaluate_command)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    tiny_flux().save_pretrained(root / "teacher")
+    student = diffusers_ternary.quantize(tiny_flux())
+    student.save_pretrained(root / "student")
+    tiny_flux(num_layers=2).save_pretrained(root / "other")
+    (root / "prompts.txt").write_text("a dog\n\n  two cats \n", encoding="utf-8")
+    return root
+
+
+def invoke(
+    folders, *arguments: object, student: str = "student", prompts: str | None = None, stdin: str | None = None
+):
+    command = [folders / student, folders / "teacher", "--prompts", prompts or folders / "prompts.txt", *CALL]
+    return CliRunner().invoke(app, [str(part) for part in (*command, *arguments)], input=stdin)
+
+
+def test_a_report_is_written(folders, tmp_path) -> None:
+    outcome = invoke(folders, "--report", tmp_path / "out", "--limit", 1)
+    assert outcome.exit_code == ExitCode.OK, outcome.output
+    data = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    assert data["prompts"] == 1
+    assert data["call_kwargs"] == {
+        "height": 16,
+        "width": 16,
+        "max_sequence_length": 16,
+        "num_inference_steps": 2,
+    }
+    assert data["velocity_nmse"] > 0
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
+def test_a_denoiser_alone_is_put_into_the_teacher(folders) -> None:
+    whole = invoke(folders)
+    part = invoke(folders, student="student/transformer")
+    assert part.exit_code == ExitCode.OK, part.output
+    psnr = [next(line for line in out.stdout.splitlines() if "PSNR" in line) for out in (whole, part)]
+    assert psnr[0] == psnr[1]
+
+
+def test_prompts_from_stdin(folders) -> None:
+    outcome = invoke(folders, prompts="-", stdin="a dog\na cat\na cow\n")
+    assert outcome.exit_code == ExitCode.OK, outcome.output
+    assert "3 prompts" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "nonsense"], "is not NAME=VALUE"),
+        (["--set", "height=8"], "given twice"),
+        (["--set", "stepz=8"], "takes no stepz"),
+        (["--dtype", "int3"], "'int3' is not one of"),
+        (["--device", "toaster"], "'toaster' is no device"),
+        (["--clip", "missing"], "no local CLIP checkpoint"),
+    ],
+)
+def test_bad_options_exit_with_3(folders, options: list[str], message: str) -> None:
+    outcome = invoke(folders, *options)
+    assert outcome.exit_code == ExitCode.BAD_INPUT, outcome.output
+    assert message in outcome.output
+
+
+def test_a_failed_run_leaves_no_report(folders, tmp_path) -> None:
+    outcome = invoke(folders, "--report", tmp_path / "out", student="other")
+    assert outcome.exit_code == ExitCode.BAD_INPUT, outcome.output
+    assert "num_layers" in outcome.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_report_is_kept(folders, tmp_path) -> None:
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    outcome = invoke(folders, "--report", tmp_path)
+    assert outcome.exit_code == ExitCode.BAD_INPUT
+    assert "--overwrite" in outcome.output
+    assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_wrong_usage_exits_with_2(folders) -> None:
+    assert invoke(folders, "--steps", "0").exit_code == ExitCode.USAGE
+
+
+def test_dtype_reaches_the_models(folders) -> None:
+    from diffusers_ternary.cli.evaluate import load_pipeline
+
+    assert load_pipeline(str(folders / "teacher"), torch.bfloat16).transformer.dtype == torch.bfloat16
+
+
+def test_prompt_files(tmp_path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffein Hund\r\nfünf Kühe\r\n猫\u2028犬\n".encode())
+    assert read_prompts(str(path)) == ["ein Hund", "fünf Kühe", "猫\u2028犬"]
+    assert read_prompts(str(path), 1) == ["ein Hund"]
+    path.write_bytes("ein Hund\nfünf Kühe\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"not UTF-8 \(line 2"):
+        read_prompts(str(path))
+    path.write_bytes(b"\n \n")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        read_prompts(str(path))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_prompts(str(tmp_path / "missing.txt"))
