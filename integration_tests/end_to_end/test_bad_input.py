@@ -240,7 +240,7 @@ class TestVersionsAndConfigs:
 
     def test_packed_weights_without_their_config_quantized_again(self, host, folder):
         edit_json(folder / "config.json", quantization_config=None)
-        with pytest.raises(ValueError, match="holds packed weights, but its config.json has no quantization_config"):
+        with pytest.raises(ValueError, match=r"holds packed weights, but its config\.json has no quantization_config"):
             host.model_class.from_pretrained(folder, quantization_config=TernaryConfig())
 
     def test_config_without_packed_weights(self, host, folder):
