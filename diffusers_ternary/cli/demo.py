@@ -5,6 +5,7 @@ import pathlib
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.table import Table
 
 from .console import console, explained_errors, format_bytes
@@ -67,12 +68,13 @@ def _run(full: bool, threads: int | None) -> "DemoResult":
 
 def _table(result: "DemoResult") -> Table:
     table = Table(
+        box=box.SIMPLE_HEAD,
         caption=f"{len(result.prompts)} held-out prompts, one seed each, the same for all variants. "
-        "PSNR and velocity error: distance to the teacher.",
+        "PSNR and velocity error: distance to the teacher. Seconds: wall time of one run, other load included.",
         caption_justify="left",
     )
     table.add_column("variant")
-    headings = ("bits/weight", "bytes", "attributes\nright", "all\nright", "PSNR\ndB", "velocity\nNMSE", "seconds")
+    headings = ("bits per\nweight", "size", "attrib.\nright", "all\nright", "PSNR\ndB", "velocity\nNMSE", "sec.")
     for heading in headings:
         table.add_column(heading, justify="right")
     for row in result.rows:
