@@ -129,7 +129,7 @@ def load_pipeline(source: str, dtype: torch.dtype) -> Any:
     path = pathlib.Path(source)
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ValueError(f"{source} holds no model_index.json, so it is no pipeline. Give the folder of a pipeline.")
-    return DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+    return DiffusionPipeline.from_pretrained(source, dtype=dtype)
 
 
 def load_student(source: str, teacher: Any, dtype: torch.dtype) -> Any:
@@ -140,7 +140,7 @@ def load_student(source: str, teacher: Any, dtype: torch.dtype) -> Any:
     from ..evaluate.comparable import DENOISERS, denoiser_of
 
     current: Any = denoiser_of(teacher)
-    denoiser = type(current).from_pretrained(source, torch_dtype=dtype)
+    denoiser = type(current).from_pretrained(source, dtype=dtype)
     name = next(name for name in DENOISERS if getattr(teacher, name, None) is current)
     return type(teacher)(**{**teacher.components, name: denoiser})
 
