@@ -4,12 +4,43 @@
 Importing this package registers the quantization backend `diffusers_ternary` with diffusers and transformers.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .config import TernaryConfig
 from .layers import Int8Linear, TernaryLinear
 from .quantizers import quantize, register
 
 
+if TYPE_CHECKING:
+    from .demo.pipeline import demo_folder, demo_pipeline
+    from .evaluation import EvaluationResult, evaluate
+
 __version__ = "0.1.0"
-__all__ = ["Int8Linear", "TernaryConfig", "TernaryLinear", "quantize"]
+__all__ = [
+    "EvaluationResult",
+    "Int8Linear",
+    "TernaryConfig",
+    "TernaryLinear",
+    "demo_folder",
+    "demo_pipeline",
+    "evaluate",
+    "quantize",
+]
+
+# Loaded when first used: they load most of diffusers, which registering the backend does not need.
+_LAZY = {
+    "EvaluationResult": ".evaluation",
+    "demo_folder": ".demo.pipeline",
+    "demo_pipeline": ".demo.pipeline",
+    "evaluate": ".evaluation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()

@@ -52,7 +52,7 @@ def demo_command(
 def _run(full: bool, threads: int | None) -> "DemoResult":
     import torch
 
-    from ..evaluate import MissingExtraError
+    from ..evaluation import MissingExtraError
     from .quiet import hide_loading_bars
 
     hide_loading_bars()

@@ -17,7 +17,7 @@ from .console import console, explained_errors
 
 
 if TYPE_CHECKING:
-    from ..evaluate import Scorer
+    from ..evaluation import Scorer
 
 DEMO = "demo"
 
@@ -52,7 +52,7 @@ def evaluate_command(
 
     Example: diffusers-ternary evaluate flux-ternary black-forest-labs/FLUX.1-dev --prompts prompts.txt --report out
     """
-    from ..evaluate import ClipScore, MissingExtraError, evaluate, write_report
+    from ..evaluation import ClipScore, MissingExtraError, evaluate, write_report
     from .quiet import hide_loading_bars
 
     with explained_errors(), contextlib.ExitStack() as stack:
@@ -137,7 +137,7 @@ def load_student(source: str, teacher: Any, dtype: torch.dtype) -> Any:
     path = pathlib.Path(source)
     if not (path / "config.json").is_file() or (path / "model_index.json").is_file():
         return load_pipeline(source, dtype)
-    from ..evaluate.comparable import DENOISERS, denoiser_of
+    from ..evaluation.comparable import DENOISERS, denoiser_of
 
     current: Any = denoiser_of(teacher)
     denoiser = type(current).from_pretrained(source, dtype=dtype)

@@ -3,7 +3,7 @@
 
 from diffusers_ternary.demo.grammar import attributes_of, held_out_prompts, training_prompts
 from diffusers_ternary.demo.judge import AttributeAccuracy, Judge, attribute_accuracy, real_images
-from diffusers_ternary.demo.pipeline import DEMO_CALL, demo_pipeline, generate
+from diffusers_ternary.demo.pipeline import DEMO_CALL, demo_folder, demo_pipeline, generate
 
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Judge",
     "attribute_accuracy",
     "attributes_of",
+    "demo_folder",
     "demo_pipeline",
     "generate",
     "held_out_prompts",

@@ -34,6 +34,22 @@ of what quantization does to a model.
 """
 
 
+def demo_folder(variant: str = "teacher") -> str:
+    """Folder of the embedded pipeline, for ``from_pretrained`` and the command line.
+
+    Args:
+        variant: Which of the embedded pipelines; ``"teacher"`` is the trained one in bfloat16.
+
+    Raises:
+        ValueError: If there is no such variant.
+    """
+    folder = DATA / variant
+    if not (folder / "model_index.json").is_file():
+        known = sorted(index.parent.name for index in DATA.glob("*/model_index.json"))
+        raise ValueError(f"variant={variant!r} is not embedded in this package; choose from {known}.")
+    return str(folder)
+
+
 def demo_pipeline(variant: str = "teacher", torch_dtype: torch.dtype = torch.float32) -> FluxPipeline:
     """Load the embedded text-to-image pipeline: 16x16 portraits from prompts of the pixel-people grammar.
 
@@ -46,12 +62,8 @@ def demo_pipeline(variant: str = "teacher", torch_dtype: torch.dtype = torch.flo
     Raises:
         ValueError: If there is no such variant.
     """
-    folder = DATA / variant
-    if not (folder / "model_index.json").is_file():
-        known = sorted(index.parent.name for index in DATA.glob("*/model_index.json"))
-        raise ValueError(f"variant={variant!r} is not embedded in this package; choose from {known}.")
     with _without_vae_type_warning():
-        return FluxPipeline.from_pretrained(folder, dtype=torch_dtype, local_files_only=True)
+        return FluxPipeline.from_pretrained(demo_folder(variant), dtype=torch_dtype, local_files_only=True)
 
 
 @contextmanager

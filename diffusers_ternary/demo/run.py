@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ..evaluate import EvaluationResult, Sampling, compare, contact_sheet, observe_teacher
+from ..evaluation import EvaluationResult, Sampling, compare, contact_sheet, observe_teacher
 from .grammar import held_out_prompts
 from .judge import Judge
 from .pipeline import DEMO_CALL

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler
 from evaluate_pipelines import FLUX_CALL, PROMPTS, tiny_flux, tiny_stable_diffusion
 
 import diffusers_ternary
-from diffusers_ternary.evaluate import EvaluationResult, evaluate
+from diffusers_ternary.evaluation import EvaluationResult, evaluate
 
 
 GUIDED = {**FLUX_CALL, "negative_prompt": "", "true_cfg_scale": 2.0}

@@ -9,8 +9,8 @@ import torch
 from evaluate_pipelines import clip_text_config, clip_tokenizer
 from PIL import Image
 
-from diffusers_ternary.evaluate import ClipScore
-from diffusers_ternary.evaluate.metrics import SSIM_WINDOW, image_distance
+from diffusers_ternary.evaluation import ClipScore
+from diffusers_ternary.evaluation.metrics import SSIM_WINDOW, image_distance
 
 
 TOLERANCE = 1e-5  # dB and SSIM: torchmetrics accumulates and takes logarithms in float32

@@ -9,8 +9,8 @@ import pytest
 from evaluate_pipelines import FLUX_CALL, tiny_flux
 from PIL import Image
 
-from diffusers_ternary.evaluate import EvaluationResult, MissingExtraError, contact_sheet, evaluate, write_report
-from diffusers_ternary.evaluate.contact_sheet import TILE, to_tile
+from diffusers_ternary.evaluation import EvaluationResult, MissingExtraError, contact_sheet, evaluate, write_report
+from diffusers_ternary.evaluation.contact_sheet import TILE, to_tile
 
 
 HOSTILE = "<script src='https://example.com/x.js'></script> & \"quotes\""
