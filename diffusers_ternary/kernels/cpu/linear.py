@@ -94,6 +94,7 @@ def linear_int8(
         rows = rows.float()
     if rows.stride(1) != 1:
         rows = rows.contiguous()
+    infinite: int | bool
     if library is None:
         out, infinite = fallback.linear_int8(rows, weight, scale, multiplier, bias, in_features, group_size)
     else:
