@@ -175,3 +175,17 @@ def test_an_unknown_layout_is_a_readable_error():
 def test_an_impossible_group_size_is_a_readable_error(group_size):
     with pytest.raises(ValueError, match=f"group_size={group_size} "):
         ternarize(matrix(2, 8), group_size=group_size)
+
+
+@pytest.mark.parametrize("freedom", [3, 5, 1000])
+def test_double_scales_cost_nothing_that_can_be_seen(freedom):
+    """The claim of `scale_layout`, on Student-t weights; the table is benchmarks/results/scales.csv."""
+    generator = torch.Generator().manual_seed(0)
+    chi_squared = torch.randn(64, 1024, freedom, generator=generator).square().sum(dim=-1)
+    values = torch.randn(64, 1024, generator=generator) * (freedom / chi_squared).sqrt()
+
+    def snr(layout: str) -> float:
+        error = values - ternarize(values, scales=layout).dequantize()
+        return 10 * torch.log10(values.square().sum() / error.square().sum()).item()
+
+    assert abs(snr("group") - snr("double")) < 0.005
