@@ -25,16 +25,16 @@ class Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.double = TernaryLinear(TernarySpec(7, 13, 4))
+        self.rowwise = TernaryLinear(TernarySpec(7, 13, 4))
         self.group = TernaryLinear(TernarySpec(7, 13, 4))
         self.int8 = Int8Linear(Int8Spec(7, 13))
         self.plain = torch.nn.Linear(13, 7)
-        self.double.pack(torch.randn(7, 13), scales="double")
+        self.rowwise.pack(torch.randn(7, 13), scales="double")
         self.group.pack(torch.randn(7, 13) * 1e-9, scales="group")
         self.int8.pack(torch.randn(7, 13))
 
     def records(self) -> dict[str, LayerRecord]:
-        layers = {"double": self.double, "group": self.group, "int8": self.int8}
+        layers = {"rowwise": self.rowwise, "group": self.group, "int8": self.int8}
         return {name: LayerRecord(layer.spec, layer.scale_dtype) for name, layer in layers.items()}
 
 
@@ -52,8 +52,8 @@ def saved(tmp_path):
 
 def test_dtypes_in_the_file(saved):
     _, tensors, _, _ = saved
-    assert tensors["double.weight"].dtype == tensors["group.weight"].dtype == torch.uint8
-    assert tensors["double.weight_scale"].dtype == torch.float16
+    assert tensors["rowwise.weight"].dtype == tensors["group.weight"].dtype == torch.uint8
+    assert tensors["rowwise.weight_scale"].dtype == torch.float16
     assert tensors["group.weight_scale"].dtype == torch.bfloat16  # 1e-9 is below float16's range
     assert tensors["int8.weight"].dtype == torch.int8
     assert tensors["plain.weight"].dtype == torch.float32
@@ -84,7 +84,7 @@ def test_there_and_back(saved):
     check_headers(read, stored, source="f")
     check_values(read, stored)
     assert PackedCheckpoint(read, stored).scale_dtypes() == {
-        "double": torch.float16,
+        "rowwise": torch.float16,
         "group": torch.bfloat16,
         "int8": torch.float16,
     }
@@ -136,9 +136,9 @@ def test_layouts_are_checked_as_a_whole(saved):
     other = FileLayout({**layout.layers, "gone": Int8Spec(2, 2)}, layout.checksums)
     with pytest.raises(ValueError, match=r"folder: the tensor gone\.weight of a packed layer is missing"):
         check_headers(other, stored, source="folder")
-    wrong = FileLayout({**layout.layers, "double": TernarySpec(7, 14, 4, "double")}, layout.checksums)
+    wrong = FileLayout({**layout.layers, "rowwise": TernarySpec(7, 14, 4, "double")}, layout.checksums)
     with pytest.raises(
-        ValueError, match=r"double\.weight is U8 \[19\], but a ternary layer of \[7, 14\] stores uint8"
+        ValueError, match=r"rowwise\.weight is U8 \[19\], but a ternary layer of \[7, 14\] stores uint8"
     ):
         check_headers(wrong, stored, source="folder")
 
@@ -146,8 +146,8 @@ def test_layouts_are_checked_as_a_whole(saved):
 def test_saving_what_is_not_there_is_refused():
     model = Model()
     state = model.state_dict()
-    del state["double.weight_scale"]
-    with pytest.raises(ValueError, match=r"Cannot save: double\.weight_scale is missing"):
+    del state["rowwise.weight_scale"]
+    with pytest.raises(ValueError, match=r"Cannot save: rowwise\.weight_scale is missing"):
         state_dict_to_file(state, model.records())
     state = model.state_dict()
     state["int8.weight"] = torch.zeros(3, 3, dtype=torch.int8)
