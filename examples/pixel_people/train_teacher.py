@@ -141,10 +141,12 @@ def export(pipeline: FluxPipeline, trainee: nn.Module, ema: EMAModel, folder: Pa
     shutil.rmtree(folder, ignore_errors=True)
     FluxPipeline.from_pretrained(part, dtype=torch.bfloat16).save_pretrained(folder)
     shutil.rmtree(part)
-    config = folder / "vae" / "config.json"
-    written = json.loads(config.read_text())
-    del written["block_out_channels"]  # AutoencoderTiny sets it itself, and warns when a file does
-    config.write_text(json.dumps(written, indent=2) + "\n")
+    for config in (*folder.glob("*/config.json"), folder / "model_index.json"):
+        written = json.loads(config.read_text())
+        written.pop("_name_or_path", None)  # the temporary folder's name
+        if written.get("_class_name") == "AutoencoderTiny":
+            del written["block_out_channels"]  # AutoencoderTiny sets it itself, and warns when a file does
+        config.write_text(json.dumps(written, indent=2) + "\n")
 
 
 def train(data: Path, work: Path, output: Path, recipe: Recipe, *, checkpoint_every: int) -> None:
