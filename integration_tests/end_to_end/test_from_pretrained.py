@@ -11,7 +11,6 @@ from diffusers import AutoModel, FluxTransformer2DModel, SD3Transformer2DModel, 
 from safetensors.torch import save_file
 from support import denoisers
 from support.checkpoints import read_file
-from support.fresh_process import run_python
 
 from diffusers_ternary import Int8Linear, TernaryConfig, TernaryLinear, quantize
 from diffusers_ternary.quantizers import packed_layers
@@ -225,6 +224,17 @@ class TestCopies:
         assert torch.isfinite(outputs).all()
 
 
+@pytest.fixture(scope="module")
+def z_image(tmp_path_factory):
+    """A float folder in the diffusers layout, and the same weights in the layout of the original repository."""
+    folder = tmp_path_factory.mktemp("z_image")
+    torch.manual_seed(0)
+    denoisers.z_image().save_pretrained(folder)
+    tensors, _ = read_file(folder / WEIGHTS)
+    save_file(to_original_z_image(tensors), folder / "original.safetensors", {"format": "pt"})
+    return folder
+
+
 class TestSingleFile:
     """`from_single_file` reads float checkpoints, in the diffusers layout and in the original one."""
 
@@ -233,16 +243,6 @@ class TestSingleFile:
             str(float_folder / WEIGHTS), config=str(float_folder), quantization_config=CONFIG
         )
         assert_same(model.state_dict(), expected)
-
-    @pytest.fixture(scope="class")
-    def z_image(self, tmp_path_factory):
-        """A float folder in the diffusers layout, and the same weights in the layout of the original repository."""
-        folder = tmp_path_factory.mktemp("z_image")
-        torch.manual_seed(0)
-        denoisers.z_image().save_pretrained(folder)
-        tensors, _ = read_file(folder / WEIGHTS)
-        save_file(to_original_z_image(tensors), folder / "original.safetensors", {"format": "pt"})
-        return folder
 
     def test_original_layout(self, z_image, tmp_path):
         reference = ZImageTransformer2DModel.from_pretrained(z_image, quantization_config=TernaryConfig())
@@ -282,27 +282,3 @@ def to_original_z_image(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
             name = name.replace(ours, theirs)
         original[name] = tensor
     return original
-
-
-@pytest.fixture(scope="module")
-def without_the_plugin(packed_folder):
-    """What stock libraries say of packed folders in a process that never imports this package."""
-    return run_python(
-        """
-        import json, sys
-        from diffusers import FluxTransformer2DModel
-
-        try:
-            FluxTransformer2DModel.from_pretrained(sys.argv[1])
-            message = "loaded"
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-        print(json.dumps(message))
-        """,
-        packed_folder,
-    )
-
-
-def test_without_the_plugin_the_error_names_it(without_the_plugin):
-    assert "diffusers_ternary" in without_the_plugin
-    assert without_the_plugin.startswith("ValueError: Unknown quantization type")

@@ -218,15 +218,16 @@ class TestSize:
         assert "outside the repeated blocks" in line
 
 
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wan")
+    torch.manual_seed(0)
+    denoisers.wan().save_pretrained(folder)
+    return folder
+
+
 class TestWan:
     """Wan keeps modules in float32 whatever torch_dtype says."""
-
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("wan")
-        torch.manual_seed(0)
-        denoisers.wan().save_pretrained(folder)
-        return folder
 
     @staticmethod
     @torch.no_grad()
@@ -239,9 +240,11 @@ class TestWan:
         ).sample
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-    def test_kept_in_float32(self, folder, dtype, tmp_path):
-        float_model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
-        model = WanTransformer3DModel.from_pretrained(folder, quantization_config=TernaryConfig(), torch_dtype=dtype)
+    def test_kept_in_float32(self, wan_folder, dtype, tmp_path):
+        float_model = WanTransformer3DModel.from_pretrained(wan_folder, torch_dtype=dtype)
+        model = WanTransformer3DModel.from_pretrained(
+            wan_folder, quantization_config=TernaryConfig(), torch_dtype=dtype
+        )
         dtypes = {name: parameter.dtype for name, parameter in float_model.named_parameters()}
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():
