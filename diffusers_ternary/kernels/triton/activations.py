@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations to 8 bits, one scale per token: the absolute maximum, the division, the rounding and the cast."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _round(scaled, FP8: tl.constexpr):
+    if FP8:
+        return scaled.to(tl.float8e4nv).to(tl.int8, bitcast=True)
+    # 1.5 * 2**23 pushes the fraction out of a float32: round half to even on every target, without a library call.
+    return ((scaled + 12582912.0) - 12582912.0).to(tl.int8)
+
+
+@triton.jit
+def _finite_or_inf(x):
+    # A maximum may drop NaN; infinity survives it.
+    magnitude = tl.abs(x)
+    return tl.where(magnitude == magnitude, magnitude, float("inf"))
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr, out_ptr, x_scale_ptr, K, out_stride, FP8: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """One token per program: out = round(x / scale), scale = max|x| / 127 (int8) or / 448 (float8_e4m3fn).
+
+    out is int8 `[M, out_stride]` (float8 as its bits), zero past K; x_scale is float32 `[M]`. A token of zeros gives
+    zeros and scale 0; a token with NaN or Inf gives scale NaN, and so a NaN output, as a float product would.
+    ONE_BLOCK keeps the token in registers; longer tokens are read twice.
+    """
+    m = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    x_row = x_ptr + m * K
+    out_row = out_ptr + m * out_stride
+    if FP8:
+        LIMIT: tl.constexpr = 448.0
+    else:
+        LIMIT: tl.constexpr = 127.0
+    if ONE_BLOCK:
+        x = tl.load(x_row + k, mask=k < K, other=0.0).to(tl.float32)
+        largest = _finite_or_inf(x)
+    else:
+        largest = tl.zeros((BLOCK_K,), dtype=tl.float32)
+        for start in tl.range(0, K, BLOCK_K):
+            x = tl.load(x_row + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, _finite_or_inf(x))
+    amax = tl.max(largest)
+    finite = amax < float("inf")
+    scale = tl.div_rn(amax, LIMIT)
+    keep = finite & (scale > 0)
+    divisor = tl.where(keep, scale, 1.0)
+    if ONE_BLOCK:
+        scaled = tl.where(keep, tl.div_rn(x, divisor), 0.0)
+        tl.store(out_row + k, _round(scaled, FP8), mask=k < out_stride)
+    else:
+        for start in tl.range(0, out_stride, BLOCK_K):
+            x = tl.load(x_row + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+            scaled = tl.where(keep, tl.div_rn(x, divisor), 0.0)
+            tl.store(out_row + start + k, _round(scaled, FP8), mask=start + k < out_stride)
+    tl.store(x_scale_ptr + m, tl.where(finite, scale, float("nan")))

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From packed bytes to the operand of a dot product, in registers.
+
+`(byte << 2j) & 0xC0` is the code of plane j in the two high bits. Read as int8 it is {0, 64, -64}; as float8_e4m3fn
+{0, 2, -2}; as the high byte of a float16, bfloat16 or float32 {0, 2, -2}. The constant is undone in the epilogue.
+
+`KIND` names the dot product: `"float"` (the activations as they are), `"int8"` or `"fp8"`.
+`GROUPS` says how scales vary along K: 0 = one per row (epilogue), 1 = one per row and block, 2 = one per element.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def plane_bits(packed, SHIFT: tl.constexpr, ASM: tl.constexpr):
+    """Moves the codes of one plane to the two high bits of each byte.
+
+    Args:
+        packed: int8 block of packed bytes.
+        SHIFT: twice the index of the plane.
+        ASM: four bytes per instruction through inline PTX; the plain twin serves other targets.
+    """
+    if ASM:
+        # Bits that cross from the byte below stay under bit 6 and are masked away. A 32-bit argument takes one
+        # register per element of the pack, hence four for the shift.
+        bits = tl.inline_asm_elementwise(
+            "{ shl.b32 $0, $1, $2; and.b32 $0, $0, 0xC0C0C0C0; }",
+            "=r,r,r,r,r,r",
+            [packed, tl.full((), SHIFT, tl.int32)],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        bits = ((packed.to(tl.uint8, bitcast=True) << SHIFT) & 0xC0).to(tl.int8, bitcast=True)
+    return bits
+
+
+@triton.jit
+def plane_halves(packed, SHIFT: tl.constexpr, ASM: tl.constexpr):
+    """The codes of one plane as the bits of 16-bit floats {0, 2, -2}, int16."""
+    if ASM:
+        bits = tl.inline_asm_elementwise(
+            """{ .reg .b32 t;
+            shl.b32 t, $2, $3;
+            and.b32 t, t, 0xC0C0C0C0;
+            prmt.b32 $0, t, 0, 0x1404;
+            prmt.b32 $1, t, 0, 0x3424; }""",
+            "=r,=r,r,r,r,r,r",
+            [packed, tl.full((), SHIFT, tl.int32)],
+            dtype=tl.int16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        bits = plane_bits(packed, SHIFT, ASM).to(tl.int16) << 8
+    return bits
+
+
+@triton.jit
+def decode(packed, group, KIND: tl.constexpr, GROUPS: tl.constexpr, DTYPE: tl.constexpr, SHIFT: tl.constexpr, ASM: tl.constexpr):
+    """One plane of packed bytes as the operand of a dot product.
+
+    Args:
+        packed: int8 block of packed bytes.
+        group: what `load_groups` returned, broadcastable to `packed`; ignored with `GROUPS == 0`.
+        DTYPE: dtype of the activations, with `KIND == "float"`.
+    """
+    if KIND == "int8":
+        weight = plane_bits(packed, SHIFT, ASM)
+        if GROUPS > 0:
+            weight = (weight >> 6) * group
+    elif KIND == "fp8":
+        weight = plane_bits(packed, SHIFT, ASM)
+        if GROUPS > 0:
+            magnitude = group.to(tl.float32).to(tl.float8e4nv).to(tl.int8, bitcast=True)
+            # Bit 6 says "not zero": shifted to the sign and back it is a mask. Bit 7 is the sign.
+            weight = (magnitude & ((weight << 1) >> 7)) ^ (weight & -128)
+        weight = weight.to(tl.float8e4nv, bitcast=True)
+    else:
+        if DTYPE.primitive_bitwidth == 32:
+            weight = (plane_bits(packed, SHIFT, ASM).to(tl.int32) << 24).to(DTYPE, bitcast=True)
+        else:
+            weight = plane_halves(packed, SHIFT, ASM).to(DTYPE, bitcast=True)
+        if GROUPS > 0:
+            weight = weight * group.to(DTYPE)
+    return weight
+
+
+@triton.jit
+def load_groups(scale_ptr, multiplier_ptr, rows, columns, N, K, G, group_size, KIND: tl.constexpr):
+    """Scale (`"float"`) or integer multiplier (`"int8"`, `"fp8"`) of each row and column.
+
+    Args:
+        scale_ptr: `[N, G]`, or `[N, 1]` with a multiplier.
+        multiplier_ptr: int8 `[N, G]`, or None.
+        rows, columns: indices that broadcast against each other; `columns` is a scalar where a block lies in one group.
+    """
+    # Rows and columns past the end meet codes or outputs that are masked: any valid scale will do.
+    rows = tl.minimum(rows, N - 1).to(tl.int64)
+    groups = rows * G + tl.minimum(columns, K - 1) // group_size
+    if KIND == "float":
+        if multiplier_ptr is None:
+            group = tl.load(scale_ptr + groups).to(tl.float32)
+        else:
+            multiplier = tl.load(multiplier_ptr + groups).to(tl.float32)
+            group = tl.div_rn(tl.load(scale_ptr + rows).to(tl.float32) * multiplier, 63.0)
+    else:
+        group = tl.load(multiplier_ptr + groups)
+    return group

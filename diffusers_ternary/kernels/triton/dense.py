@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dense 8-bit matrix product with the ternary epilogue, for weights that were unpacked first."""
+
+import triton
+import triton.language as tl
+
+from .epilogue import store_output
+from .tiles import tile_of_program
+
+
+@triton.jit
+def dense_kernel(
+    x_ptr,
+    weight_ptr,
+    row_scale_ptr,
+    x_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    factor,
+    KIND: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """`y = x @ W.T`, scaled; x `[M, K]` and weight `[N, K]` int8, or float8 as int8; y `[M, N]`."""
+    tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    x_k = tl.arange(0, BLOCK_K)[None, :]
+    w_k = tl.arange(0, BLOCK_K)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if KIND == "int8" else tl.float32)
+    # Rows past the end wrap around: valid memory, and the epilogue does not store them.
+    x_rows = x_ptr + (m % M).to(tl.int64) * K
+    w_rows = weight_ptr + (n % N).to(tl.int64) * K
+    for k in tl.range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_rows + (k + x_k))
+            weight = tl.load(w_rows + (k + w_k))
+        else:
+            x = tl.load(x_rows + (k + x_k), mask=k + x_k < K, other=0)
+            weight = tl.load(w_rows + (k + w_k), mask=k + w_k < K, other=0)
+        if KIND == "fp8":
+            x = x.to(tl.float8e4nv, bitcast=True)
+            weight = weight.to(tl.float8e4nv, bitcast=True)
+        acc = tl.dot(x, weight, acc)
+    store_output(acc, m, n, M, N, row_scale_ptr, x_scale_ptr, bias_ptr, y_ptr, factor)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grids, arguments and buffers: from tensors to kernel launches, on the current stream, without synchronisation.
+
+Buffers come from the caching allocator for each call and are freed on return: one layer's scratch at a time, safe
+with streams and CUDA graphs.
+"""
+
+import torch
+import triton
+
+from .activations import quantize_kernel
+from .dense import dense_kernel
+from .dispatch import Plan
+from .epilogue import epilogue_kernel
+from .fused import fused_kernel
+from .gemv import gemv_kernel
+from .unpack import derive_multipliers_kernel, unpack_kernel
+from .weights import PackedWeight
+
+
+KINDS = {"none": "float", "int8": "int8", "float8_e4m3fn": "fp8"}
+# Library products want rows of whole 16-byte words.
+ROW_ALIGNMENT = 16
+# One token of this many elements stays in the registers of one program.
+MAX_TOKEN_BLOCK = 16384
+
+
+def padded(in_features: int) -> int:
+    """K rounded up to whole 16-byte words of an 8-bit dtype."""
+    return -(-in_features // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def factor_of(kind: str, per_row: bool) -> float:
+    """What undoes the constants of decoded codes (64 or 2) and of integer multipliers (63)."""
+    if kind == "float":
+        return 0.5
+    if per_row:
+        return 1 / 64 if kind == "int8" else 0.5
+    return 1 / 63
+
+
+def quantize_activations(x: torch.Tensor, activation_dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens to 8 bits.
+
+    Args:
+        x (`torch.Tensor`): `[M, K]` float, contiguous.
+        activation_dtype (`str`): `"int8"` or `"float8_e4m3fn"`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: int8 `[M, K']` (float8 as its bits), K' = K rounded up to 16, zero past
+        K; and the scales, float32 `[M]`.
+    """
+    rows, columns = x.shape
+    stride = padded(columns)
+    out = torch.empty(rows, stride, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = min(triton.next_power_of_2(stride), MAX_TOKEN_BLOCK)
+    quantize_kernel[(rows,)](
+        x,
+        out,
+        scale,
+        columns,
+        stride,
+        FP8=activation_dtype == "float8_e4m3fn",
+        ONE_BLOCK=block >= stride,
+        BLOCK_K=block,
+        num_warps=min(max(block // 512, 1), 16),
+    )
+    return out, scale
+
+
+def derive_multipliers(weight: PackedWeight) -> PackedWeight:
+    """Group scales as integer multipliers of a row scale (see `derive_multipliers_kernel`)."""
+    groups = weight.groups
+    device = weight.packed.device
+    multiplier = torch.empty(weight.out_features, groups, dtype=torch.int8, device=device)
+    row_scale = torch.empty(weight.out_features, 1, dtype=torch.float32, device=device)
+    derive_multipliers_kernel[(weight.out_features,)](
+        weight.scale, multiplier, row_scale, groups, BLOCK_G=triton.next_power_of_2(groups), num_warps=1
+    )
+    return PackedWeight(weight.packed, row_scale, multiplier, weight.in_features, weight.group_size)
+
+
+def unpack_float(weight: PackedWeight, dtype: torch.dtype, *, inline_ptx: bool) -> torch.Tensor:
+    """The dequantized weight `[N, K]` in a float dtype."""
+    out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.packed.device)
+    _unpack(weight, out, None, "float", inline_ptx)
+    return out
+
+
+def unpack_8bit(weight: PackedWeight, kind: str, *, inline_ptx: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight as operand of an 8-bit product: int8 `[N, K']` (float8 as its bits) and float32 row scales `[N]`."""
+    columns = padded(weight.in_features)
+    allocate = torch.empty if columns == weight.in_features else torch.zeros
+    out = allocate(weight.out_features, columns, dtype=torch.int8, device=weight.packed.device)
+    row_scale = torch.empty(weight.out_features, dtype=torch.float32, device=weight.packed.device)
+    _unpack(weight, out, row_scale, kind, inline_ptx)
+    return out, row_scale
+
+
+def _unpack(
+    weight: PackedWeight, out: torch.Tensor, row_scale: torch.Tensor | None, kind: str, inline_ptx: bool
+) -> None:
+    block_n, block_k = 16, 128
+    groups = 0 if kind != "float" and weight.per_row else weight.group_mode(block_k)
+    grid = (triton.cdiv(weight.out_features, block_n), triton.cdiv(weight.plane_width, block_k))
+    unpack_kernel[grid](
+        weight.packed,
+        weight.scale,
+        weight.multiplier,
+        out,
+        row_scale,
+        weight.out_features,
+        weight.in_features,
+        weight.plane_width,
+        weight.groups,
+        weight.group_size,
+        out.shape[1],
+        factor_of(kind, weight.per_row),
+        KIND=kind,
+        GROUPS=groups,
+        ASM=inline_ptx,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=4,
+    )
+
+
+def packed_product(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    *,
+    kind: str,
+    plan: Plan,
+    inline_ptx: bool,
+) -> None:
+    """Runs the `"gemv"` or `"fused"` kernel into `y`.
+
+    Args:
+        x (`torch.Tensor`): `[M, K]` float, or int8 `[M, K']` of quantized activations with `x_scale` `[M]`.
+        kind (`str`): `"float"`, `"int8"` or `"fp8"`.
+    """
+    rows = x.shape[0]
+    width = weight.plane_width
+    groups = 0 if weight.per_row else weight.group_mode(plan.block_k)
+    # With float activations the scales of groups are multiplied into the operand, and nothing is left for the end.
+    row_scale = weight.scale if kind != "float" or weight.per_row else None
+    arguments = (
+        x,
+        weight.packed,
+        weight.scale,
+        weight.multiplier,
+        row_scale,
+        x_scale,
+        bias,
+        y,
+        rows,
+        weight.out_features,
+        weight.in_features,
+        width,
+        weight.groups,
+        weight.group_size,
+        x.shape[1],
+        factor_of(kind, weight.per_row),
+    )
+    options = {
+        "KIND": kind,
+        "GROUPS": groups,
+        "EVEN_K": weight.in_features == 4 * width and width % plan.block_k == 0,
+        "ASM": inline_ptx,
+        "BLOCK_M": plan.block_m,
+        "BLOCK_N": plan.block_n,
+        "BLOCK_K": plan.block_k,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+    }
+    tiles_n = triton.cdiv(weight.out_features, plan.block_n)
+    if plan.path == "gemv":
+        gemv_kernel[(tiles_n,)](*arguments, **options)
+    else:
+        tiles = triton.cdiv(rows, plan.block_m) * tiles_n
+        fused_kernel[(tiles,)](*arguments, **options, WEIGHT_LEFT=plan.weight_left, GROUP_M=8)
+
+
+def dense_product(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    dense: torch.Tensor,
+    row_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    *,
+    kind: str,
+    plan: Plan,
+) -> None:
+    """Runs the dense 8-bit kernel into `y`: x int8 `[M, K']`, dense int8 `[N, K']`."""
+    rows, columns = x.shape
+    grid = (triton.cdiv(rows, plan.block_m) * triton.cdiv(dense.shape[0], plan.block_n),)
+    dense_kernel[grid](
+        x,
+        dense,
+        row_scale,
+        x_scale,
+        bias,
+        y,
+        rows,
+        dense.shape[0],
+        columns,
+        1.0,
+        KIND=kind,
+        EVEN_K=columns % plan.block_k == 0,
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        BLOCK_K=plan.block_k,
+        GROUP_M=8,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+    )
+
+
+def epilogue(
+    acc: torch.Tensor, x_scale: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
+) -> None:
+    """Scales an int32 product `[M, N]` into `y`."""
+    rows, columns = acc.shape
+    block_m, block_n = 16, 256
+    grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n))
+    epilogue_kernel[grid](
+        acc, row_scale, x_scale, bias, y, rows, columns, 1.0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4
+    )

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weights to a dense matrix in memory: 8-bit operands of a dense product, or the dequantized float weight."""
+
+import triton
+import triton.language as tl
+
+from .decode import decode, load_groups, plane_bits
+
+
+@triton.jit
+def unpack_kernel(
+    weight_ptr,
+    scale_ptr,
+    multiplier_ptr,
+    out_ptr,
+    row_scale_ptr,
+    N,
+    K,
+    KP,
+    G,
+    group_size,
+    out_stride,
+    factor,
+    KIND: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Each packed byte is read once and gives one element to each plane.
+
+    With KIND `"float"` the output is `code * scale`, a float32 product rounded once; with `"int8"` and `"fp8"` it is
+    what `decode` gives, and `scale[n] * factor` goes to `row_scale_ptr` (float32 `[N]`) unless that is None.
+    """
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    c0 = tl.program_id(1) * BLOCK_K
+    c = (c0 + tl.arange(0, BLOCK_K))[None, :]
+    packed = tl.load(weight_ptr + n.to(tl.int64) * KP + c, mask=(n < N) & (c < KP), other=0)
+    for j in tl.static_range(4):
+        first = j * KP
+        group = 0
+        if GROUPS == 1:
+            group = load_groups(scale_ptr, multiplier_ptr, n, first + c0, N, K, G, group_size, KIND)
+        elif GROUPS == 2:
+            group = load_groups(scale_ptr, multiplier_ptr, n, first + c, N, K, G, group_size, KIND)
+        if KIND == "float":
+            code = (plane_bits(packed, 2 * j, ASM) >> 6).to(tl.float32)
+            dense = (code * group).to(out_ptr.dtype.element_ty)
+        else:
+            dense = decode(packed, group, KIND, GROUPS, tl.int8, 2 * j, ASM).to(tl.int8, bitcast=True)
+        inside = (n < N) & (c < KP) & (first + c < K)
+        tl.store(out_ptr + n.to(tl.int64) * out_stride + (first + c), dense, mask=inside)
+    if row_scale_ptr is not None and c0 == 0:
+        row_scale = tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32) * factor
+        tl.store(row_scale_ptr + n, row_scale, mask=n < N)
+
+
+@triton.jit
+def derive_multipliers_kernel(
+    scale_ptr, multiplier_ptr, row_scale_ptr, G, BLOCK_G: tl.constexpr
+):
+    """Group scales `[N, G]` of one row to integer multipliers of its largest one.
+
+    multiplier[n, g] = the integer of 1..63 nearest to 63 * scale[n, g] / max_g |scale|, with the sign of the scale,
+    0 only for a zero scale; row_scale[n] = the largest, float32. The error of a group's scale is at most
+    max_g |scale| / 126, except that a scale below 1/126 of the largest becomes 1/63 of it.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    g = tl.arange(0, BLOCK_G)
+    scale = tl.load(scale_ptr + n * G + g, mask=g < G, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(scale))
+    ratio = tl.div_rn(tl.abs(scale), tl.where(largest > 0, largest, 1.0))
+    magnitude = tl.maximum((ratio * 63.0 + 0.5).to(tl.int32), 1)
+    signed = tl.where(scale > 0, magnitude, tl.where(scale < 0, -magnitude, 0))
+    tl.store(multiplier_ptr + n * G + g, signed.to(tl.int8), mask=g < G)
+    tl.store(row_scale_ptr + n, largest)
