@@ -516,6 +516,18 @@ AVX2 void dt_scales_avx2(const void *scale, int64_t dtype, const uint8_t *multip
     }
 }
 
+AVX2 void dt_expand_avx2(const uint8_t *bytes, int64_t n, int32_t shift, float scale, float *out) {
+    const __m256 factor = _mm256_set1_ps(scale);
+    const __m128i up = _mm_cvtsi32_si128(30 - shift);
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256i eight = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(bytes + i)));
+        const __m256i code = _mm256_srai_epi32(_mm256_sll_epi32(eight, up), 30);
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_cvtepi32_ps(code), factor));
+    }
+    dt_expand_scalar(bytes + i, n - i, shift, scale, out + i);
+}
+
 AVX2 INLINE __m128i to_bfloat16(__m256 value) {
     const __m256i bits = _mm256_castps_si256(value);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -577,6 +589,7 @@ const dt_variant dt_avx2 = {
     .tile = tile,
     .gemv = dt_gemv_avx2,
     .scales = dt_scales_avx2,
+    .expand = dt_expand_avx2,
     .store = dt_store_avx2,
 };
 #endif

@@ -259,6 +259,7 @@ const dt_variant dt_avx512_vnni = {
     .tile = tile,
     .gemv = gemv,
     .scales = dt_scales_avx2,
+    .expand = dt_expand_avx2,
     .store = dt_store_avx2,
 };
 #endif

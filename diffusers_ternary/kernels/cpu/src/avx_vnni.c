@@ -151,6 +151,7 @@ const dt_variant dt_avx_vnni = {
     .tile = tile,
     .gemv = dt_gemv_avx2,  // bound by decode and memory, not by products
     .scales = dt_scales_avx2,
+    .expand = dt_expand_avx2,
     .store = dt_store_avx2,
 };
 #endif

@@ -375,11 +375,7 @@ DT_EXPORT int64_t dt_dequantize(const dt_args *args, int64_t n0, int64_t n1, flo
             const float scale =
                 multiplier ? dt_load(pointer(args->scale), args->scale_dtype, n) * (float)multiplier[at] / 63.0f
                            : dt_load(pointer(args->scale), args->scale_dtype, at);
-            for (int32_t k = 0; k < segment->length; k++) {
-                // the two code bits, sign-extended from the top of the byte
-                const int8_t code = (int8_t)((uint32_t)row[segment->byte + k] << (6 - segment->shift));
-                target[segment->column + k] = (float)(code >> 6) * scale;
-            }
+            shape.variant->expand(row + segment->byte, segment->length, segment->shift, scale, target + segment->column);
         }
     }
     dt_plan_free(&shape.plan);

@@ -244,6 +244,7 @@ const dt_variant dt_neon_dotprod = {
     .tile = tile,
     .gemv = gemv,
     .scales = dt_scales_scalar,
+    .expand = dt_expand_scalar,
     .store = dt_store_scalar,
 };
 #endif

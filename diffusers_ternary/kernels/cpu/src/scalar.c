@@ -42,6 +42,14 @@ void dt_scales_scalar(const void *scale, int64_t dtype, const uint8_t *multiplie
     }
 }
 
+void dt_expand_scalar(const uint8_t *bytes, int64_t n, int32_t shift, float scale, float *out) {
+    for (int64_t i = 0; i < n; i++) {
+        // the two code bits, sign-extended from the top of the byte
+        const int8_t code = (int8_t)((uint32_t)bytes[i] << (6 - shift));
+        out[i] = (float)(code >> 6) * scale;
+    }
+}
+
 void dt_store_scalar(const void *c, const float *column_scale, float row_scale, const float *bias, void *out,
                      int64_t dtype, int32_t columns) {
     for (int32_t n = 0; n < columns; n++) {
@@ -139,5 +147,6 @@ const dt_variant dt_scalar = {
     .tile = tile,
     .gemv = gemv,
     .scales = dt_scales_scalar,
+    .expand = dt_expand_scalar,
     .store = dt_store_scalar,
 };

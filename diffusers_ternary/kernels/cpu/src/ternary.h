@@ -123,6 +123,8 @@ typedef struct {
     void (*gemv)(const dt_gemv *gemv);
     // Effective float scales [rows][groups] of consecutive weight rows.
     void (*scales)(const void *scale, int64_t dtype, const uint8_t *multiplier, int64_t rows, int64_t groups, float *out);
+    // Codes of n packed bytes at one bit position, times a scale, as float.
+    void (*expand)(const uint8_t *bytes, int64_t n, int32_t shift, float scale, float *out);
     // out = (c * column_scale) * row_scale + bias; c is int32 when column_scale is given, else float
     void (*store)(const void *c, const float *column_scale, float row_scale, const float *bias, void *out,
                   int64_t dtype, int32_t columns);
@@ -142,6 +144,7 @@ void dt_decode_avx2(const dt_plan *plan, int32_t step, int32_t steps, const uint
                     int32_t columns, int32_t tile_columns, uint8_t *panel);
 void dt_gemv_avx2(const dt_gemv *g);
 void dt_scales_avx2(const void *scale, int64_t dtype, const uint8_t *multiplier, int64_t rows, int64_t groups, float *out);
+void dt_expand_avx2(const uint8_t *bytes, int64_t n, int32_t shift, float scale, float *out);
 void dt_store_avx2(const void *c, const float *column_scale, float row_scale, const float *bias, void *out,
                    int64_t dtype, int32_t columns);
 #endif
@@ -154,6 +157,7 @@ uint32_t dt_absmax_scalar(const void *x, int64_t dtype, int64_t n);
 void dt_quantize_scalar(const void *x, int64_t dtype, int64_t n, float prescale, float inverse, int8_t *q);
 int32_t dt_sum_scalar(const int8_t *q, int64_t n);
 int32_t dt_correction_scalar(const int8_t *q, int64_t n);
+void dt_expand_scalar(const uint8_t *bytes, int64_t n, int32_t shift, float scale, float *out);
 void dt_store_scalar(const void *c, const float *column_scale, float row_scale, const float *bias, void *out,
                      int64_t dtype, int32_t columns);
 void dt_scales_scalar(const void *scale, int64_t dtype, const uint8_t *multiplier, int64_t rows, int64_t groups, float *out);

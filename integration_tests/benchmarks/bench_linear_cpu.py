@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One linear layer on the CPU: packed ternary with int8 activations against F.linear and other low-bit layers.
+
+    python integration_tests/benchmarks/bench_linear_cpu.py           # the best kernel of this machine
+    python integration_tests/benchmarks/bench_linear_cpu.py --avx2    # everything limited to AVX2
+
+One thread, thread-CPU time, minimum of 9 interleaved rounds; quantisation of the activations and decoding included.
+Every output is checked before its figure is printed. bitsandbytes chooses its instructions by itself: --avx2 does not
+limit it. Results go to results/linear_cpu_<set>.csv and .png.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from cpu_timing import interleaved, processor, restart_limited_to_avx2
+
+import diffusers_ternary
+from diffusers_ternary.format import expand_scales, pack_planes
+from diffusers_ternary.kernels import cpu
+from diffusers_ternary.kernels.cpu import fallback, native
+from diffusers_ternary.ops import ternary_linear
+
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = [(n, k) for n, k in ((1152, 1152), (4608, 1152), (1152, 4608), (2240, 2240), (3072, 3072))]
+ROWS = (1, 4, 16, 256, 1024)
+ROUNDS = 9
+SLOW_ROUNDS = 3  # for baselines that take a second per call
+GROUP = 128
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer, the dense weight it stands for, and the error its activations may add."""
+
+    call: Callable[[torch.Tensor], torch.Tensor]
+    dense: torch.Tensor
+    tolerance: float
+
+
+def ternary(
+    columns: int, in_features: int, group_size: int, library: native.NativeLibrary | None
+) -> dict[str, Candidate]:
+    codes = torch.randint(-1, 2, (columns, in_features), dtype=torch.int8)
+    groups = -(-in_features // group_size)
+    scale = (torch.rand(columns, groups) * 0.02 + 0.01).half()
+    weight, dense = pack_planes(codes), codes * expand_scales(scale.float(), group_size, in_features)
+    options = {"in_features": in_features, "group_size": group_size}
+    name = "row" if groups == 1 else f"group {group_size}"
+
+    def int8(x: torch.Tensor) -> torch.Tensor:
+        return cpu.linear_int8(x, weight, scale, None, None, **options, library=library)
+
+    def torch_only(x: torch.Tensor) -> torch.Tensor:
+        return fallback.linear_int8(x, weight, scale, None, None, in_features, group_size)[0]
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        return cpu.linear_exact(x, weight, scale, None, None, **options)
+
+    def operator(x: torch.Tensor) -> torch.Tensor:
+        return ternary_linear(x, weight, scale, None, None, in_features, group_size, "int8")
+
+    candidates = {f"ternary, torch only, {name}": Candidate(torch_only, dense, 0.02)}
+    if library is not None:
+        candidates[f"ternary, {name}"] = Candidate(int8, dense, 0.02)
+    candidates[f"ternary, float32 activations, {name}"] = Candidate(exact, dense, 1e-4)
+    if library is not None and library.variant == cpu.kernel_name() and groups == 1:
+        candidates[f"ternary operator, {name}"] = Candidate(operator, dense, 0.02)
+    return candidates
+
+
+def floats(columns: int, in_features: int) -> dict[str, Candidate]:
+    dense = torch.randn(columns, in_features) * 0.02
+    half = dense.bfloat16()
+
+    def bfloat16_without_onednn(x: torch.Tensor) -> torch.Tensor:
+        with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=False):
+            return F.linear(x.bfloat16(), half)
+
+    return {
+        "float32": Candidate(lambda x: F.linear(x, dense), dense, 1e-4),
+        "bfloat16": Candidate(lambda x: F.linear(x.bfloat16(), half), dense, 0.02),
+        # What torch does on a CPU without AVX-512, where it does not ask oneDNN.
+        "bfloat16, no oneDNN": Candidate(bfloat16_without_onednn, dense, 0.02),
+    }
+
+
+def peers(columns: int, in_features: int) -> dict[str, Candidate]:
+    """Other low-bit layers, where they are installed; one that fails is reported and left out."""
+    dense = torch.randn(columns, in_features) * 0.02
+    found = {}
+    for name, build in (
+        ("torchao int8 weight-only", _torchao),
+        ("SDNQ int8", _sdnq),
+        ("bitsandbytes NF4", _bitsandbytes),
+    ):
+        layer = torch.nn.Linear(in_features, columns, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(dense)
+        try:
+            quantized = build(layer).eval().requires_grad_(False)
+            quantized(torch.randn(2, in_features))
+        except ImportError:
+            continue
+        except Exception as error:
+            print(f"{name} does not run here: {type(error).__name__}: {str(error)[:120]}", file=sys.stderr)
+            continue
+        found[name] = Candidate(quantized, dense, 0.2)
+    return found
+
+
+def _torchao(layer: torch.nn.Linear) -> torch.nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = torch.nn.Sequential(layer)
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def _sdnq(layer: torch.nn.Linear) -> torch.nn.Module:
+    from sdnq import SDNQConfig
+    from sdnq.quantizer import sdnq_quantize_layer
+
+    layer.weight.requires_grad_(False)
+    return sdnq_quantize_layer(layer, SDNQConfig(weights_dtype="int8", use_quantized_matmul=True))[0]
+
+
+def _bitsandbytes(layer: torch.nn.Linear) -> torch.nn.Module:
+    import bitsandbytes
+
+    quantized = bitsandbytes.nn.Linear4bit(
+        layer.in_features, layer.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+    )
+    quantized.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    return quantized.to("cpu")
+
+
+def measure(candidates: dict[str, Candidate], rows: int, in_features: int) -> list[dict[str, object]]:
+    x = torch.randn(rows, in_features)
+    errors = {}
+    for name, candidate in candidates.items():
+        expected = F.linear(x.double(), candidate.dense.double())
+        errors[name] = float((candidate.call(x).double() - expected).norm() / expected.norm())
+        if not errors[name] <= candidate.tolerance:
+            raise SystemExit(f"{name}: relative error {errors[name]:.2g} at M={rows}, K={in_features}; no figure.")
+    calls = {name: (lambda candidate=candidate: candidate.call(x)) for name, candidate in candidates.items()}
+    slow = {name for name in calls if rows * candidates[name].dense.numel() > 4e9 and "bfloat16" in name}
+    seconds = interleaved({name: call for name, call in calls.items() if name not in slow}, ROUNDS)
+    seconds.update(interleaved({name: calls[name] for name in slow}, SLOW_ROUNDS))
+    return [
+        {
+            "layer": name,
+            "milliseconds": round(seconds[name] * 1e3, 4),
+            "times float32": round(seconds["float32"] / seconds[name], 3),
+            "times bfloat16": round(seconds["bfloat16"] / seconds[name], 3),
+            "times bfloat16, no oneDNN": round(seconds["bfloat16, no oneDNN"] / seconds[name], 3),
+            "relative error": f"{errors[name]:.1e}",
+        }
+        for name in candidates
+    ]
+
+
+def peak_growth(kind: str) -> int:
+    """KiB by which one forward of a 3072 x 3072 layer on 2,048 tokens raises the peak, its output included."""
+
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+    x = torch.randn(2048, 3072)
+    weight = pack_planes(torch.randint(-1, 2, (3072, 3072), dtype=torch.int8))
+    scale, dense = torch.rand(3072, 24).half(), torch.randn(3072, 3072)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if kind == "float32":
+            return F.linear(x, dense)
+        return cpu.linear_int8(x, weight, scale, None, None, in_features=3072, group_size=GROUP)
+
+    forward(x[:32])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = status("VmRSS:")
+    forward(x)
+    return status("VmHWM:") - before
+
+
+def plot(rows: list[dict[str, object]], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["layer"] for row in rows if row["layer"] != "float32"))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 0.34 * len(names) + 2.2), sharey=True)
+    for axis, tokens in zip(axes, (1, 1024), strict=True):
+        for i, name in enumerate(names):
+            values = [row["times float32"] for row in rows if row["layer"] == name and row["M"] == tokens]
+            colour = "tab:green" if name.startswith("ternary") else "tab:grey"
+            axis.plot([min(values), max(values)], [i, i], color=colour, linewidth=6, alpha=0.35)
+            axis.plot(values, [i] * len(values), "o", color=colour, markersize=4)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_title(f"{tokens} token{'s' if tokens > 1 else ''}")
+        axis.set_xlabel("speed, times float32 F.linear")
+        axis.grid(axis="x", alpha=0.3, which="both")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--avx2", action="store_true", help="limit torch, MKL, oneDNN and the kernel to AVX2")
+    parser.add_argument("--quick", action="store_true", help="one shape, nothing written")
+    parser.add_argument("--peak", choices=("float32", "ternary"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.avx2:
+        restart_limited_to_avx2()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if options.peak:
+        print(peak_growth(options.peak))
+        return
+    library = native.load("avx2" if options.avx2 else None)
+    kernel = library.variant if library else cpu.kernel_name()
+    warnings.filterwarnings("ignore")
+    machine = {
+        "kernel": kernel,
+        "processor": processor(),
+        "torch": torch.__version__,
+        "torch instructions": torch.backends.cpu.get_cpu_capability(),
+        "diffusers-ternary": diffusers_ternary.__version__,
+    }
+    print(machine)
+    table = []
+    for columns, in_features in SHAPES[:1] if options.quick else SHAPES:
+        candidates = {
+            **floats(columns, in_features),
+            **ternary(columns, in_features, in_features, library),
+            **ternary(columns, in_features, GROUP, library),
+            **peers(columns, in_features),
+        }
+        for rows in ROWS:
+            for row in measure(candidates, rows, in_features):
+                table.append({"M": rows, "N": columns, "K": in_features, **row, **machine})
+                print(
+                    f"M={rows:<5} N={columns:<5} K={in_features:<5} {row['layer']:<40} {row['milliseconds']:>10} ms",
+                    f"{row['times float32']:>8}x float32 {row['times bfloat16']:>8}x bfloat16",
+                    flush=True,
+                )
+    for kind in ("float32", "ternary") if Path("/proc/self/clear_refs").exists() else ():
+        command = [sys.executable, __file__, "--peak", kind, *(["--avx2"] if options.avx2 else [])]
+        growth = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        print(f"peak memory of one forward, 2048 x 3072 x 3072, {kind}: {growth / 1024:.1f} MiB")
+    if options.quick:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    name = f"linear_cpu_{kernel}"
+    with open(RESULTS / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, table[0])
+        writer.writeheader()
+        writer.writerows(table)
+    plot(table, f"One linear layer, {kernel}, one thread, {machine['processor']}", RESULTS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing that can be trusted on a shared CPU: one thread, thread-CPU time, interleaved, minimum of the rounds."""
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+
+AVX2_ENVIRONMENT = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
+SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are repeated inside one sample
+
+
+def restart_limited_to_avx2() -> None:
+    """Runs the script again with torch, MKL and oneDNN limited to AVX2: they read these variables when they load."""
+    if all(os.environ.get(name) == value for name, value in AVX2_ENVIRONMENT.items()):
+        return
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2_ENVIRONMENT})
+
+
+def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Least thread-CPU seconds of each candidate over `rounds` rounds that take all candidates in turn."""
+    repeats = {}
+    for name, candidate in candidates.items():
+        candidate()
+        start = time.thread_time()
+        candidate()
+        repeats[name] = max(1, round(SHORTEST_SAMPLE / max(time.thread_time() - start, 1e-6)))
+    best = dict.fromkeys(candidates, float("inf"))
+    for _ in range(rounds):
+        for name, candidate in candidates.items():
+            start = time.thread_time()
+            for _ in range(repeats[name]):
+                candidate()
+            best[name] = min(best[name], (time.thread_time() - start) / repeats[name])
+    return best
+
+
+def processor() -> str:
+    """Name of the processor, as the system gives it."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
