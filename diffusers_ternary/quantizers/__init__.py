@@ -3,7 +3,7 @@
 
 from .checkpoint import StoredTensor, check_headers, read_headers
 from .diffusers_backend import TernaryDiffusersQuantizer
-from .in_memory import quantize
+from .in_memory import plan_pipeline, quantize, replace_layers
 from .plan import ConversionPlan, plan_conversion
 from .registration import register
 from .summary import bits_per_weight, file_bytes, packed_layers, summarize
@@ -20,8 +20,10 @@ __all__ = [
     "file_bytes",
     "packed_layers",
     "plan_conversion",
+    "plan_pipeline",
     "quantize",
     "read_headers",
     "register",
+    "replace_layers",
     "summarize",
 ]

@@ -2,6 +2,7 @@
 """`quantize`: ternarizes models that are in memory already."""
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusers.utils.logging import tqdm
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT")
+# Fills a placeholder: (module name, placeholder, the float layer it replaces).
+LayerFiller = Callable[[str, QuantizedLinear, nn.Linear], None]
 
 
 def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> ModelT:
@@ -46,15 +49,22 @@ def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> 
 
     config = config or TernaryConfig()
     if isinstance(model_or_pipeline, DiffusionPipeline):
-        _quantize_pipeline(model_or_pipeline, config)
+        for name, plan in plan_pipeline(model_or_pipeline, config).items():
+            replace_layers(model_or_pipeline.components[name], plan, config)
     elif isinstance(model_or_pipeline, nn.Module):
-        _apply(model_or_pipeline, _checked_plan(model_or_pipeline, config), config)
+        replace_layers(model_or_pipeline, _checked_plan(model_or_pipeline, config), config)
     else:
         raise TypeError(f"quantize takes a model or a pipeline, got {type(model_or_pipeline).__name__}.")
     return model_or_pipeline
 
 
-def _quantize_pipeline(pipeline: "DiffusionPipeline", config: TernaryConfig) -> None:
+def plan_pipeline(pipeline: "DiffusionPipeline", config: TernaryConfig) -> dict[str, ConversionPlan]:
+    """What to convert in each component of a pipeline that `config` selects, after all checks. Nothing is changed.
+
+    Raises:
+        ValueError: if there is no such component, or one is quantized already, carries LoRA layers, has nothing to
+            convert, is not in memory, or holds NaN or Inf.
+    """
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     missing = [name for name in config.components or [] if name not in modules]
     selected = [name for name in modules if config.selects(name)]
@@ -63,9 +73,7 @@ def _quantize_pipeline(pipeline: "DiffusionPipeline", config: TernaryConfig) -> 
             f"{type(pipeline).__name__} has no component {', '.join(missing) or 'that denoises'} to quantize. "
             f"Choose from {', '.join(modules)} with TernaryConfig(components=[...])."
         )
-    plans = {name: _checked_plan(modules[name], config) for name in selected}
-    for name, plan in plans.items():
-        _apply(modules[name], plan, config)
+    return {name: _checked_plan(modules[name], config) for name in selected}
 
 
 def _checked_plan(model: nn.Module, config: TernaryConfig) -> ConversionPlan:
@@ -77,15 +85,33 @@ def _checked_plan(model: nn.Module, config: TernaryConfig) -> ConversionPlan:
     return plan
 
 
-def _apply(model: nn.Module, plan: ConversionPlan, config: TernaryConfig) -> None:
+def replace_layers(
+    model: nn.Module, plan: ConversionPlan, config: TernaryConfig, *, fill: LayerFiller | None = None
+) -> None:
+    """Replaces the layers of a plan one at a time, and attaches the quantizer that saves and loads the model.
+
+    Args:
+        model (`nn.Module`): changed in place.
+        plan ([`ConversionPlan`]): from [`plan_pipeline`].
+        config ([`TernaryConfig`]): what the plan was made with.
+        fill (`Callable`, *optional*): packs a layer; default: rounding as `config` says.
+    """
+    fill = fill or _rounding_filler(config)
     for name, kind in tqdm(plan.kinds.items(), desc="Packing layers", leave=False):
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear)
         layer = placeholder_for(module, layer_spec(kind, module, config), config)
-        layer.pack(module.weight.detach(), name=name, **pack_options(config))
+        fill(name, layer, module)
         model.set_submodule(name, layer)
     _attach_quantizer(model, config)
     logger.info("%s", summarize(model, plan.kept))
+
+
+def _rounding_filler(config: TernaryConfig) -> LayerFiller:
+    def fill(name: str, layer: QuantizedLinear, module: nn.Linear) -> None:
+        layer.pack(module.weight.detach(), name=name, **pack_options(config))
+
+    return fill
 
 
 def _check_quantizable(model: nn.Module) -> None:

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How to calibrate."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+
+from ..ternarize import ROUNDINGS
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverConfig:
+    """Which stages choose the codes of a layer.
+
+    Args:
+        gptq (`bool`, *optional*, defaults to `True`): start from GPTQ; else from plain rounding.
+        rounding (`str`, *optional*, defaults to `"twn"`): rule for a group's scale in GPTQ, and for rounding.
+        refit (`bool`, *optional*, defaults to `True`): solve for all scales of a row at once, after GPTQ and after
+            every pass of coordinate descent.
+        descent_passes (`int`, *optional*, defaults to 4): passes of coordinate descent over the codes (one more runs
+            against the rounded scales). 0 = none.
+        damping (`float`, *optional*, defaults to 0.01): added to the diagonal of H, as a fraction of its mean.
+
+    Raises:
+        ValueError: for a value that is impossible.
+    """
+
+    gptq: bool = True
+    rounding: str = "twn"
+    refit: bool = True
+    descent_passes: int = 4
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding={self.rounding!r} is not one of {', '.join(ROUNDINGS)}.")
+        if (
+            isinstance(self.descent_passes, bool)
+            or not isinstance(self.descent_passes, int)
+            or self.descent_passes < 0
+        ):
+            raise ValueError(f"descent_passes={self.descent_passes!r} is not an integer of 0 or more.")
+        if not 0 < self.damping < float("inf"):
+            raise ValueError(f"damping={self.damping!r} is not a positive number; 0.01 is usual.")
+
+
+ACCUMULATION_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationConfig:
+    """How [`calibrate`] runs the pipeline and solves its layers.
+
+    Args:
+        solver ([`SolverConfig`], *optional*): how the codes of a layer are chosen.
+        correct_bias (`bool`, *optional*, defaults to `True`): let the bias of a layer (where it has one) take over
+            the mean of its error, and fit the codes to the covariance of the inputs. Costs no bits.
+        seed (`int`, *optional*, defaults to 0): prompt i starts from the noise of seed + i.
+        batch_size (`int`, *optional*, defaults to 1): prompts per pipeline call.
+        call_kwargs (`Mapping[str, Any]`, *optional*): further arguments of the pipeline call (steps, guidance, size);
+            use what the quantized pipeline will be run with. The pipeline's defaults hold for the rest.
+        accumulate (`str`, *optional*, defaults to `"float32"`): dtype of statistics and solver, or `"float64"`.
+        memory_limit (`int` or `str`, *optional*): bytes (or `"8GB"`, `"6GiB"`) that statistics may take on the
+            device; what does not fit is gathered in further passes over the prompts. `None` = all in one pass.
+
+    Raises:
+        TypeError, ValueError: for a value that is impossible.
+    """
+
+    solver: SolverConfig = dataclasses.field(default_factory=SolverConfig)
+    correct_bias: bool = True
+    seed: int = 0
+    batch_size: int = 1
+    call_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    accumulate: str = "float32"
+    memory_limit: int | str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} is not an integer.")
+            if value < least:
+                raise ValueError(f"{name}={value} is below {least}.")
+        if self.accumulate not in ACCUMULATION_DTYPES:
+            raise ValueError(f"accumulate={self.accumulate!r} is not one of {', '.join(ACCUMULATION_DTYPES)}.")
+        limit = self.memory_limit_bytes
+        if limit is not None and limit <= 0:
+            raise ValueError(f"memory_limit={self.memory_limit!r} is not a positive size, e.g. '8GB'.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of statistics and solver."""
+        return ACCUMULATION_DTYPES[self.accumulate]
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """`memory_limit` in bytes."""
+        if self.memory_limit is None or isinstance(self.memory_limit, int):
+            return self.memory_limit
+        try:
+            return int(convert_file_size_to_int(self.memory_limit))
+        except ValueError as error:
+            raise ValueError(f"memory_limit={self.memory_limit!r} is not a size such as '8GB' or '6GiB'.") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-safe dictionary of all fields; call arguments that are no JSON appear as their `repr`."""
+        fields = dataclasses.asdict(dataclasses.replace(self, call_kwargs={}))
+        return {**fields, "call_kwargs": json.loads(json.dumps(dict(self.call_kwargs), default=repr))}

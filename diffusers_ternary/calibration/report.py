@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a calibration did, layer by layer."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One calibrated layer. Errors are E|W x - Ŵ x - Δb|² / E|W x|² over the calibration inputs.
+
+    Args:
+        name (`str`): component and module, e.g. `transformer.transformer_blocks.0.attn.to_q`.
+        shape (`tuple[int, int]`): [N, K].
+        group_size (`int`): columns per scale.
+        scales (`str`): scale layout.
+        bits_per_weight (`float`): stored in a file, scales included.
+        error_rounded (`float`): of plain TWN rounding.
+        error_gptq (`float`): of GPTQ without coordinate descent and refit.
+        error (`float`): of what was packed.
+        damping (`float`): fraction of H's mean diagonal that was added.
+        tokens (`int`): input rows behind the statistics.
+        seconds (`float`): of the solver.
+        resumed (`bool`): whether an earlier run had finished it.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    group_size: int
+    scales: str
+    bits_per_weight: float
+    error_rounded: float
+    error_gptq: float
+    error: float
+    damping: float
+    tokens: int
+    seconds: float
+    resumed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationReport:
+    """The whole calibration.
+
+    Args:
+        layers (`tuple[LayerReport, ...]`): in the order of the model.
+        bits_per_weight (`float`): stored bits per converted weight of all components, int8 layers included.
+        prompts (`int`): how many.
+        prompts_sha256 (`str`): hash of the prompts, in order.
+        weights_sha256 (`str`): hash of the float pipeline's weights.
+        passes (`int`): times the prompts were run.
+        statistics_bytes (`int`): largest amount of statistics held at once.
+        seconds_statistics (`float`): wall time of the rollouts.
+        seconds_solver (`float`): wall time of the solver, resumed layers not counted.
+        config (`Mapping[str, Any]`): the [`TernaryConfig`].
+        calibration (`Mapping[str, Any]`): the [`CalibrationConfig`], with the seed.
+        versions (`Mapping[str, str]`): of the libraries, and the device.
+    """
+
+    layers: tuple[LayerReport, ...]
+    bits_per_weight: float
+    prompts: int
+    prompts_sha256: str
+    weights_sha256: str
+    passes: int
+    statistics_bytes: int
+    seconds_statistics: float
+    seconds_solver: float
+    config: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-safe dictionary."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes [`~CalibrationReport.to_dict`] to a file."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws every layer's error before and after, on a logarithmic axis, to an image file.
+
+        Raises:
+            ImportError: without matplotlib; says what to install.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                f"matplotlib cannot be imported ({error}). Install it with: pip install diffusers-ternary[evaluate]"
+            ) from error
+        figure = Figure(figsize=(8, 1.5 + 0.18 * len(self.layers)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        rows = range(len(self.layers))
+        axes.hlines(rows, [x.error for x in self.layers], [x.error_rounded for x in self.layers], color="0.8")
+        axes.plot([x.error_rounded for x in self.layers], rows, "o", color="tab:gray", label="rounded")
+        axes.plot([x.error_gptq for x in self.layers], rows, "o", color="tab:orange", markersize=3, label="GPTQ")
+        axes.plot([x.error for x in self.layers], rows, "o", color="tab:blue", label="calibrated")
+        axes.set_yticks(rows, [x.name for x in self.layers], fontsize=6)
+        axes.set_ylim(len(self.layers) - 0.5, -0.5)
+        if any(x.error > 0 for x in self.layers):
+            axes.set_xscale("log")
+        axes.set_xlabel("relative squared error of the layer's output")
+        axes.set_title(f"{self.bits_per_weight:.3f} bits per weight, {self.prompts} prompts")
+        axes.legend(loc="upper right", fontsize=7)
+        figure.savefig(path, dpi=120)

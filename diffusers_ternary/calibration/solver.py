@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer: from a float weight and the moments of its inputs to a packed ternary weight and a bias."""
+
+import dataclasses
+
+import torch
+
+from ..format import (
+    TernarySpec,
+    double_quantize,
+    group_scales,
+    normalize_group_size,
+    pack_planes,
+    storage_dtype,
+)
+from ..ternarize import TernaryWeight, check_finite, ternarize
+from ..ternarize.weight import scale_layout
+from .config import SolverConfig
+from .descent import coordinate_descent, expand
+from .gptq import Coding, gptq
+from .hessian import DampedHessian, InputMoments, damp
+from .refit import refit_scales
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputErrors:
+    """Errors E|W x - Ŵ x - Δb|² / E|W x|² of a layer's output over the calibration inputs, at each stage.
+
+    Args:
+        rounded (`float`): plain TWN rounding, without a change of the bias.
+        gptq (`float`): after GPTQ (or rounding, where GPTQ is off), with the change of the bias if asked for.
+        solved (`float`): what was packed, scales rounded to their storage.
+    """
+
+    rounded: float
+    gptq: float
+    solved: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SolvedLayer:
+    """A calibrated layer.
+
+    Args:
+        weight ([`TernaryWeight`]): packed, on the device of the float weight.
+        bias_change (`torch.Tensor`, *optional*): float32 `[N]` to add to the bias, (W - Ŵ) E[x].
+        errors ([`OutputErrors`]): before and after.
+        damping (`float`): fraction of the mean diagonal that was added to H.
+    """
+
+    weight: TernaryWeight
+    bias_change: torch.Tensor | None
+    errors: OutputErrors
+    damping: float
+
+
+def solve_layer(
+    weight: torch.Tensor,
+    moments: InputMoments,
+    *,
+    group_size: int | None = 128,
+    scales: str = "auto",
+    config: SolverConfig | None = None,
+    correct_bias: bool = False,
+    name: str = "layer",
+) -> SolvedLayer:
+    """Chooses codes and scales that keep the layer's output on the inputs that the moments describe.
+
+    GPTQ, then coordinate descent and the joint refit of the scales in turn, then the scales are rounded to their
+    storage and the codes descend once more against the rounded scales, so that what is packed is what was optimised.
+
+    Args:
+        weight (`torch.Tensor`): float `[N, K]`.
+        moments ([`InputMoments`]): of the inputs, on the device to work on; their dtype is the working precision.
+        group_size (`int`, *optional*, defaults to 128): columns per scale; `None` = one per row.
+        scales (`str`, *optional*, defaults to `"auto"`): scale layout (see [`ternarize`]).
+        config ([`SolverConfig`], *optional*): which stages run.
+        correct_bias (`bool`, *optional*, defaults to `False`): let the bias take over the mean of the error; then
+            only the covariance of the inputs counts. For layers that have a bias.
+        name (`str`): layer name for messages.
+
+    Raises:
+        ValueError: if the weight or the moments hold NaN or Inf, or their widths differ.
+    """
+    config = config or SolverConfig()
+    rows, columns = weight.shape
+    if tuple(moments.second.shape) != (columns, columns):
+        raise ValueError(
+            f"{name}: the statistics are of {moments.second.shape[0]} inputs, but the weight has {columns} columns."
+        )
+    check_finite(weight, name=name)
+    weight = weight.to(moments.second.device)
+    size = normalize_group_size(group_size, columns)
+    spec = TernarySpec(rows, columns, size, scale_layout(scales, columns, size))
+    hessian = moments.covariance() if correct_bias else moments.second
+    damped = damp(hessian, config.damping, name=name)
+    target = weight.to(hessian).T.contiguous()  # [K, N]
+    start = _initial(weight, target, damped, spec, config)
+    coding = _improve(target, damped.matrix, start, size, config)
+    packed, coding = _store(target, damped.matrix, coding, spec, config)
+
+    energy = _quadratic(target, moments.second)
+    rounded = ternarize(weight, group_size=size, scales=scales, name=name).dequantize().to(target).T
+    errors = OutputErrors(
+        rounded=_ratio(_quadratic(target - rounded, moments.second), energy),
+        gptq=_ratio(_quadratic(target - expand(start, size), hessian), energy),
+        solved=_ratio(_quadratic(target - expand(coding, size), hessian), energy),
+    )
+    change = None
+    if correct_bias:
+        change = (moments.mean @ (target - expand(coding, size))).float()
+    return SolvedLayer(packed, change, errors, damped.damping)
+
+
+def _initial(
+    weight: torch.Tensor, target: torch.Tensor, damped: DampedHessian, spec: TernarySpec, config: SolverConfig
+) -> Coding:
+    if config.gptq:
+        return gptq(target, damped.upper, group_size=spec.group_size, rounding=config.rounding)
+    rounded = ternarize(weight, group_size=spec.group_size, rounding=config.rounding, scales="group")
+    return Coding(rounded.codes().T.contiguous(), rounded.scale.to(target).T.contiguous())
+
+
+def _improve(
+    target: torch.Tensor, hessian: torch.Tensor, coding: Coding, group_size: int, config: SolverConfig
+) -> Coding:
+    projected = hessian @ target if config.refit else None  # H Wᵀ, the same for every refit
+    for turn in range(config.descent_passes + 1):
+        if turn:
+            coding, changed = coordinate_descent(target, hessian, coding, group_size=group_size)
+            if not changed:
+                break
+        if projected is not None:
+            coding = refit_scales(projected, hessian, coding.codes, group_size=group_size)
+    return coding
+
+
+def _store(
+    target: torch.Tensor, hessian: torch.Tensor, coding: Coding, spec: TernarySpec, config: SolverConfig
+) -> tuple[TernaryWeight, Coding]:
+    exact = coding.scales.T.float()  # [N, G]
+    multiplier = None
+    if spec.scales == "double":
+        scale, multiplier = double_quantize(exact)
+    else:
+        scale = exact.to(storage_dtype(exact))
+    stored = Coding(coding.codes, group_scales(scale, multiplier).to(target).T.contiguous())
+    if config.descent_passes:
+        stored, _ = coordinate_descent(target, hessian, stored, group_size=spec.group_size)
+    return TernaryWeight(spec, pack_planes(stored.codes.T.contiguous()), scale, multiplier), stored
+
+
+def _quadratic(error: torch.Tensor, hessian: torch.Tensor) -> float:
+    # float64 only for the sum: K * N products of float32 are exact enough, their sum is not.
+    return float(((hessian @ error) * error).sum(dtype=torch.float64))
+
+
+def _ratio(error: float, energy: float) -> float:
+    # Round-off can leave a tiny negative error.
+    return max(error, 0.0) / energy if energy > 0 else 0.0

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moments of the inputs of linear layers, gathered by hooks while the pipeline runs."""
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .hessian import InputMoments
+
+
+@dataclasses.dataclass(frozen=True)
+class InputGroup:
+    """Layers of one model that are always called with the same tensor (q, k and v), and so share their moments.
+
+    Args:
+        layers (`tuple[str, ...]`): module names, in the order of their calls.
+        in_features (`int`): K.
+    """
+
+    layers: tuple[str, ...]
+    in_features: int
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Memory of the moments."""
+        return (self.in_features + 1) * self.in_features * dtype.itemsize
+
+
+class GroupFinder:
+    """Context manager: finds the layers that share their input in the forwards inside.
+
+    No activation is kept alive: an input is remembered by weak reference, and layers that share it are called while
+    it lives.
+
+    Args:
+        model (`nn.Module`): the denoiser.
+        layers (`Sequence[str]`): linear layers to watch.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        self._model = model
+        self._layers = list(layers)
+        self._live: list[tuple[weakref.ref[torch.Tensor], int, int]] = []  # input, version, number
+        self._numbers = 0
+        self._seen: dict[str, list[int]] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "GroupFinder":
+        for name in self._layers:
+            handle = self._model.get_submodule(name).register_forward_pre_hook(self._observer(name))
+            self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _observer(self, name: str) -> Any:
+        def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._seen.setdefault(name, []).append(self._identify(args[0]))
+
+        return observe
+
+    def _identify(self, x: torch.Tensor) -> int:
+        version = 0 if x.is_inference() else x._version
+        self._live = [entry for entry in self._live if entry[0]() is not None]
+        for reference, known, number in self._live:
+            if reference() is x and known == version:
+                return number
+        self._live.append((weakref.ref(x), version, self._numbers))
+        self._numbers += 1
+        return self._numbers - 1
+
+    def groups(self) -> list[InputGroup]:
+        """The groups, in the order of their first call. Layers that were never called stand alone, at the end."""
+        members: dict[tuple[int, ...], list[str]] = {}
+        for name, inputs in self._seen.items():
+            members.setdefault(tuple(inputs), []).append(name)
+        names = [*members.values(), *([name] for name in self._layers if name not in self._seen)]
+        return [InputGroup(tuple(part), self._linear(part[0]).in_features) for part in names]
+
+    def _linear(self, name: str) -> nn.Linear:
+        module = self._model.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        return module
+
+
+class MomentCollector:
+    """Context manager: sums x xᵀ and x over every call of the layers, on the layers' device.
+
+    Image and text tokens, all steps and all guidance branches count alike, one per row of x.
+
+    Args:
+        model (`nn.Module`): the denoiser; its calls are counted as steps for messages.
+        groups (`Sequence[InputGroup]`): what to gather; the first layer of a group is hooked.
+        dtype (`torch.dtype`): float32 or float64, of products and sums.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[InputGroup], *, dtype: torch.dtype = torch.float32) -> None:
+        self._model = model
+        self._groups = list(groups)
+        self._dtype = dtype
+        self._second: dict[str, torch.Tensor] = {}
+        self._first: dict[str, torch.Tensor] = {}
+        self._count: dict[str, int] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._calls = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "MomentCollector":
+        for group in self._groups:
+            leader = group.layers[0]
+            handle = self._model.get_submodule(leader).register_forward_pre_hook(self._observer(leader))
+            self._stack.callback(handle.remove)
+        self._stack.callback(self._model.register_forward_hook(self._check).remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _observer(self, name: str) -> Any:
+        def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._add(name, args[0])
+
+        return observe
+
+    @torch.no_grad()
+    def _add(self, name: str, x: torch.Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).to(self._dtype)  # [M, K]
+        if name not in self._second:
+            size = rows.shape[1]
+            self._second[name] = torch.zeros(size, size, dtype=self._dtype, device=rows.device)
+            self._first[name] = torch.zeros(size, dtype=self._dtype, device=rows.device)
+        total = rows.sum(dim=0)
+        self._second[name].addmm_(rows.T, rows)
+        self._first[name] += total
+        self._count[name] = self._count.get(name, 0) + rows.shape[0]
+        self._sums[name] = total.sum()
+
+    def _check(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # One look per denoiser call, not one per layer: on a GPU each look waits for the device.
+        if self._sums:
+            names = list(self._sums)
+            finite = torch.isfinite(torch.stack([self._sums[name] for name in names])).tolist()
+            bad = next((name for name, good in zip(names, finite, strict=True) if not good), None)
+            if bad is not None:
+                raise ValueError(
+                    f"{bad}: its input holds NaN or Inf in denoiser call {self._calls} (from 0, both guidance "
+                    "branches count). Load the pipeline in bfloat16 or float32 instead of float16, and check that "
+                    "it draws images."
+                )
+            self._sums.clear()
+        self._calls += 1
+
+    def moments(self) -> dict[str, InputMoments]:
+        """Moments by the name of each group's first layer. Layers that were never called have zeros and count 0."""
+        return {group.layers[0]: self._moments_of(group) for group in self._groups}
+
+    def _moments_of(self, group: InputGroup) -> InputMoments:
+        name = group.layers[0]
+        count = self._count.get(name, 0)
+        if count == 0:
+            weight = self._model.get_parameter(f"{name}.weight")
+            zeros = torch.zeros(group.in_features, dtype=self._dtype, device=weight.device)
+            return InputMoments(zeros.expand(group.in_features, -1).clone(), zeros, 0)
+        return InputMoments(self._second[name] / count, self._first[name] / count, count)
+
+
+def split_passes(groups: Iterable[InputGroup], *, limit: int | None, dtype: torch.dtype) -> list[list[InputGroup]]:
+    """Splits the groups into passes over the rollouts whose moments fit into `limit` bytes.
+
+    Raises:
+        ValueError: if a single group is larger than the limit.
+    """
+    passes: list[list[InputGroup]] = [[]]
+    used = 0
+    for group in groups:
+        size = group.bytes(dtype)
+        if limit is not None and size > limit:
+            raise ValueError(
+                f"{group.layers[0]}: the statistics of its {group.in_features} inputs take {size / 2**20:,.0f} MiB, "
+                f"more than memory_limit={limit / 2**20:,.0f} MiB. Raise memory_limit"
+                + (", or accumulate in float32." if dtype == torch.float64 else ", or keep the layer.")
+            )
+        if limit is not None and used + size > limit:
+            passes.append([])
+            used = 0
+        passes[-1].append(group)
+        used += size
+    return [part for part in passes if part]

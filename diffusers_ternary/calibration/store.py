@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished layers on disk, so that an interrupted calibration goes on where it stopped."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..format import TernarySpec
+from ..ternarize import TernaryWeight
+from .solver import OutputErrors, SolvedLayer
+
+
+logger = logging.getLogger(__name__)
+_METADATA_KEY = "diffusers_ternary_calibration"
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedLayer:
+    """A solved layer, the inputs it was solved for and the time it took.
+
+    Args:
+        solved ([`SolvedLayer`]): on the CPU.
+        tokens (`int`): input rows behind the statistics.
+        seconds (`float`): of the solver.
+        resumed (`bool`): whether it was read from the work directory.
+    """
+
+    solved: SolvedLayer
+    tokens: int
+    seconds: float
+    resumed: bool = False
+
+
+class LayerStore:
+    """One file per finished layer, written atomically. Files of another fingerprint are not read.
+
+    Args:
+        folder (`os.PathLike`, *optional*): where; `None` = nowhere: nothing is stored and nothing found.
+        fingerprint (`str`): of everything the layers depend on, see [`fingerprint`].
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: str) -> None:
+        self._folder = None if folder is None else pathlib.Path(folder)
+        self._fingerprint = fingerprint
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, name: str, layer: FinishedLayer) -> None:
+        """Stores a finished layer."""
+        path = self._path(name)
+        if path is None:
+            return
+        weight, change = layer.solved.weight, layer.solved.bias_change
+        tensors = {"weight": weight.packed, "weight_scale": weight.scale}
+        if weight.multiplier is not None:
+            tensors["weight_multiplier"] = weight.multiplier
+        if change is not None:
+            tensors["bias_change"] = change
+        record = {
+            "fingerprint": self._fingerprint,
+            "spec": dataclasses.asdict(weight.spec),
+            "errors": dataclasses.asdict(layer.solved.errors),
+            "damping": layer.solved.damping,
+            "tokens": layer.tokens,
+            "seconds": layer.seconds,
+        }
+        temporary = path.with_suffix(".partial")
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(record)})
+        os.replace(temporary, path)
+
+    def load(self, name: str) -> FinishedLayer | None:
+        """A layer that an earlier run finished, or `None`."""
+        path = self._path(name)
+        if path is None or not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                record: dict[str, Any] = json.loads((file.metadata() or {})[_METADATA_KEY])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, KeyError, ValueError) as error:
+            logger.warning("%s cannot be read (%s); the layer is calibrated again.", path, error)
+            return None
+        if record["fingerprint"] != self._fingerprint:
+            logger.warning("%s is of other weights, prompts or settings; the layer is calibrated again.", path)
+            return None
+        weight = TernaryWeight(
+            TernarySpec(**record["spec"]),
+            tensors["weight"],
+            tensors["weight_scale"],
+            tensors.get("weight_multiplier"),
+        )
+        errors = OutputErrors(**record["errors"])
+        solved = SolvedLayer(weight, tensors.get("bias_change"), errors, record["damping"])
+        return FinishedLayer(solved, record["tokens"], record["seconds"], resumed=True)
+
+    def _path(self, name: str) -> pathlib.Path | None:
+        return None if self._folder is None else self._folder / f"{name}.safetensors"
+
+
+def weights_sha256(modules: dict[str, nn.Module]) -> str:
+    """Hash of all parameters and buffers of a pipeline's modules: names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for component, module in sorted(modules.items()):
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{component}.{name} {tensor.dtype} {list(tensor.shape)};".encode())
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint(**parts: Any) -> str:
+    """Hash of everything that the codes depend on, given as JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()

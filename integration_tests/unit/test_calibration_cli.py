@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`diffusers-ternary calibrate`: a folder in, a packed folder and a report out, and messages for bad input."""
+
+import json
+
+import pytest
+import typer
+from support.pipelines import PIPELINES
+from typer.testing import CliRunner
+
+from diffusers_ternary.cli.calibrate import calibrate_command
+from diffusers_ternary.cli.console import ExitCode
+from diffusers_ternary.inspection import inspect_path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("float")
+    PIPELINES["flux"].build().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red cat\n\na blue dog\n", encoding="utf-8")
+    return path
+
+
+def run(*arguments: object):
+    app = typer.Typer()
+    app.command()(calibrate_command)
+    small = ["--steps", "2", "--height", "16", "--width", "16", "--set", "max_sequence_length=16"]
+    return CliRunner().invoke(app, [*map(str, arguments), *small, "--dtype", "float32", "--device", "cpu"])
+
+
+def test_writes_a_packed_pipeline_and_a_report(source, prompts, tmp_path):
+    target = tmp_path / "out"
+    result = run(source, target, "--prompts", prompts, "--group-size", 64, "--override", "*.ff.*=int8", "--seed", 5)
+    assert result.exit_code == ExitCode.OK, result.output
+    assert "bits per converted weight" in result.output
+    assert [part.format_version for part in inspect_path(target) if part.name == "transformer"] == [1]
+    report = json.loads((target / "calibration.json").read_text(encoding="utf-8"))
+    assert report["prompts"] == 2
+    assert report["calibration"]["seed"] == 5
+    assert report["calibration"]["call_kwargs"]["num_inference_steps"] == 2
+    assert {layer["group_size"] for layer in report["layers"] if layer["shape"][1] >= 64} == {64}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.txt"], "no work directory is left"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--set", "steps=3"], "FluxPipeline takes no steps"),
+        (["--memory-limit", "1kB"], "Raise memory_limit"),
+        (["--damping", "0"], "damping=0.0 is not a positive number"),
+        (["--component", "unet"], "has no component unet"),
+        (["--override", "x"], "is not PATTERN=KIND"),
+    ],
+)
+def test_bad_input_is_one_message(source, prompts, tmp_path, extra, message):
+    result = run(source, tmp_path / "out", "--prompts", prompts, *extra)
+    assert result.exit_code == ExitCode.BAD_INPUT
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_prompt_files(source, tmp_path):
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_text("\n \n")
+    latin.write_bytes("ein Bär".encode("latin-1"))
+    for file, message in ((empty, "holds no prompts"), (latin, "is not UTF-8"), (tmp_path / "no.txt", "no such file")):
+        result = run(source, tmp_path / "out", "--prompts", file)
+        assert result.exit_code == ExitCode.BAD_INPUT
+        assert message in " ".join(result.output.split())
+
+
+def test_a_quantized_pipeline_is_refused(source, prompts, tmp_path):
+    assert run(source, tmp_path / "out", "--prompts", prompts).exit_code == ExitCode.OK
+    result = run(tmp_path / "out", tmp_path / "again", "--prompts", prompts)
+    assert result.exit_code == ExitCode.BAD_INPUT
+    assert "quantized already" in result.output
