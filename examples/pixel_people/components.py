@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import string
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -27,24 +27,30 @@ WIDTHS = {"joint_attention_dim": 64, "pooled_projection_dim": 32}
 _LATENT_SCALE = 64.0  # a power of two, so that scaling is exact; large, so that the decoder's tanh is a no-op
 
 
-def build_clip_tokenizer(prompts: Sequence[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose BPE merges were learnt on the prompts until every word is one token."""
-    blank = CLIPTokenizer()
-    backend = blank.backend_tokenizer
-    specials = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = BpeTrainer(
-        vocab_size=1024,
-        special_tokens=specials,
-        initial_alphabet=list(string.ascii_lowercase + string.digits + string.punctuation),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    backend.train_from_iterator(prompts, trainer)
-    model = json.loads(backend.to_str())["model"]
-    vocab = dict(model["vocab"])
-    for letter in string.ascii_lowercase + string.digits + string.punctuation:
-        vocab.setdefault(letter + "</w>", len(vocab))  # or an unknown one-letter word would read as the end token
-    merges = [tuple(merge) for merge in model["merges"]]
+def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges (Sennrich et al., arXiv:1508.07909) that make one token of every word.
+
+    ``tokenizers.trainers.BpeTrainer`` breaks ties at random, and a resumed training would meet other token ids.
+    """
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for symbols in spelled for pair in itertools.pairwise(symbols)):
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for symbols in spelled:
+            for k in range(len(symbols) - 2, -1, -1):
+                if tuple(symbols[k : k + 2]) == best:
+                    symbols[k : k + 2] = ["".join(best)]
+    return merges
+
+
+def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer with one token per word of the grammar; anything else is spelled by smaller pieces."""
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    merges = learn_merges(words)
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    pieces += [first + second for first, second in merges]
+    vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_LENGTH)
 
 
@@ -117,7 +123,7 @@ def build_pipeline(prompts: Sequence[str], *, num_layers: int, num_single_layers
         num_heads: Number of attention heads; the inner width is 32 times that.
     """
     words = sorted({word.strip(",") for prompt in prompts for word in prompt.split()})
-    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(prompts), build_t5_tokenizer(words)
+    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(words), build_t5_tokenizer(words)
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(clip_tokenizer),
