@@ -13,15 +13,19 @@ from .quantizers import quantize, register
 
 
 if TYPE_CHECKING:
+    from .calibration import CalibrationConfig, CalibrationReport, calibrate
     from .demo.pipeline import demo_folder, demo_pipeline
     from .evaluation import EvaluationResult, evaluate
 
 __version__ = "0.1.0"
 __all__ = [
+    "CalibrationConfig",
+    "CalibrationReport",
     "EvaluationResult",
     "Int8Linear",
     "TernaryConfig",
     "TernaryLinear",
+    "calibrate",
     "demo_folder",
     "demo_pipeline",
     "evaluate",
@@ -30,6 +34,9 @@ __all__ = [
 
 # Loaded when first used: they load most of diffusers, which registering the backend does not need.
 _LAZY = {
+    "CalibrationConfig": ".calibration",
+    "CalibrationReport": ".calibration",
+    "calibrate": ".calibration",
     "EvaluationResult": ".evaluation",
     "demo_folder": ".demo.pipeline",
     "demo_pipeline": ".demo.pipeline",

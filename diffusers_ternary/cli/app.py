@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .calibrate import calibrate_command
 from .console import console
 from .demo import demo_command
 from .evaluate import evaluate_command
@@ -16,8 +17,8 @@ from .quantize import quantize_command
 
 app = typer.Typer(
     name="diffusers-ternary",
-    help="Ternary (1.58-bit) diffusion models: quantize, inspect, compare. Exit codes: 0 done, 1 failed, 2 wrong "
-    "usage, 3 bad input (the message says what to do).",
+    help="Ternary (1.58-bit) diffusion models: quantize, calibrate, inspect, compare. "
+    "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad input (the message says what to do).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo_command)
 app.command("quantize")(quantize_command)
+app.command("calibrate")(calibrate_command)
 app.command("inspect")(inspect_command)
 app.command("evaluate")(evaluate_command)
 

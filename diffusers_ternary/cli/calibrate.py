@@ -11,8 +11,16 @@ from ..config import TernaryConfig
 from ..inspection import inspect_path
 from ..sources import save_atomically
 from .console import console, escape, explained_errors, format_bytes
-from .evaluate import _call_kwargs, _demo_settings, _device, _dtype, _is_demo, load_pipeline, read_prompts
-from .quantize import _parse_overrides
+from .options import (
+    demo_settings,
+    is_demo,
+    load_pipeline,
+    parse_call_kwargs,
+    parse_device,
+    parse_dtype,
+    parse_overrides,
+    read_prompts,
+)
 
 
 REPORT = "calibration.json"
@@ -76,7 +84,7 @@ def calibrate_command(
 
     with explained_errors():
         lines = read_prompts(prompts, limit)
-        call_kwargs = _call_kwargs(
+        call_kwargs = parse_call_kwargs(
             call,
             {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width},
         )
@@ -84,13 +92,13 @@ def calibrate_command(
             group_size=group_size or None,
             scales=scales,
             modules_to_not_convert=skip,
-            overrides=_parse_overrides(override),
+            overrides=parse_overrides(override),
             components=component,
         )
-        place = _device(device)
+        place = parse_device(device)
         hide_loading_bars()
-        if _is_demo(source):
-            call_kwargs, _ = _demo_settings(call_kwargs, lines, steps, guidance)
+        if is_demo(source):
+            call_kwargs, _ = demo_settings(call_kwargs, lines, steps, guidance)
         calibration = CalibrationConfig(
             solver=SolverConfig(descent_passes=passes, damping=damping),
             correct_bias=correct_bias,
@@ -101,7 +109,7 @@ def calibrate_command(
         )
         kept = work_dir or destination.parent / f".{destination.name}.calibration"
         with save_atomically(destination, overwrite=overwrite) as folder:
-            pipeline = load_pipeline(source, _dtype(dtype, place))
+            pipeline = load_pipeline(source, parse_dtype(dtype, place))
             if offload:
                 pipeline.enable_model_cpu_offload(device=place)
             else:

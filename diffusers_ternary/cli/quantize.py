@@ -12,6 +12,7 @@ from ..config.ternary_config import COMPUTE_DTYPES
 from ..inspection import inspect_path
 from ..sources import load_quantized, save_atomically
 from .console import console, escape, explained_errors, format_bytes
+from .options import parse_overrides
 
 
 def quantize_command(
@@ -52,7 +53,7 @@ def quantize_command(
             rounding=rounding,
             scales=scales,
             modules_to_not_convert=skip,
-            overrides=_parse_overrides(override),
+            overrides=parse_overrides(override),
             components=component,
         )
         model_dtype = _parse_dtype(dtype)
@@ -67,18 +68,6 @@ def quantize_command(
             soft_wrap=True,
         )
     console.print(f"saved to {escape(str(destination))}", soft_wrap=True)
-
-
-def _parse_overrides(values: list[str] | None) -> dict[str, str] | None:
-    if not values:
-        return None
-    parsed = {}
-    for value in values:
-        pattern, separator, kind = value.rpartition("=")
-        if not separator or not pattern:
-            raise ValueError(f"--override {value!r} is not PATTERN=KIND, e.g. '*.norm1.linear=int8'.")
-        parsed[pattern] = kind
-    return parsed
 
 
 def _parse_dtype(name: str) -> torch.dtype:

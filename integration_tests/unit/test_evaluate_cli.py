@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 import diffusers_ternary
 from diffusers_ternary.cli.console import ExitCode
-from diffusers_ternary.cli.evaluate import evaluate_command, read_prompts
+from diffusers_ternary.cli.evaluate import evaluate_command
+from diffusers_ternary.cli.options import read_prompts
 
 
 CALL = ["--steps", "2", "--height", "16", "--width", "16", "--set", "max_sequence_length=16", "--device", "cpu"]
@@ -103,7 +104,7 @@ def test_wrong_usage_exits_with_2(folders) -> None:
 
 
 def test_dtype_reaches_the_models(folders) -> None:
-    from diffusers_ternary.cli.evaluate import load_pipeline
+    from diffusers_ternary.cli.options import load_pipeline
 
     assert load_pipeline(str(folders / "teacher"), torch.bfloat16).transformer.dtype == torch.bfloat16
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands make of the same options: prompts, pipelines, call arguments, overrides, device and dtype."""
+
+import json
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config.ternary_config import COMPUTE_DTYPES
+from .console import console
+
+
+if TYPE_CHECKING:
+    from ..evaluation import Scorer
+
+DEMO = "demo"
+
+
+def read_prompts(source: str, limit: int | None = None) -> list[str]:
+    """Reads prompts, one a line; blank lines are skipped.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not UTF-8, or holds no prompt.
+    """
+    name = "stdin" if source == "-" else source
+    if source == "-":
+        data = sys.stdin.buffer.read()
+    else:
+        path = pathlib.Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"--prompts {source}: there is no such file. Give a text file, or - for stdin.")
+        data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{name} is not UTF-8 (line {line}: {error.reason}). Save it as UTF-8 text.") from error
+    # Not splitlines(): it also breaks at characters that belong into a prompt.
+    lines = [line.strip() for line in text.replace("\r\n", "\n").split("\n")]
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise ValueError(f"{name} holds no prompts. Write one per line.")
+    return prompts[:limit]
+
+
+def load_pipeline(source: str, dtype: torch.dtype) -> Any:
+    """Loads a pipeline folder or Hub id, or a variant of the embedded one (`demo`, `demo:rounded`)."""
+    from diffusers import DiffusionPipeline
+
+    if is_demo(source):
+        from ..demo.variants import TEACHER, find_variant
+
+        return find_variant(source.partition(":")[2] or TEACHER.name).load(dtype)
+    path = pathlib.Path(source)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise ValueError(f"{source} holds no model_index.json, so it is no pipeline. Give the folder of a pipeline.")
+    return DiffusionPipeline.from_pretrained(source, dtype=dtype)
+
+
+def is_demo(source: str) -> bool:
+    """Whether a source names the embedded model (or a variant of it)."""
+    # A local folder of that name comes first.
+    return source.partition(":")[0] == DEMO and not pathlib.Path(source).exists()
+
+
+def demo_settings(
+    call_kwargs: Mapping[str, Any], prompts: list[str], steps: int | None, guidance: float | None
+) -> "tuple[dict[str, Any], dict[str, Scorer]]":
+    """The embedded model's own call arguments, and its judge where the prompts are of its grammar."""
+    from ..demo.grammar import attributes_of
+    from ..demo.pipeline import DEMO_CALL
+    from ..demo.run import judge_scorer
+
+    given = {"num_inference_steps": steps, "guidance_scale": guidance}
+    settings = {name: value for name, value in DEMO_CALL.items() if given.get(name) is None}
+    settings.update(call_kwargs)
+    try:
+        for prompt in prompts:
+            attributes_of(prompt)
+    except ValueError as error:
+        console.print(f"The judge is left out: {error}", soft_wrap=True, markup=False)
+        return settings, {}
+    return settings, {"judge": judge_scorer()}
+
+
+def parse_call_kwargs(values: list[str] | None, named: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the pipeline call: the options that were given, and `--set NAME=VALUE` (values are JSON)."""
+    arguments = {name: value for name, value in named.items() if value is not None}
+    for value in values or []:
+        name, separator, text = value.partition("=")
+        if not separator or not name.isidentifier():
+            raise ValueError(f"--set {value!r} is not NAME=VALUE, e.g. true_cfg_scale=4.0.")
+        if name in arguments:
+            raise ValueError(f"{name} is given twice. Give it once.")
+        try:
+            arguments[name] = json.loads(text)
+        except json.JSONDecodeError:
+            arguments[name] = text  # a plain string
+    return arguments
+
+
+def parse_device(name: str) -> torch.device:
+    """`--device`; auto takes the accelerator if there is one."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name!r} is no device: {str(error).splitlines()[0]}") from error
+
+
+def parse_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`--dtype`; auto is float32 on a CPU, else bfloat16."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in COMPUTE_DTYPES:
+        raise ValueError(f"--dtype {name!r} is not one of auto, {', '.join(COMPUTE_DTYPES)}.")
+    return COMPUTE_DTYPES[name]
+
+
+def parse_overrides(values: list[str] | None) -> dict[str, str] | None:
+    """`--override PATTERN=KIND`, in their order."""
+    if not values:
+        return None
+    parsed = {}
+    for value in values:
+        pattern, separator, kind = value.rpartition("=")
+        if not separator or not pattern:
+            raise ValueError(f"--override {value!r} is not PATTERN=KIND, e.g. '*.norm1.linear=int8'.")
+        parsed[pattern] = kind
+    return parsed
