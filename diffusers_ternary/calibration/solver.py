@@ -95,11 +95,12 @@ def solve_layer(
     hessian = moments.covariance() if correct_bias else moments.second
     damped = damp(hessian, config.damping, name=name)
     target = weight.to(hessian).T.contiguous()  # [K, N]
+    projected = damped.matrix @ target  # H Wᵀ, [K, N]
     start = _initial(weight, target, damped, spec, config)
-    coding = _improve(target, damped.matrix, start, size, config)
+    coding = _improve(target, damped.matrix, projected, start, size, config)
     packed, coding = _store(target, damped.matrix, coding, spec, config)
 
-    energy = _quadratic(target, moments.second)
+    energy = _energy(target, projected, damped, hessian, moments.mean if correct_bias else None)
     rounded = ternarize(weight, group_size=size, scales=scales, name=name).dequantize().to(target).T
     errors = OutputErrors(
         rounded=_ratio(_quadratic(target - rounded, moments.second), energy),
@@ -122,15 +123,19 @@ def _initial(
 
 
 def _improve(
-    target: torch.Tensor, hessian: torch.Tensor, coding: Coding, group_size: int, config: SolverConfig
+    target: torch.Tensor,
+    hessian: torch.Tensor,
+    projected: torch.Tensor,
+    coding: Coding,
+    group_size: int,
+    config: SolverConfig,
 ) -> Coding:
-    projected = hessian @ target if config.refit else None  # H Wᵀ, the same for every refit
     for turn in range(config.descent_passes + 1):
         if turn:
             coding, changed = coordinate_descent(target, hessian, coding, group_size=group_size)
             if not changed:
                 break
-        if projected is not None:
+        if config.refit:
             coding = refit_scales(projected, hessian, coding.codes, group_size=group_size)
     return coding
 
@@ -148,6 +153,20 @@ def _store(
     if config.descent_passes:
         stored, _ = coordinate_descent(target, hessian, stored, group_size=spec.group_size)
     return TernaryWeight(spec, pack_planes(stored.codes.T.contiguous()), scale, multiplier), stored
+
+
+def _energy(
+    target: torch.Tensor,
+    projected: torch.Tensor,
+    damped: DampedHessian,
+    hessian: torch.Tensor,
+    mean: torch.Tensor | None,
+) -> float:
+    """E|W x|² from H Wᵀ, without another product: minus what damping added, plus what the covariance leaves out."""
+    energy = float((projected * target).sum(dtype=torch.float64))
+    added = float(damped.matrix.diagonal().double().mean() - hessian.diagonal().double().mean())
+    energy -= added * float(target.square().sum(dtype=torch.float64))
+    return energy if mean is None else energy + float((mean @ target).square().sum(dtype=torch.float64))
 
 
 def _quadratic(error: torch.Tensor, hessian: torch.Tensor) -> float:
