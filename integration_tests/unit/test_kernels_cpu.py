@@ -323,7 +323,10 @@ def test_works_after_a_fork(threads):
 
 @needs_library
 def test_variants_are_checked_by_name():
-    assert native.load().variant == cpu.kernel_name() == VARIANTS[0]
+    if VARIANTS[0] == "scalar":
+        assert native.load() is None  # torch is faster than plain C
+    else:
+        assert native.load().variant == cpu.kernel_name() == VARIANTS[0]
     with pytest.raises(ValueError, match=r"variant='sse9' is not one of .*scalar"):
         native.load("sse9")
 

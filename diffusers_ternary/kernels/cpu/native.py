@@ -217,11 +217,12 @@ def load(variant: str | None = None) -> NativeLibrary | None:
     names = variants()
     if variant is not None and variant not in names:
         raise ValueError(f"variant={variant!r} is not one of {', '.join(names)}.")
-    for name in names if variant is None else [variant]:
+    # Plain C is for comparison: torch's own products are several times faster (0.16 against 1.2 times float32 at 256 tokens).
+    for name in [name for name in names if name != "scalar"] if variant is None else [variant]:
         library = NativeLibrary(functions, name, _variant_index(functions, name))
         if passes_self_test(library):
             logger.info("Ternary layers on the CPU use the native kernel %s.", name)
             return library
         logger.warning("The native kernel %s computes wrong numbers on this CPU and is not used.", name)
-    logger.warning("Ternary layers on the CPU use plain torch: no native kernel passes its self-test.")
+    logger.warning("Ternary layers on the CPU use plain torch: no vector kernel for this CPU.")
     return None

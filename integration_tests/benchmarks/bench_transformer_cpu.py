@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block stacks of diffusion transformers on the CPU, at 1,024 image tokens: float32, bfloat16, and ternary linears.
+
+    python integration_tests/benchmarks/bench_transformer_cpu.py           # the best kernel of this machine
+    python integration_tests/benchmarks/bench_transformer_cpu.py --avx2    # everything limited to AVX2
+
+Two blocks of each model with random weights, whole forward (attention, norms and embeddings included), one thread,
+thread-CPU time, minimum of 9 interleaved rounds (bfloat16: 2). The ternary output is checked against the float32
+model with the same dequantized weights. Results go to results/transformer_cpu_<set>.csv.
+"""
+
+import argparse
+import copy
+import csv
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from cpu_timing import interleaved, processor, restart_limited_to_avx2
+from diffusers import PixArtTransformer2DModel, SanaTransformer2DModel
+from torch import nn
+
+import diffusers_ternary
+from diffusers_ternary.kernels import cpu
+from diffusers_ternary.kernels.cpu import linear as cpu_linear
+from diffusers_ternary.kernels.cpu import native
+from diffusers_ternary.layers import TernaryLinear
+from diffusers_ternary.ternarize import ternarize
+
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 9
+SLOW_ROUNDS = 2  # bfloat16 takes seconds per call where the CPU has no instructions for it
+LAYERS = 2
+GROUP = 128
+TOLERANCE = 0.05  # of the output, from int8 activations
+
+
+class PointwiseConv(nn.Module):
+    """A 1x1 convolution computed by the ternary linear map over the pixels."""
+
+    def __init__(self, linear: TernaryLinear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def pixart() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = PixArtTransformer2DModel(
+        num_attention_heads=16, attention_head_dim=72, num_layers=LAYERS, sample_size=64, caption_channels=4096
+    )
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 64, 64),  # 32 x 32 tokens
+        "encoder_hidden_states": torch.randn(1, 120, 4096),
+        "timestep": torch.tensor([500]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    return model, inputs
+
+
+def sana() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = SanaTransformer2DModel(
+        num_attention_heads=70,
+        attention_head_dim=32,
+        num_cross_attention_heads=20,
+        cross_attention_head_dim=112,
+        cross_attention_dim=2240,
+        num_layers=LAYERS,
+        sample_size=32,
+        caption_channels=2304,
+    )
+    inputs = {
+        "hidden_states": torch.randn(1, 32, 32, 32),  # 32 x 32 tokens
+        "encoder_hidden_states": torch.randn(1, 300, 2304),
+        "timestep": torch.tensor([500]),
+    }
+    return model, inputs
+
+
+def convert(model: nn.Module, group_size: int | None, *, dense: bool, convolutions: bool) -> nn.Module:
+    """A copy with the linears (and 1x1 convolutions) of the blocks ternary, or float with the same ternary values."""
+    converted = copy.deepcopy(model)
+    for name, module in list(converted.transformer_blocks.named_modules()):
+        pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+        if not isinstance(module, nn.Linear) and not (convolutions and pointwise):
+            continue
+        weight = module.weight.detach().flatten(1)
+        layer = TernaryLinear.from_weight(
+            ternarize(weight, group_size=group_size), module.bias, activation_dtype="int8", compute_dtype=torch.float32
+        )
+        if dense:
+            module.weight.data = layer.dequantize(torch.float32).view_as(module.weight)
+        else:
+            parent = converted.transformer_blocks.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], PointwiseConv(layer) if pointwise else layer)
+    return converted
+
+
+def forward(model: nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    cast = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+    return lambda: model(**cast, return_dict=False)[0]
+
+
+def stored_bytes(model: nn.Module) -> int:
+    blocks = model.transformer_blocks
+    return sum(t.numel() * t.element_size() for t in (*blocks.parameters(), *blocks.buffers()))
+
+
+def measure(model: nn.Module, inputs: dict[str, torch.Tensor], *, convolutions: bool) -> list[dict[str, object]]:
+    model.eval().requires_grad_(False)
+    half = copy.deepcopy(model).bfloat16()
+    models = {"float32": model, "bfloat16": half}
+    for group_size in (None, GROUP):
+        for with_convolutions in (False, True) if convolutions else (False,):
+            name = f"ternary, {'row' if group_size is None else f'group {group_size}'}"
+            name += ", 1x1 convolutions too" if with_convolutions else ""
+            models[name] = convert(model, group_size, dense=False, convolutions=with_convolutions)
+            dense = convert(model, group_size, dense=True, convolutions=with_convolutions)
+            expected = forward(dense, inputs, torch.float32)()
+            error = (forward(models[name], inputs, torch.float32)() - expected).norm() / expected.norm()
+            if not error < TOLERANCE:
+                raise SystemExit(f"{name}: relative error {error:.2g}; no figure.")
+    calls = {
+        name: forward(m, inputs, torch.bfloat16 if name == "bfloat16" else torch.float32) for name, m in models.items()
+    }
+    seconds = interleaved({"bfloat16": calls.pop("bfloat16")}, SLOW_ROUNDS)
+    seconds.update(interleaved(calls, ROUNDS))
+    return [
+        {
+            "linears": name,
+            "milliseconds": round(seconds[name] * 1e3, 2),
+            "times float32": round(seconds["float32"] / seconds[name], 3),
+            "times bfloat16": round(seconds["bfloat16"] / seconds[name], 3),
+            "MiB of the blocks": round(stored_bytes(m) / 2**20, 2),
+        }
+        for name, m in models.items()
+    ]
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--avx2", action="store_true", help="limit torch, MKL, oneDNN and the kernel to AVX2")
+    options = parser.parse_args()
+    if options.avx2:
+        restart_limited_to_avx2()
+        cpu_linear.load = functools.partial(native.load, "avx2")
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    machine = {
+        "kernel": cpu.kernel_name(),
+        "processor": processor(),
+        "torch": torch.__version__,
+        "torch instructions": torch.backends.cpu.get_cpu_capability(),
+        "diffusers-ternary": diffusers_ternary.__version__,
+    }
+    print(machine)
+    table = []
+    for name, build, convolutions in (("PixArt-XL", pixart, False), ("SANA-1.6B", sana, True)):
+        model, inputs = build()
+        for row in measure(model, inputs, convolutions=convolutions):
+            table.append({"model": f"{name}, {LAYERS} blocks", **row, **machine})
+            print(
+                f"{name:<10} {row['linears']:<40} {row['milliseconds']:>9} ms {row['times float32']:>7}x float32 "
+                f"{row['times bfloat16']:>7}x bfloat16 {row['MiB of the blocks']:>8} MiB",
+                flush=True,
+            )
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"transformer_cpu_{machine['kernel']}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, table[0])
+        writer.writeheader()
+        writer.writerows(table)
+
+
+if __name__ == "__main__":
+    main()
