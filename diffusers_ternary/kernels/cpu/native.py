@@ -217,7 +217,7 @@ def load(variant: str | None = None) -> NativeLibrary | None:
     names = variants()
     if variant is not None and variant not in names:
         raise ValueError(f"variant={variant!r} is not one of {', '.join(names)}.")
-    # Plain C is for comparison: torch's own products are several times faster (0.16 against 1.2 times float32 at 256 tokens).
+    # Plain C is for comparison: at 256 tokens it reaches 0.16 times float32, plain torch 1.2 times.
     for name in [name for name in names if name != "scalar"] if variant is None else [variant]:
         library = NativeLibrary(functions, name, _variant_index(functions, name))
         if passes_self_test(library):
