@@ -23,7 +23,7 @@ def demo_command(
     output: Annotated[pathlib.Path, typer.Option(help="Folder for contact_sheet.png.", metavar="DIR")] = pathlib.Path(
         "diffusers-ternary-demo"
     ),
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's own.", min=1)] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; the model is too small to gain from more.", min=1)] = 1,
 ) -> None:
     """Draws pixel people with the embedded model and its ternary versions, and judges both. Needs no network.
 
@@ -49,7 +49,7 @@ def demo_command(
             console.print(f"wrote {path}", soft_wrap=True, markup=False)
 
 
-def _run(full: bool, threads: int | None) -> "DemoResult":
+def _run(full: bool, threads: int) -> "DemoResult":
     import torch
 
     from ..evaluation import MissingExtraError
@@ -58,8 +58,7 @@ def _run(full: bool, threads: int | None) -> "DemoResult":
     hide_loading_bars()
     from ..demo.run import run_demo
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     try:
         return run_demo(full=full)
     except MissingExtraError as error:

@@ -5,11 +5,11 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
 from ..config import TernaryConfig
 from ..quantizers import bits_per_weight, file_bytes, packed_layers, quantize
-from .pipeline import demo_pipeline
+from .pipeline import DATA, demo_pipeline
 
 
 FLOAT_BITS = 16  # the embedded weights are bfloat16
@@ -52,8 +52,17 @@ def _rounded(dtype: torch.dtype) -> DiffusionPipeline:
     return quantize(demo_pipeline(torch_dtype=dtype), TernaryConfig())
 
 
+def _calibrated(dtype: torch.dtype) -> DiffusionPipeline:
+    pipeline = demo_pipeline(torch_dtype=dtype)
+    pipeline.transformer = FluxTransformer2DModel.from_pretrained(DATA / "calibrated", dtype=dtype)
+    return pipeline
+
+
 TEACHER = Variant("teacher", _teacher, "the embedded model, bfloat16")
-STUDENTS = (Variant("rounded", _rounded, "TernaryConfig(): every weight rounded on its own, nothing calibrated"),)
+STUDENTS = (
+    Variant("rounded", _rounded, "TernaryConfig(): every weight rounded on its own, nothing calibrated"),
+    Variant("calibrated", _calibrated, "calibrate(): the same bits, codes and scales chosen on 256 prompts' rollouts"),
+)
 
 
 def find_variant(name: str) -> Variant:

@@ -36,9 +36,9 @@ def test_readme_names_the_pinned_versions():
 
 @pytest.mark.slow
 def test_readme_snippets_run(tmp_path):
-    first, second, third, config = blocks("python")
+    first, second, third, config, calibration = blocks("python")
     # The third block says "in a fresh process", and is run in one.
-    for source in (first + second + config, third):
+    for source in (first + second + config + calibration, third):
         result = subprocess.run(
             [sys.executable, "-c", source],
             cwd=tmp_path,
