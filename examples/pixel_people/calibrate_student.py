@@ -43,9 +43,8 @@ def main() -> None:
     pipeline.transformer.save_pretrained(arguments.output)
     report.save_json(arguments.output / "calibration.json")
     before, after = (sum(errors) / len(report.layers) for errors in _errors(report))
-    print(
-        f"{report.bits_per_weight:.3f} bits per weight; mean relative error {before:.4f} rounded, {after:.4f} calibrated"
-    )
+    print(f"{report.bits_per_weight:.3f} bits per weight")
+    print(f"mean relative error of the layers' outputs: {before:.4f} rounded, {after:.4f} calibrated")
 
 
 if __name__ == "__main__":
