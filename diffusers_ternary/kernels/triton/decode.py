@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """From packed bytes to the operand of a dot product, in registers.
 
 `(byte << 2j) & 0xC0` is the code of plane j in the two high bits. Read as int8 it is {0, 64, -64}; as float8_e4m3fn
@@ -59,7 +60,23 @@ def plane_halves(packed, SHIFT: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def decode(packed, group, KIND: tl.constexpr, GROUPS: tl.constexpr, DTYPE: tl.constexpr, SHIFT: tl.constexpr, ASM: tl.constexpr):
+def four_bits(value):
+    """Rounds a float32 to four significant bits, half to even, so that the cast to float8_e4m3fn is exact."""
+    bits = value.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode(
+    packed,
+    group,
+    KIND: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    ASM: tl.constexpr,
+):
     """One plane of packed bytes as the operand of a dot product.
 
     Args:
@@ -74,7 +91,7 @@ def decode(packed, group, KIND: tl.constexpr, GROUPS: tl.constexpr, DTYPE: tl.co
     elif KIND == "fp8":
         weight = plane_bits(packed, SHIFT, ASM)
         if GROUPS > 0:
-            magnitude = group.to(tl.float32).to(tl.float8e4nv).to(tl.int8, bitcast=True)
+            magnitude = four_bits(group.to(tl.float32)).to(tl.float8e4nv).to(tl.int8, bitcast=True)
             # Bit 6 says "not zero": shifted to the sign and back it is a mask. Bit 7 is the sign.
             weight = (magnitude & ((weight << 1) >> 7)) ^ (weight & -128)
         weight = weight.to(tl.float8e4nv, bitcast=True)
@@ -95,7 +112,7 @@ def load_groups(scale_ptr, multiplier_ptr, rows, columns, N, K, G, group_size, K
     Args:
         scale_ptr: `[N, G]`, or `[N, 1]` with a multiplier.
         multiplier_ptr: int8 `[N, G]`, or None.
-        rows, columns: indices that broadcast against each other; `columns` is a scalar where a block lies in one group.
+        rows, columns: indices that broadcast; `columns` is a scalar where a block lies in one group.
     """
     # Rows and columns past the end meet codes or outputs that are masked: any valid scale will do.
     rows = tl.minimum(rows, N - 1).to(tl.int64)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """A dense 8-bit matrix product with the ternary epilogue, for weights that were unpacked first."""
 
 import triton

@@ -170,6 +170,7 @@ def _gemv_plans(target: Target, request: Request, activation_dtype: str) -> tupl
 
 def _fused_plans(target: Target, request: Request, activation_dtype: str) -> tuple[Plan, ...]:
     deep = 64 if activation_dtype == "none" else 128
+    tiles: tuple[tuple[int, int, int, int, int], ...]
     if target.backend == "hip":
         tiles = ((128, 128, 64, 4, 2), (64, 128, 64, 4, 2), (64, 64, 64, 4, 2))
     elif request.rows <= 64:
@@ -189,7 +190,7 @@ def _dense_plans(target: Target, request: Request, activation_dtype: str) -> tup
     if activation_dtype == "none":
         return library
     tile = (128, 128, 64, 4, 2) if target.backend == "hip" else (128, 128, 128, 8, 3)
-    triton = (Plan("dense", *tile),)
+    triton: tuple[Plan, ...] = (Plan("dense", *tile),)
     if target.backend == "cuda" and int(target.arch) < 90:
         # Shared memory is 99 KB on sm_86 and sm_89; the filter of `candidates` keeps what fits.
         triton += (Plan("dense", 128, 256, 64, 8, 3), Plan("dense", 128, 128, 64, 4, 4))
@@ -198,7 +199,7 @@ def _dense_plans(target: Target, request: Request, activation_dtype: str) -> tup
         return triton + library if request.out_features % 8 == 0 else triton
     # The float8 product of the library is pipelined with the bulk copy engine. It has row scales from sm_90 on, for
     # bfloat16 outputs and whole 16-byte rows.
-    if target.backend == "cuda" and int(target.arch) >= 90:
-        if request.dtype == torch.bfloat16 and request.out_features % 16 == 0:
-            return library + triton
+    row_scales = target.backend == "cuda" and int(target.arch) >= 90
+    if row_scales and request.dtype == torch.bfloat16 and request.out_features % 16 == 0:
+        return library + triton
     return triton

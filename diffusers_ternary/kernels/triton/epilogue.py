@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """`y = acc * factor * scale[n] * x_scale[m] + bias[n]`, cast to the dtype of y: the end of every kernel."""
 
 import triton

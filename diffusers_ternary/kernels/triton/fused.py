@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Decode and multiply in one kernel: packed weights go from memory to registers to the tensor cores."""
 
 import triton

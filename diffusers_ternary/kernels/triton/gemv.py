@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """A few rows (M <= 16) against the packed weight: bound by memory, so each packed byte is read once."""
 
 import triton

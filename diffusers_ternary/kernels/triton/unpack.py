@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Packed weights to a dense matrix in memory: 8-bit operands of a dense product, or the dequantized float weight."""
 
 import triton
@@ -56,9 +57,7 @@ def unpack_kernel(
 
 
 @triton.jit
-def derive_multipliers_kernel(
-    scale_ptr, multiplier_ptr, row_scale_ptr, G, BLOCK_G: tl.constexpr
-):
+def derive_multipliers_kernel(scale_ptr, multiplier_ptr, row_scale_ptr, G, BLOCK_G: tl.constexpr):
     """Group scales `[N, G]` of one row to integer multipliers of its largest one.
 
     multiplier[n, g] = the integer of 1..63 nearest to 63 * scale[n, g] / max_g |scale|, with the sign of the scale,
