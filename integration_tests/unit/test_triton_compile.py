@@ -221,6 +221,7 @@ def test_dense(name, kind):
     constants = {
         "KIND": kind,
         "EVEN_K": True,
+        "NO_PREFETCH": TARGETS[name].register_operands,
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,
         "BLOCK_K": plan.block_k,
@@ -239,10 +240,10 @@ def test_dense(name, kind):
 
 UNPACK = [
     ("sm_80", "int8", 1),
-    ("sm_86", "float", 1),
+    ("sm_86", "exact", 1),
     ("sm_89", "int8", 0),
     ("sm_90", "fp8", 2),
-    ("sm_90", "float", 2),
+    ("sm_90", "exact", 2),
     ("gfx942", "int8", 1),
 ]
 
@@ -258,9 +259,9 @@ def test_unpack(name, kind, groups):
     }
     if groups == 0:
         constants["multiplier_ptr"] = None
-    if kind == "float":
+    if kind == "exact":
         constants["row_scale_ptr"] = None
-    out = "*bf16" if kind == "float" else "*i8"
+    out = "*bf16" if kind == "exact" else "*i8"
     check(name, compile_kernel(name, unpack_kernel, constants, pointers={"out_ptr": out}, num_warps=4))
 
 

@@ -68,7 +68,8 @@ def linear(
         times a row scale: exact for the `"double"` layout in int8, within 1/126 of the row's largest scale for the
         `"group"` layout, and rounded to four significant bits (at most 1/16) in float8.
     """
-    if not _serves(x.device.type, x.device.index or 0):
+    # Whoever asks for float64 wants exact numbers (gradient checks), not speed.
+    if x.dtype == torch.float64 or not _serves(x.device.type, x.device.index or 0):
         return reference.linear(
             x,
             weight,
@@ -102,7 +103,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Dense weight `[N, K]`, equal bit for bit to the reference's; arguments as in [`linear`]."""
-    if not _serves(weight.device.type, weight.device.index or 0):
+    if dtype == torch.float64 or not _serves(weight.device.type, weight.device.index or 0):
         return reference.dequantize(
             weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=dtype
         )

@@ -68,6 +68,75 @@ def four_bits(value):
 
 
 @triton.jit
+def times_integers(bits, multiplier, ASM: tl.constexpr):
+    """Codes in the high bits, as `plane_bits` gives them, times integers of 0..63: int8 `code * multiplier`."""
+    if ASM:
+        # Four bytes at a time. Bit 6 spreads to a mask that keeps the multiplier; where the sign is set (and the
+        # multiplier is not 0, or its negation would carry) the byte is negated by inverting it and adding 1.
+        product = tl.inline_asm_elementwise(
+            """{ .reg .b32 mask, ones, sign;
+            shr.u32 mask, $1, 6;
+            and.b32 mask, mask, 0x01010101;
+            mul.lo.u32 mask, mask, 255;
+            add.u32 sign, $2, 0x7F7F7F7F;
+            lop3.b32 sign, sign, $1, 0x80808080, 0x80;
+            shr.u32 ones, sign, 7;
+            mul.lo.u32 sign, ones, 255;
+            lop3.b32 $0, $2, mask, sign, 0x6A;
+            add.u32 $0, $0, ones; }""",
+            "=&r,r,r",
+            [bits, multiplier],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        product = (bits >> 6) * multiplier
+    return product
+
+
+@triton.jit
+def times_floats8(bits, magnitude, ASM: tl.constexpr):
+    """The same for float8_e4m3fn magnitudes, as their bits: the code only zeroes or negates."""
+    if ASM:
+        product = tl.inline_asm_elementwise(
+            """{ .reg .b32 mask, sign;
+            shr.u32 mask, $1, 6;
+            and.b32 mask, mask, 0x01010101;
+            mul.lo.u32 mask, mask, 255;
+            and.b32 sign, $1, 0x80808080;
+            lop3.b32 $0, $2, mask, sign, 0xEA; }""",
+            "=r,r,r",
+            [bits, magnitude],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        # Bit 6 says "not zero": shifted to the sign and back it is a mask. Bit 7 is the sign.
+        product = (magnitude & ((bits << 1) >> 7)) | (bits & -128)
+    return product
+
+
+@triton.jit
+def times_floats(weight, scale, ASM: tl.constexpr):
+    """Decoded codes times scales of the same float dtype."""
+    if ASM and weight.dtype == tl.bfloat16:
+        # sm_80 multiplies bfloat16 only in a fused multiply-add; adding -0 keeps the sign of zero.
+        product = tl.inline_asm_elementwise(
+            "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }",
+            "=r,r,r",
+            [weight, scale],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        product = weight * scale
+    return product
+
+
+@triton.jit
 def decode(
     packed,
     group,
@@ -87,13 +156,12 @@ def decode(
     if KIND == "int8":
         weight = plane_bits(packed, SHIFT, ASM)
         if GROUPS > 0:
-            weight = (weight >> 6) * group
+            weight = times_integers(weight, group, ASM)
     elif KIND == "fp8":
         weight = plane_bits(packed, SHIFT, ASM)
         if GROUPS > 0:
             magnitude = four_bits(group.to(tl.float32)).to(tl.float8e4nv).to(tl.int8, bitcast=True)
-            # Bit 6 says "not zero": shifted to the sign and back it is a mask. Bit 7 is the sign.
-            weight = (magnitude & ((weight << 1) >> 7)) ^ (weight & -128)
+            weight = times_floats8(weight, magnitude, ASM)
         weight = weight.to(tl.float8e4nv, bitcast=True)
     else:
         if DTYPE.primitive_bitwidth == 32:
@@ -101,13 +169,13 @@ def decode(
         else:
             weight = plane_halves(packed, SHIFT, ASM).to(DTYPE, bitcast=True)
         if GROUPS > 0:
-            weight = weight * group.to(DTYPE)
+            weight = times_floats(weight, group.to(DTYPE), ASM)
     return weight
 
 
 @triton.jit
 def load_groups(scale_ptr, multiplier_ptr, rows, columns, N, K, G, group_size, KIND: tl.constexpr):
-    """Scale (`"float"`) or integer multiplier (`"int8"`, `"fp8"`) of each row and column.
+    """Scale (`"float"`, `"exact"`) or integer multiplier (`"int8"`, `"fp8"`) of each row and column.
 
     Args:
         scale_ptr: `[N, G]`, or `[N, 1]` with a multiplier.
@@ -117,12 +185,15 @@ def load_groups(scale_ptr, multiplier_ptr, rows, columns, N, K, G, group_size, K
     # Rows and columns past the end meet codes or outputs that are masked: any valid scale will do.
     rows = tl.minimum(rows, N - 1).to(tl.int64)
     groups = rows * G + tl.minimum(columns, K - 1) // group_size
-    if KIND == "float":
-        if multiplier_ptr is None:
-            group = tl.load(scale_ptr + groups).to(tl.float32)
-        else:
-            multiplier = tl.load(multiplier_ptr + groups).to(tl.float32)
-            group = tl.div_rn(tl.load(scale_ptr + rows).to(tl.float32) * multiplier, 63.0)
-    else:
+    if KIND == "int8" or KIND == "fp8":
         group = tl.load(multiplier_ptr + groups)
+    elif multiplier_ptr is None:
+        group = tl.load(scale_ptr + groups).to(tl.float32)
+    else:
+        multiplier = tl.load(multiplier_ptr + groups).to(tl.float32)
+        product = tl.load(scale_ptr + rows).to(tl.float32) * multiplier
+        if KIND == "exact":
+            group = tl.div_rn(product, 63.0)  # equal to the reference bit for bit, for ten instructions more
+        else:
+            group = product * (1.0 / 63.0)
     return group

@@ -51,6 +51,11 @@ class Target:
         return self.backend == "cuda"
 
     @property
+    def register_operands(self) -> bool:
+        """Whether it is an NVIDIA GPU whose matrix instructions read both operands from registers."""
+        return self.backend == "cuda" and int(self.arch) < 90
+
+    @property
     def activation_dtypes(self) -> tuple[str, ...]:
         """8-bit activation dtypes with a matrix instruction, the fastest first."""
         if self.backend == "interpret":
@@ -174,15 +179,22 @@ def _fused_plans(target: Target, request: Request, activation_dtype: str) -> tup
     if target.backend == "hip":
         tiles = ((128, 128, 64, 4, 2), (64, 128, 64, 4, 2), (64, 64, 64, 4, 2))
     elif request.rows <= 64:
-        tiles = ((32, 64, 128, 4, 3), (64, 64, 128, 4, 3), (32, 128, 64, 4, 4))
+        tiles = ((32, 64, 128, 4, 3), (64, 64, 64, 4, 4), (32, 128, 64, 4, 4))
     elif request.rows < 512:
-        tiles = ((64, 128, deep, 4, 3), (128, 64, 64, 4, 3), (64, 64, 128, 4, 3))
+        tiles = ((64, 128, deep, 4, 3), (128, 64, 64, 4, 3), (64, 64, 64, 4, 4))
     else:
-        tiles = ((128, 128, deep, 8, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
-    # Counted in the compiled loops: 16-bit decoding is shortest into the left operand on sm_80 (281 instructions
-    # against 324), and into the right one on sm_90 (108 against 182); int8 and float8 into the right one everywhere.
-    left = activation_dtype == "none" and target.backend == "cuda" and int(target.arch) < 90
-    return tuple(Plan("fused", *tile, weight_left=left) for tile in dict.fromkeys(tiles))
+        tiles = ((128, 128, deep, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4))
+        if request.per_row:  # with groups its registers spill
+            tiles += ((128, 256, 64, 8, 3),)
+    # Counted in the compiled loops: 16-bit decoding is shortest into the left operand on sm_80 (281 instructions a
+    # step against 324), and into the right one on sm_90 (108 against 182); int8 into the right one on sm_80 (96
+    # against 112). On sm_90 an 8-bit weight on the left stays in registers, on the right it passes through shared
+    # memory but the product is waited for less often: both are worth measuring.
+    left = activation_dtype == "none" and target.register_operands
+    plans = tuple(Plan("fused", *tile, weight_left=left) for tile in dict.fromkeys(tiles))
+    if activation_dtype != "none" and target.backend == "cuda" and not target.register_operands:
+        plans += (dataclasses.replace(plans[0], weight_left=True),)
+    return plans
 
 
 def _dense_plans(target: Target, request: Request, activation_dtype: str) -> tuple[Plan, ...]:
@@ -191,9 +203,8 @@ def _dense_plans(target: Target, request: Request, activation_dtype: str) -> tup
         return library
     tile = (128, 128, 64, 4, 2) if target.backend == "hip" else (128, 128, 128, 8, 3)
     triton: tuple[Plan, ...] = (Plan("dense", *tile),)
-    if target.backend == "cuda" and int(target.arch) < 90:
-        # Shared memory is 99 KB on sm_86 and sm_89; the filter of `candidates` keeps what fits.
-        triton += (Plan("dense", 128, 256, 64, 8, 3), Plan("dense", 128, 128, 64, 4, 4))
+    if target.register_operands:
+        triton += (Plan("dense", 128, 256, 64, 8, 3), Plan("dense", 128, 128, 64, 8, 4))
     if activation_dtype == "int8":
         # The library leaves int32 in memory and needs a pass over it; Triton's own product does not.
         return triton + library if request.out_features % 8 == 0 else triton

@@ -84,7 +84,7 @@ def derive_multipliers(weight: PackedWeight) -> PackedWeight:
 def unpack_float(weight: PackedWeight, dtype: torch.dtype, *, inline_ptx: bool) -> torch.Tensor:
     """The dequantized weight `[N, K]` in a float dtype."""
     out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.packed.device)
-    _unpack(weight, out, None, "float", inline_ptx)
+    _unpack(weight, out, None, "exact", inline_ptx)
     return out
 
 
@@ -102,7 +102,7 @@ def _unpack(
     weight: PackedWeight, out: torch.Tensor, row_scale: torch.Tensor | None, kind: str, inline_ptx: bool
 ) -> None:
     block_n, block_k = 16, 128
-    groups = 0 if kind != "float" and weight.per_row else weight.group_mode(block_k)
+    groups = 0 if kind != "exact" and weight.per_row else weight.group_mode(block_k)
     grid = (triton.cdiv(weight.out_features, block_n), triton.cdiv(weight.plane_width, block_k))
     unpack_kernel[grid](
         weight.packed,
@@ -195,6 +195,7 @@ def dense_product(
     *,
     kind: str,
     plan: Plan,
+    no_prefetch: bool,
 ) -> None:
     """Runs the dense 8-bit kernel into `y`: x int8 `[M, K']`, dense int8 `[N, K']`."""
     rows, columns = x.shape
@@ -212,6 +213,7 @@ def dense_product(
         1.0,
         KIND=kind,
         EVEN_K=columns % plan.block_k == 0,
+        NO_PREFETCH=no_prefetch,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,

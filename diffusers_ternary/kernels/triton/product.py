@@ -84,7 +84,9 @@ def run(
     if plan.path == "library":
         launch.epilogue(torch._int_mm(operand, dense.t()), x_scale, row_scale, bias, y)
     else:
-        launch.dense_product(operand, x_scale, dense, row_scale, bias, y, kind=kind, plan=plan)
+        launch.dense_product(
+            operand, x_scale, dense, row_scale, bias, y, kind=kind, plan=plan, no_prefetch=target.register_operands
+        )
     return y
 
 

@@ -30,7 +30,7 @@ def unpack_kernel(
 ):
     """Each packed byte is read once and gives one element to each plane.
 
-    With KIND `"float"` the output is `code * scale`, a float32 product rounded once; with `"int8"` and `"fp8"` it is
+    With KIND `"exact"` the output is `code * scale`, a float32 product rounded once; with `"int8"` and `"fp8"` it is
     what `decode` gives, and `scale[n] * factor` goes to `row_scale_ptr` (float32 `[N]`) unless that is None.
     """
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
@@ -44,7 +44,7 @@ def unpack_kernel(
             group = load_groups(scale_ptr, multiplier_ptr, n, first + c0, N, K, G, group_size, KIND)
         elif GROUPS == 2:
             group = load_groups(scale_ptr, multiplier_ptr, n, first + c, N, K, G, group_size, KIND)
-        if KIND == "float":
+        if KIND == "exact":
             code = (plane_bits(packed, 2 * j, ASM) >> 6).to(tl.float32)
             dense = (code * group).to(out_ptr.dtype.element_ty)
         else:
@@ -60,16 +60,16 @@ def unpack_kernel(
 def derive_multipliers_kernel(scale_ptr, multiplier_ptr, row_scale_ptr, G, BLOCK_G: tl.constexpr):
     """Group scales `[N, G]` of one row to integer multipliers of its largest one.
 
-    multiplier[n, g] = the integer of 1..63 nearest to 63 * scale[n, g] / max_g |scale|, with the sign of the scale,
-    0 only for a zero scale; row_scale[n] = the largest, float32. The error of a group's scale is at most
-    max_g |scale| / 126, except that a scale below 1/126 of the largest becomes 1/63 of it.
+    multiplier[n, g] = the integer of 1..63 nearest to 63 * scale[n, g] / max_g scale, 0 only for a zero scale;
+    row_scale[n] = the largest, float32. The error of a group's scale is at most max_g scale / 126, except that a
+    scale below 1/126 of the largest becomes 1/63 of it.
     """
     n = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, BLOCK_G)
     scale = tl.load(scale_ptr + n * G + g, mask=g < G, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(scale))
-    ratio = tl.div_rn(tl.abs(scale), tl.where(largest > 0, largest, 1.0))
-    magnitude = tl.maximum((ratio * 63.0 + 0.5).to(tl.int32), 1)
-    signed = tl.where(scale > 0, magnitude, tl.where(scale < 0, -magnitude, 0))
-    tl.store(multiplier_ptr + n * G + g, signed.to(tl.int8), mask=g < G)
+    largest = tl.max(scale)
+    ratio = tl.div_rn(scale, tl.where(largest > 0, largest, 1.0))
+    nearest = tl.maximum((ratio * 63.0 + 0.5).to(tl.int32), 1)
+    multiplier = tl.where(scale > 0, nearest, 0)
+    tl.store(multiplier_ptr + n * G + g, multiplier.to(tl.int8), mask=g < G)
     tl.store(row_scale_ptr + n, largest)

@@ -12,8 +12,8 @@ class PackedWeight:
 
     Args:
         packed (`torch.Tensor`): int8 `[N, ceil(K / 4)]`, 2-bit planes.
-        scale (`torch.Tensor`): `[N, G]`, or `[N, 1]` with a multiplier; any float dtype.
-        multiplier (`torch.Tensor`, *optional*): uint8 (0..63) or int8 (-63..63) `[N, G]`.
+        scale (`torch.Tensor`): `[N, G]`, or `[N, 1]` with a multiplier; any float dtype; not negative.
+        multiplier (`torch.Tensor`, *optional*): int8 `[N, G]`, values 0..63.
         in_features (`int`): K.
         group_size (`int`): columns per scale.
     """
