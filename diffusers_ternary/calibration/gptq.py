@@ -36,7 +36,9 @@ def group_slices(columns: int, group_size: int) -> list[slice]:
     return [slice(start, min(start + group_size, columns)) for start in range(0, columns, group_size)]
 
 
-def gptq(weight: torch.Tensor, upper: torch.Tensor, *, group_size: int, rounding: str = "twn") -> Coding:
+def gptq(
+    weight: torch.Tensor, upper: torch.Tensor, *, group_size: int, rounding: str = "twn", stretch: float = 1.0
+) -> Coding:
     """Codes and scales of a weight, vectorised over its rows.
 
     With R Rᵀ = H (R upper triangular) and the residual E = W - Ŵ of the columns < a, the optimal compensation of the
@@ -48,6 +50,7 @@ def gptq(weight: torch.Tensor, upper: torch.Tensor, *, group_size: int, rounding
         upper (`torch.Tensor`): `[K, K]`, R of [`DampedHessian`].
         group_size (`int`): columns that share a scale.
         rounding (`str`): rule that chooses a group's scale (see [`ternarize`]).
+        stretch (`float`): factor on the scale that the rule gives; above 1, more codes are 0.
     """
     columns, rows = weight.shape
     residual = torch.zeros_like(weight)
@@ -57,7 +60,7 @@ def gptq(weight: torch.Tensor, upper: torch.Tensor, *, group_size: int, rounding
         target = _compensated(weight, residual, upper, group)  # [L, N]
         count = torch.tensor([float(target.shape[0])], device=weight.device)
         rounded = ROUNDINGS[rounding](target.T.float().unsqueeze(1).contiguous(), count)
-        scale = rounded.scales[:, 0].to(weight.dtype)  # [N]
+        scale = stretch * rounded.scales[:, 0].to(weight.dtype)  # [N]
         scales.append(scale)
         for start in range(group.start, group.stop, BLOCK_COLUMNS):
             block = slice(start, min(start + BLOCK_COLUMNS, group.stop))

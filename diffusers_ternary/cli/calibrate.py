@@ -56,6 +56,7 @@ def calibrate_command(
     limit: Annotated[int | None, typer.Option(help="Use the first prompts only.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts per pipeline call.", min=1)] = 1,
     passes: Annotated[int, typer.Option(help="Passes of coordinate descent over the codes.", min=0)] = 4,
+    starts: Annotated[int, typer.Option(help="GPTQ solutions tried in layers of few groups a row.", min=1)] = 6,
     damping: Annotated[float, typer.Option(help="Damping of H, as a fraction of its mean diagonal.")] = 0.01,
     correct_bias: Annotated[bool, typer.Option(help="Let biases take over the mean of the error.")] = True,
     memory_limit: Annotated[
@@ -100,7 +101,7 @@ def calibrate_command(
         if is_demo(source):
             call_kwargs, _ = demo_settings(call_kwargs, lines, steps, guidance)
         calibration = CalibrationConfig(
-            solver=SolverConfig(descent_passes=passes, damping=damping),
+            solver=SolverConfig(descent_passes=passes, starts=starts, damping=damping),
             correct_bias=correct_bias,
             seed=seed,
             batch_size=batch_size,

@@ -77,13 +77,12 @@ METHODS: dict[str, Method] = {
     "twn": rounding("twn"),
     "optimum": rounding("optimum"),
     "optimum + refit": calibrated(gptq=False, rounding="optimum", descent_passes=0, correct_bias=False),
-    "gptq": calibrated(refit=False, descent_passes=0, correct_bias=False),
-    "gptq + refit": calibrated(descent_passes=0, correct_bias=False),
-    "gptq + refit + descent": calibrated(correct_bias=False),
+    "gptq": calibrated(refit=False, descent_passes=0, starts=1, correct_bias=False),
+    "gptq + refit": calibrated(descent_passes=0, starts=1, correct_bias=False),
+    "gptq + refit + descent": calibrated(starts=1, correct_bias=False),
+    "gptq + refit + descent + bias": calibrated(starts=1),
     "calibrated": calibrated(),
-    "calibrated, 12 passes": calibrated(descent_passes=12),
     "calibrated, int8 activations": calibrated(activations="int8"),
-    "calibrated, group 64": calibrated(group_size=64),
     "calibrated, group 32": calibrated(group_size=32),
 }
 

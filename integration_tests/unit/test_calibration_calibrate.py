@@ -16,12 +16,13 @@ from diffusers_ternary.layers import Int8Linear
 
 
 PROMPTS = ["a red cat", "a blue dog", "a house", "two trees"]
+FAST = SolverConfig(descent_passes=2, starts=1)
 
 
 def settings(name: str, **options) -> CalibrationConfig:
     tiny = PIPELINES[name]
     call = {**tiny.call, "height": tiny.size, "width": tiny.size, "num_inference_steps": 2}
-    return CalibrationConfig(**{"call_kwargs": call, "batch_size": 2, **options})
+    return CalibrationConfig(**{"call_kwargs": call, "batch_size": 2, "solver": FAST, **options})
 
 
 def packed_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -31,6 +31,7 @@ def run(*arguments: object):
     app = typer.Typer()
     app.command()(calibrate_command)
     small = ["--steps", "2", "--height", "16", "--width", "16", "--set", "max_sequence_length=16"]
+    small += ["--passes", "1", "--starts", "1"]
     return CliRunner().invoke(app, [*map(str, arguments), *small, "--dtype", "float32", "--device", "cpu"])
 
 

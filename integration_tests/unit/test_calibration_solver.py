@@ -19,8 +19,9 @@ from diffusers_ternary.ternarize import ternarize
 
 SEEDS = range(5)
 ROUNDED = SolverConfig(gptq=False, refit=False, descent_passes=0)
-GPTQ = SolverConfig(refit=False, descent_passes=0)
-GPTQ_REFIT = SolverConfig(descent_passes=0)
+GPTQ = SolverConfig(refit=False, descent_passes=0, starts=1)
+GPTQ_REFIT = SolverConfig(descent_passes=0, starts=1)
+ONE_START = SolverConfig(starts=1)
 
 
 def correlated_inputs(seed: int, tokens: int, columns: int) -> torch.Tensor:
@@ -59,8 +60,8 @@ def test_close_to_the_best_of_all_codes(seed, columns):
     rounded = quadratic(weight - ternarize(weight, group_size=None).dequantize(), hessian)
 
     assert bool((found >= best * 0.99 - 1e-5).all())
-    # Single flips cannot leave every local optimum of so few columns: less than half of the way back to rounding.
-    assert float((found - best).sum()) < 0.4 * float((rounded - best).sum())
+    # Single flips cannot leave every local optimum of so few columns: a quarter of the way back to rounding.
+    assert float((found - best).sum()) < 0.25 * float((rounded - best).sum())
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -69,11 +70,15 @@ def test_every_stage_lowers_the_error(seed, columns, group_size):
     moments, weight = moments_of(correlated_inputs(seed, 2000, columns)), random_weight(seed, 24, columns)
     errors = [
         solve_layer(weight, moments, group_size=group_size, config=config).errors.solved
-        for config in (ROUNDED, GPTQ, GPTQ_REFIT, SolverConfig())
+        for config in (ROUNDED, GPTQ, GPTQ_REFIT, ONE_START, SolverConfig())
     ]
     assert errors[0] > errors[1] > errors[3]
     assert errors[2] < errors[1] * 1.001, "the refit may lose only what rounding the scales costs"
     assert errors[3] < errors[2]
+    if group_size == 16:
+        assert errors[4] == errors[3], "19 groups a row: one start"
+    else:
+        assert errors[4] < errors[3]
 
 
 @pytest.mark.parametrize("correct_bias", [False, True])
@@ -277,7 +282,12 @@ def test_bad_input_names_layer_and_remedy():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"rounding": "nf4"}, "nf4"), ({"descent_passes": -1}, "-1"), ({"damping": 0.0}, "0.01 is usual")],
+    [
+        ({"rounding": "nf4"}, "nf4"),
+        ({"descent_passes": -1}, "-1"),
+        ({"starts": 0}, "1 or more"),
+        ({"damping": 0.0}, "0.01 is usual"),
+    ],
 )
 def test_solver_config_rejects(arguments, message):
     with pytest.raises(ValueError, match=message):
