@@ -12,11 +12,13 @@ from ..config.ternary_config import COMPUTE_DTYPES
 from ..inspection import inspect_path
 from ..sources import load_quantized, save_atomically
 from .console import console, escape, explained_errors, format_bytes
-from .options import parse_overrides
+from .options import is_demo, parse_overrides
 
 
 def quantize_command(
-    source: Annotated[str, typer.Argument(help="Folder or Hub id of a float pipeline or model.", metavar="SRC")],
+    source: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a float pipeline or model, or demo.", metavar="SRC")
+    ],
     destination: Annotated[pathlib.Path, typer.Argument(help="Folder to write.", metavar="DST")],
     group_size: Annotated[
         int, typer.Option(help="Input columns that share a scale; 0 = one scale per row.", min=0)
@@ -58,7 +60,7 @@ def quantize_command(
         )
         model_dtype = _parse_dtype(dtype)
         with save_atomically(destination, overwrite=overwrite) as folder:
-            model = load_quantized(source, config, dtype=model_dtype, variant=variant)
+            model = load_quantized(_resolve(source), config, dtype=model_dtype, variant=variant)
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         components = [part for part in inspect_path(destination) if part.format_version is not None]
     for part in components:
@@ -68,6 +70,14 @@ def quantize_command(
             soft_wrap=True,
         )
     console.print(f"saved to {escape(str(destination))}", soft_wrap=True)
+
+
+def _resolve(source: str) -> str:
+    if not is_demo(source):
+        return source
+    from ..demo.pipeline import demo_folder
+
+    return demo_folder(source.partition(":")[2] or "teacher")
 
 
 def _parse_dtype(name: str) -> torch.dtype:

@@ -45,6 +45,13 @@ def test_quantize_then_inspect_then_load(source, tmp_path):
     assert isinstance(pipe.transformer.transformer_blocks[0].norm1.linear, diffusers_ternary.Int8Linear)
 
 
+def test_the_embedded_model_by_name(tmp_path):
+    result = run("quantize", "demo", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "1.716 bits per converted weight" in result.output
+    assert "choose from" in run("quantize", "demo:nothing", tmp_path / "other").output
+
+
 def test_a_single_model_and_a_text_encoder(source, tmp_path):
     assert run("quantize", source / "transformer", tmp_path / "t", "--group-size", 0).exit_code == 0
     assert "ternary per row" in run("inspect", tmp_path / "t").output
