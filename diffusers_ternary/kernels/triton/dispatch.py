@@ -165,6 +165,8 @@ def _gemv_plans(target: Target, request: Request, activation_dtype: str) -> tupl
     block_m = 8 if request.rows <= 8 and target.backend != "hip" else 16
     if request.dtype.itemsize == 4 and activation_dtype == "none":
         return (Plan("gemv", block_m, 16, 32, 4, 2),)  # no matrix instruction: small tiles, or registers spill
+    if target.backend == "hip":
+        return (Plan("gemv", block_m, 32, 128, 2, 2), Plan("gemv", block_m, 64, 128, 4, 2))
     return (
         Plan("gemv", block_m, 32, 128, 2, 3),
         Plan("gemv", block_m, 16, 128, 1, 4),
@@ -177,7 +179,7 @@ def _fused_plans(target: Target, request: Request, activation_dtype: str) -> tup
     deep = 64 if activation_dtype == "none" else 128
     tiles: tuple[tuple[int, int, int, int, int], ...]
     if target.backend == "hip":
-        tiles = ((128, 128, 64, 4, 2), (64, 128, 64, 4, 2), (64, 64, 64, 4, 2))
+        tiles = ((128, 128, 64, 8, 2), (64, 128, 64, 4, 2), (64, 64, 64, 4, 2))
     elif request.rows <= 64:
         tiles = ((32, 64, 128, 4, 3), (64, 64, 64, 4, 4), (32, 128, 64, 4, 4))
     elif request.rows < 512:
@@ -186,15 +188,29 @@ def _fused_plans(target: Target, request: Request, activation_dtype: str) -> tup
         tiles = ((128, 128, deep, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4))
         if request.per_row:  # with groups its registers spill
             tiles += ((128, 256, 64, 8, 3),)
-    # Counted in the compiled loops: 16-bit decoding is shortest into the left operand on sm_80 (281 instructions a
-    # step against 324), and into the right one on sm_90 (108 against 182); int8 into the right one on sm_80 (96
-    # against 112). On sm_90 an 8-bit weight on the left stays in registers, on the right it passes through shared
-    # memory but the product is waited for less often: both are worth measuring.
-    left = activation_dtype == "none" and target.register_operands
-    plans = tuple(Plan("fused", *tile, weight_left=left) for tile in dict.fromkeys(tiles))
+    plans = tuple(
+        Plan("fused", *tile, weight_left=_weight_left(target, activation_dtype, tile[0]))
+        for tile in dict.fromkeys(tiles)
+    )
     if activation_dtype != "none" and target.backend == "cuda" and not target.register_operands:
-        plans += (dataclasses.replace(plans[0], weight_left=True),)
+        # On the left an 8-bit weight stays in registers; on the right it passes through shared memory, but the
+        # product is waited for less often: both are worth measuring.
+        plans += (dataclasses.replace(plans[0], weight_left=not plans[0].weight_left),)
     return plans
+
+
+def _weight_left(target: Target, activation_dtype: str, block_m: int) -> bool:
+    """On which side decoding is shortest, counted in the compiled loops.
+
+    16-bit weights: on the left on sm_80 (281 instructions a step against 324), on the right on sm_90 (108 against
+    182), where the left operand of the matrix instruction has at least 64 rows. 8-bit weights: on the right on sm_80
+    (96 against 112).
+    """
+    if target.backend != "cuda":
+        return False
+    if target.register_operands:
+        return activation_dtype == "none"
+    return block_m < 64
 
 
 def _dense_plans(target: Target, request: Request, activation_dtype: str) -> tuple[Plan, ...]:

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of kernels: dispatch as a pure function, the tuner and its file, and what importing must not do."""
+
+import dataclasses
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_ternary.kernels.triton import dispatch
+from diffusers_ternary.kernels.triton.dispatch import Plan, Request, Target, candidates, resolve_activation_dtype
+
+
+A100 = Target("cuda", 80, 163 * 1024)
+A10 = Target("cuda", 86, 99 * 1024)
+RTX_4090 = Target("cuda", 89, 99 * 1024)
+H200 = Target("cuda", 90, 227 * 1024)
+MI300 = Target("hip", "gfx942", 64 * 1024)
+MI210 = Target("hip", "gfx90a", 64 * 1024)
+ARC = Target("xpu", "xpu", 64 * 1024)
+T4 = Target("cuda", 75, 64 * 1024)
+FLUX = Request(4096, 3072, 3072, 128, False, torch.bfloat16, "auto")
+
+
+def ask(**changes: object) -> Request:
+    return dataclasses.replace(FLUX, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (A100, "int8"),
+        (A10, "int8"),
+        (RTX_4090, "int8"),
+        (H200, "float8_e4m3fn"),
+        (MI300, "int8"),
+        (MI210, "none"),
+        (ARC, "none"),
+    ],
+)
+def test_auto_takes_the_fastest_of_the_device(target, expected):
+    assert resolve_activation_dtype(target, FLUX) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 16, 255])
+def test_auto_does_not_quantize_few_rows(rows):
+    assert resolve_activation_dtype(H200, ask(rows=rows)) == "none"
+
+
+def test_auto_does_not_quantize_small_layers():
+    assert resolve_activation_dtype(H200, ask(out_features=256, in_features=256)) == "none"
+
+
+def test_auto_keeps_the_error_bound(monkeypatch):
+    monkeypatch.setattr(dispatch, "AUTO_ERROR_BOUND", 0.02)
+    assert resolve_activation_dtype(H200, FLUX) == "int8"
+    monkeypatch.setattr(dispatch, "AUTO_ERROR_BOUND", 0.0)
+    assert resolve_activation_dtype(H200, FLUX) == "none"
+
+
+@pytest.mark.parametrize("target", [A100, H200, MI300, ARC])
+@pytest.mark.parametrize("asked", ["none", "int8"])
+def test_what_is_asked_is_done(target, asked):
+    assert resolve_activation_dtype(target, ask(activation_dtype=asked)) == asked
+
+
+@pytest.mark.parametrize(("target", "expected"), [(A100, "none"), (MI300, "none"), (RTX_4090, "float8_e4m3fn")])
+def test_float8_where_it_exists(target, expected):
+    assert resolve_activation_dtype(target, ask(activation_dtype="float8_e4m3fn")) == expected
+
+
+def test_int8_is_refused_where_the_sum_could_overflow():
+    assert resolve_activation_dtype(A100, ask(activation_dtype="int8", in_features=300_000)) == "none"
+
+
+@pytest.mark.parametrize(
+    ("target", "activation_dtype", "rows", "path"),
+    [
+        (H200, "none", 1, "gemv"),
+        (H200, "none", 16, "gemv"),
+        (H200, "none", 17, "fused"),
+        (H200, "none", 4096, "library"),
+        (H200, "float8_e4m3fn", 512, "fused"),
+        (H200, "float8_e4m3fn", 4096, "library"),
+        (A100, "int8", 512, "fused"),
+        (A100, "int8", 4096, "dense"),
+        (RTX_4090, "int8", 4608, "dense"),
+        (MI300, "int8", 4096, "dense"),
+        (ARC, "none", 64, "fused"),
+    ],
+)
+def test_first_plan(target, activation_dtype, rows, path):
+    assert candidates(target, ask(rows=rows), activation_dtype)[0].path == path
+
+
+@pytest.mark.parametrize("target", [A100, A10, RTX_4090, H200, MI300, ARC])
+@pytest.mark.parametrize("rows", [1, 9, 16, 17, 64, 300, 1024, 4096, 100_000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_plan_fits_the_device(target, rows, dtype):
+    for activation_dtype in ("none", *target.activation_dtypes):
+        plans = candidates(target, ask(rows=rows, dtype=dtype), activation_dtype)
+        assert plans
+        assert len(set(plans)) == len(plans)
+        x_bytes = dtype.itemsize if activation_dtype == "none" else 1
+        assert all(plan.shared_memory(x_bytes) <= target.shared_memory for plan in plans)
+
+
+def test_float32_is_exact_so_the_library_multiplies():
+    assert candidates(H200, ask(dtype=torch.float32), "none") == (Plan("library"),)
+
+
+def test_library_products_are_not_asked_for_shapes_they_refuse():
+    paths = {plan.path for plan in candidates(H200, ask(out_features=3073), "int8")}
+    assert "library" not in paths
+    paths = {plan.path for plan in candidates(H200, ask(dtype=torch.float16), "float8_e4m3fn")}
+    assert "library" not in paths
+
+
+def test_old_cards_are_not_supported():
+    assert not T4.supported
+    assert A100.supported
+
+
+@pytest.mark.parametrize(("rows", "bucket"), [(1, 16), (16, 16), (17, 32), (4096, 4096), (4097, 8192), (10**6, 16384)])
+def test_row_bucket(rows, bucket):
+    assert dispatch.row_bucket(rows) == bucket
+
+
+def test_importing_the_package_imports_no_kernel():
+    """Triton itself is imported by torch._dynamo, and so by diffusers, where it is installed."""
+    code = (
+        "import sys, diffusers_ternary, diffusers_ternary.ops, diffusers_ternary.kernels.triton as k;"
+        "assert k.linear;"
+        "loaded = [name for name in sys.modules if name.startswith('diffusers_ternary.kernels.triton.')];"
+        "assert loaded == [], loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_dispatch_and_the_entry_point_do_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import diffusers_ternary.kernels.triton.dispatch;"
+        "from diffusers_ternary.kernels.triton import unavailable_reason as why;"
+        "assert why('cuda') == 'triton is not installed', why('cuda')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unsupported_devices_say_why():
+    pytest.importorskip("triton")
+    from diffusers_ternary.kernels.triton import unavailable_reason
+
+    assert "no backend" in str(unavailable_reason("mps"))
+
+
+class TestTuner:
+    """The tuner with a stopwatch that the test sets."""
+
+    PLANS = (Plan("library"), Plan("fused", 128, 128, 64), Plan("fused", 64, 64, 64))
+
+    @pytest.fixture
+    def tuning(self):
+        pytest.importorskip("triton")
+        from diffusers_ternary.kernels.triton import tuning
+
+        return tuning
+
+    def tuner(self, tuning, path, seconds):
+        runs = []
+
+        def run(plan):
+            runs.append(plan)
+            return seconds[plan]
+
+        return tuning.Tuner(H200, tuning.PlanCache(path), lambda call: call()), run, runs
+
+    def test_takes_the_fastest_and_remembers_it_for_the_bucket(self, tuning, tmp_path):
+        path = tmp_path / "new" / "h200.json"
+        tuner, run, runs = self.tuner(tuning, path, dict(zip(self.PLANS, (3.0, 1.0, 2.0), strict=True)))
+        chosen = tuner.choose(ask(rows=4000), "none", self.PLANS, run, may_measure=True)
+        assert chosen == self.PLANS[1]
+        assert len(runs) == 3
+        assert tuner.choose(ask(rows=3001), "none", self.PLANS, run, may_measure=True) == chosen
+        again, run, runs = self.tuner(tuning, path, {})
+        assert again.choose(ask(rows=2500), "none", self.PLANS, run, may_measure=True) == chosen
+        assert runs == []
+
+    def test_keys_differ_where_the_choice_may(self, tuning):
+        requests = [FLUX, ask(rows=64), ask(out_features=9), ask(in_features=9), ask(per_row=True)]
+        requests += [ask(group_size=64), ask(dtype=torch.float16)]
+        assert len({tuning.request_key(request, "none") for request in requests}) == len(requests)
+
+    def test_measures_nothing_while_a_graph_is_captured(self, tuning, tmp_path):
+        tuner, run, runs = self.tuner(tuning, tmp_path / "a.json", {})
+        assert tuner.choose(FLUX, "none", self.PLANS, run, may_measure=False) == self.PLANS[0]
+        assert runs == []
+        assert not (tmp_path / "a.json").exists()
+
+    def test_passes_over_a_plan_that_cannot_run(self, tuning, tmp_path):
+        tuner, _, _ = self.tuner(tuning, tmp_path / "a.json", {})
+
+        def run(plan):
+            if plan.path == "fused":
+                raise RuntimeError("out of resource: shared memory")
+            return 1.0
+
+        assert tuner.choose(FLUX, "none", self.PLANS, run, may_measure=True) == self.PLANS[0]
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', '{"a": {"tile": 3}}', "\x00\x01"])
+    def test_a_corrupt_file_is_ignored_with_a_warning(self, tuning, tmp_path, caplog, content):
+        path = tmp_path / "a.json"
+        path.write_text(content)
+        with caplog.at_level(logging.WARNING):
+            tuner, run, _ = self.tuner(tuning, path, dict.fromkeys(self.PLANS, 1.0))
+        assert "cannot be read" in caplog.text
+        tuner.choose(FLUX, "none", self.PLANS, run, may_measure=True)
+        assert tuning.PlanCache(path).get(tuning.request_key(FLUX, "none")) == self.PLANS[0]
+
+    def test_a_file_that_cannot_be_written_is_no_error(self, tuning, tmp_path, caplog):
+        (tmp_path / "file").write_text("")
+        tuner, run, _ = self.tuner(tuning, tmp_path / "file" / "a.json", dict.fromkeys(self.PLANS, 1.0))
+        assert tuner.choose(FLUX, "none", self.PLANS, run, may_measure=True) == self.PLANS[0]
+        assert "cannot be written" in caplog.text
+
+    def test_processes_do_not_lose_each_others_plans(self, tuning, tmp_path):
+        path = tmp_path / "a.json"
+        first, second = tuning.PlanCache(path), tuning.PlanCache(path)
+        first.put("a", self.PLANS[0])
+        second.put("b", self.PLANS[1])
+        assert tuning.PlanCache(path).get("a") == self.PLANS[0]
+        assert tuning.PlanCache(path).get("b") == self.PLANS[1]
+        assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+    def test_the_file_is_named_after_device_triton_and_kernels(self, tuning):
+        import triton
+
+        path = tuning.cache_file("NVIDIA H200 (SXM)", Path("/x"))
+        assert path.name == f"nvidia-h200-sxm-triton-{triton.__version__}-{tuning.kernels_hash()}.json"
