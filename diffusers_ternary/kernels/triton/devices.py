@@ -28,7 +28,7 @@ def target_of(device_type: str, index: int) -> Target | None:
     if device_type == "xpu":
         return Target("xpu", "xpu", SMALLEST_SHARED_MEMORY)
     if device_type == "cpu" and triton.knobs.runtime.interpret:
-        return Target("interpret", "cpu", SMALLEST_SHARED_MEMORY)
+        return Target("interpret", "cpu", 1 << 20)
     return None
 
 
