@@ -12,6 +12,7 @@ import torch
 
 from diffusers_ternary.kernels.triton import dispatch
 from diffusers_ternary.kernels.triton.dispatch import Plan, Request, Target, candidates, resolve_activation_dtype
+from diffusers_ternary.kernels.triton.weights import group_mode
 
 
 A100 = Target("cuda", 80, 163 * 1024)
@@ -106,6 +107,30 @@ def test_every_plan_fits_the_device(target, rows, dtype):
         assert len(set(plans)) == len(plans)
         x_bytes = dtype.itemsize if activation_dtype == "none" else 1
         assert all(plan.shared_memory(x_bytes) <= target.shared_memory for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("in_features", "group_size", "block_k", "mode"),
+    [
+        (3072, 128, 128, 1),  # a plane of 768 columns is six groups
+        (3072, 128, 64, 1),
+        (3072, 64, 128, 2),
+        (2240, 128, 64, 2),  # a plane of 560 columns ends inside a group
+        (2240, 560, 64, 1),  # a plane is a group
+        (2240, 2240, 128, 1),
+        (7, 7, 64, 1),
+        (7, 1, 1, 1),
+    ],
+)
+def test_group_mode(in_features, group_size, block_k, mode):
+    assert group_mode(in_features, group_size, block_k) == mode
+
+
+@pytest.mark.parametrize("rows", [64, 1024])
+def test_groups_that_end_inside_blocks_are_unpacked_first(rows):
+    for activation_dtype in ("none", "int8"):
+        plans = candidates(A100, ask(rows=rows, in_features=2240), activation_dtype)
+        assert {plan.path for plan in plans} <= {"dense", "library"}
 
 
 def test_float32_is_exact_so_the_library_multiplies():

@@ -9,6 +9,8 @@ import dataclasses
 
 import torch
 
+from .weights import group_mode
+
 
 GEMV_MAX_ROWS = 16  # one tensor-core tile: more rows cost a second read of x, fewer cost nothing less
 # From here a dense product hides the unpacking (N * K bytes written once, against M * N * K operations): 5-6 % of
@@ -155,7 +157,8 @@ def candidates(target: Target, request: Request, activation_dtype: str) -> tuple
     else:
         fused = _fused_plans(target, request, activation_dtype)
         dense = _dense_plans(target, request, activation_dtype)
-        plans = dense + fused if request.rows >= UNPACK_FIRST_ROWS else fused + dense
+        unpack_first = request.rows >= UNPACK_FIRST_ROWS or not fused
+        plans = dense + fused if unpack_first else fused + dense
     fitting = tuple(plan for plan in plans if plan.shared_memory(x_bytes) <= target.shared_memory)
     return fitting or (Plan("library"),)
 
@@ -167,6 +170,8 @@ def _gemv_plans(target: Target, request: Request, activation_dtype: str) -> tupl
         return (Plan("gemv", block_m, 16, 32, 4, 2),)  # no matrix instruction: small tiles, or registers spill
     if target.backend == "hip":
         return (Plan("gemv", block_m, 32, 128, 2, 2), Plan("gemv", block_m, 64, 128, 4, 2))
+    if _gathers(request, 128):
+        return (Plan("gemv", block_m, 64, 64, 4, 3),)  # with the scales of each element, wider tiles spill
     return (
         Plan("gemv", block_m, 32, 128, 2, 3),
         Plan("gemv", block_m, 16, 128, 1, 4),
@@ -191,12 +196,19 @@ def _fused_plans(target: Target, request: Request, activation_dtype: str) -> tup
     plans = tuple(
         Plan("fused", *tile, weight_left=_weight_left(target, activation_dtype, tile[0]))
         for tile in dict.fromkeys(tiles)
+        # A scale for each element of the block costs more than unpacking does.
+        if not _gathers(request, tile[2])
     )
-    if activation_dtype != "none" and target.backend == "cuda" and not target.register_operands:
+    if plans and activation_dtype != "none" and target.backend == "cuda" and not target.register_operands:
         # On the left an 8-bit weight stays in registers; on the right it passes through shared memory, but the
         # product is waited for less often: both are worth measuring.
         plans += (dataclasses.replace(plans[0], weight_left=not plans[0].weight_left),)
     return plans
+
+
+def _gathers(request: Request, block_k: int) -> bool:
+    """Whether groups end inside blocks of `block_k` bytes, so that each element has a scale of its own."""
+    return not request.per_row and group_mode(request.in_features, request.group_size, block_k) == 2
 
 
 def _weight_left(target: Target, activation_dtype: str, block_m: int) -> bool:

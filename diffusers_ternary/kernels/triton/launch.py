@@ -101,7 +101,9 @@ def unpack_8bit(weight: PackedWeight, kind: str, *, inline_ptx: bool) -> tuple[t
 def _unpack(
     weight: PackedWeight, out: torch.Tensor, row_scale: torch.Tensor | None, kind: str, inline_ptx: bool
 ) -> None:
-    block_n, block_k = 16, 128
+    # The widest block in which each row has one scale, if there is one.
+    block_k = next((width for width in (128, 64, 32) if weight.group_mode(width) == 1), 128)
+    block_n = 2048 // block_k
     groups = 0 if kind != "exact" and weight.per_row else weight.group_mode(block_k)
     grid = (triton.cdiv(weight.out_features, block_n), triton.cdiv(weight.plane_width, block_k))
     unpack_kernel[grid](

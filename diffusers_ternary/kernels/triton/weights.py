@@ -2,8 +2,21 @@
 """The packed weight as the kernels take it."""
 
 import dataclasses
+import functools
 
 import torch
+
+
+@functools.lru_cache(maxsize=4096)
+def group_mode(in_features: int, group_size: int, block_k: int) -> int:
+    """How scales vary over blocks of `block_k` bytes of a row: 1 = one per block and plane, 2 = one per element."""
+    width = -(-in_features // 4)
+    for plane in range(0, 4 * width, width):
+        for first in range(plane, plane + width, block_k):
+            last = min(first + block_k, plane + width, in_features) - 1
+            if last > first and last // group_size != first // group_size:
+                return 2
+    return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +58,5 @@ class PackedWeight:
         return self.multiplier is None and self.groups == 1
 
     def group_mode(self, block_k: int) -> int:
-        """How scales vary over blocks of `block_k` bytes: 1 = one scale per row and block, 2 = one per element."""
-        if self.groups == 1 or (self.group_size % block_k == 0 and self.plane_width % block_k == 0):
-            return 1
-        return 2
+        """See [`group_mode`]."""
+        return group_mode(self.in_features, self.group_size, block_k)
