@@ -14,12 +14,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from ..calibration.recording import DenoiserCall, recorded_calls
 from .comparable import check_comparable, denoiser_of
 from .extras import import_extra
 from .metrics import check_same_size, image_distance
 from .result import EvaluationResult, ScorePair
 from .sampling import Batch, Sampling, check_call, draw, make_sampling, silent
-from .velocity import DenoiserCall, VelocityError, recorded_calls, velocity_error
+from .velocity import VelocityError, velocity_error
 
 
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], "float | Mapping[str, float]"]
