@@ -26,13 +26,13 @@ from ..quantizers import (
     plan_pipeline,
     replace_layers,
 )
+from ..rollouts import Rollouts, fingerprint, make_rollouts, weights_sha256
 from .config import CalibrationConfig
 from .hessian import InputMoments
 from .report import CalibrationReport, LayerReport
-from .rollouts import Rollouts, make_rollouts
 from .solver import SolvedLayer, solve_layer
 from .statistics import GroupFinder, InputGroup, MomentCollector, split_passes
-from .store import FinishedLayer, LayerStore, fingerprint, weights_sha256
+from .store import FinishedLayer, LayerStore
 
 
 logger = logging.getLogger(__name__)

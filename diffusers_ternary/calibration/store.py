@@ -2,17 +2,14 @@
 """Finished layers on disk, so that an interrupted calibration goes on where it stopped."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
 import pathlib
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from ..format import TernarySpec
 from ..ternarize import TernaryWeight
@@ -105,19 +102,3 @@ class LayerStore:
 
     def _path(self, name: str) -> pathlib.Path | None:
         return None if self._folder is None else self._folder / f"{name}.safetensors"
-
-
-def weights_sha256(modules: dict[str, nn.Module]) -> str:
-    """Hash of all parameters and buffers of a pipeline's modules: names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for component, module in sorted(modules.items()):
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{component}.{name} {tensor.dtype} {list(tensor.shape)};".encode())
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(data.numpy().data)
-    return digest.hexdigest()
-
-
-def fingerprint(**parts: Any) -> str:
-    """Hash of everything that the codes depend on, given as JSON values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from ..calibration.recording import DenoiserCall, recorded_calls
+from ..rollouts import DenoiserCall, recorded_calls
 from .comparable import check_comparable, denoiser_of
 from .extras import import_extra
 from .metrics import check_same_size, image_distance

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..calibration.recording import DenoiserCall
+from ..rollouts import DenoiserCall
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ LAYERS = (
     {"layers"},
     {"config"},
     {"quantizers"},
+    {"rollouts"},
     {"calibration", "distillation", "lora"},
     {"inspection", "sources", "hub", "evaluation", "interop"},
     {"demo"},

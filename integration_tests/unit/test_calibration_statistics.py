@@ -8,9 +8,9 @@ from support.pipelines import PIPELINES, TinyPipeline
 from torch import nn
 
 from diffusers_ternary import TernaryConfig
-from diffusers_ternary.calibration.rollouts import Rollouts, make_rollouts
 from diffusers_ternary.calibration.statistics import GroupFinder, InputGroup, MomentCollector, split_passes
 from diffusers_ternary.quantizers import plan_conversion
+from diffusers_ternary.rollouts import Rollouts, make_rollouts
 
 
 PROMPTS = ["a red cat", "a blue dog", "a house"]
@@ -161,7 +161,7 @@ def test_passes_keep_to_the_limit():
         ("a cat", {}, TypeError, r"prompts=\[...\]"),
         (["a cat", " "], {}, ValueError, r"prompts\[1\]=' ' is empty"),
         (["a cat", 3], {}, TypeError, r"prompts\[1\]=3 is not a string"),
-        (["a cat"], {"output_type": "pil"}, ValueError, "output_type, which calibrate sets itself"),
+        (["a cat"], {"output_type": "pil"}, ValueError, "output_type, which is set for every rollout"),
         (["a cat"], {"cfg": 2}, ValueError, "FluxPipeline takes no cfg"),
     ],
 )

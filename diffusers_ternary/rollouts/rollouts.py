@@ -19,8 +19,16 @@ _PER_PROMPT = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 
 @dataclasses.dataclass(frozen=True)
+class RolloutBatch:
+    """Prompts that one pipeline call draws, each with the seed of its noise."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """Which trajectories the statistics are taken from.
+    """Which trajectories a pipeline runs.
 
     Args:
         prompts (`tuple[str, ...]`): one trajectory per prompt.
@@ -44,22 +52,47 @@ class Rollouts:
             digest.update(len(data).to_bytes(8, "little") + data)
         return digest.hexdigest()
 
-    @torch.no_grad()
+    def batches(self) -> Iterator[RolloutBatch]:
+        """The pipeline calls, in order."""
+        for start in range(0, len(self.prompts), self.batch_size):
+            prompts = self.prompts[start : start + self.batch_size]
+            yield RolloutBatch(prompts, tuple(self.seed + start + i for i in range(len(prompts))))
+
     def run(self, pipeline: DiffusionPipeline, *, description: str) -> None:
         """Runs all trajectories. What happens inside is observed by hooks."""
+        batches = list(self.batches())
+        with prepared(pipeline):
+            for batch in tqdm(batches, desc=description, leave=False):
+                self.draw(pipeline, batch)
+
+    @torch.no_grad()
+    def draw(self, pipeline: DiffusionPipeline, batch: RolloutBatch) -> Any:
+        """One pipeline call, inside [`prepared`].
+
+        Returns:
+            The clean latents, if the pipeline can return them; else what it draws.
+        """
         kwargs = dict(self.call_kwargs)
-        if "output_type" in inspect.signature(type(pipeline).__call__).parameters:
+        for name in _PER_PROMPT:
+            if isinstance(kwargs.get(name), str):
+                # Several pipelines do not repeat a single negative prompt over the batch.
+                kwargs[name] = [kwargs[name]] * len(batch.prompts)
+        if returns_latents(pipeline):
             kwargs["output_type"] = "latent"  # decoding is no part of the denoiser
-        starts = range(0, len(self.prompts), self.batch_size)
-        with _silent(pipeline), _evaluation_mode(pipeline):
-            for start in tqdm(starts, desc=description, leave=False):
-                prompts = list(self.prompts[start : start + self.batch_size])
-                for name in _PER_PROMPT:
-                    if isinstance(self.call_kwargs.get(name), str):
-                        # Several pipelines do not repeat a single negative prompt over the batch.
-                        kwargs[name] = [self.call_kwargs[name]] * len(prompts)
-                generators = [torch.Generator("cpu").manual_seed(self.seed + start + i) for i in range(len(prompts))]
-                pipeline(prompt=prompts, generator=generators, **kwargs)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds]
+        return pipeline(prompt=list(batch.prompts), generator=generators, **kwargs)[0]
+
+
+def returns_latents(pipeline: DiffusionPipeline) -> bool:
+    """Whether a pipeline can be asked for latents."""
+    return "output_type" in inspect.signature(type(pipeline).__call__).parameters
+
+
+@contextlib.contextmanager
+def prepared(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """No dropout and no progress bar per call, until the block ends."""
+    with _silent(pipeline), _evaluation_mode(pipeline):
+        yield
 
 
 def make_rollouts(
@@ -80,7 +113,10 @@ def make_rollouts(
         raise TypeError(f"prompts={prompts!r} is one string. Give a list: prompts=[...].")
     prompts = tuple(prompts)
     if not prompts:
-        raise ValueError("There are no prompts to calibrate with. Give 64 to 256 that cover what the model draws.")
+        raise ValueError(
+            "There are no prompts. Give some that cover what the model draws: 64 to 256 to calibrate, thousands to "
+            "distill."
+        )
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise TypeError(f"prompts[{index}]={prompt!r} is not a string.")
@@ -89,10 +125,10 @@ def make_rollouts(
     kwargs = dict(call_kwargs or {})
     parameters = inspect.signature(type(pipeline).__call__).parameters
     if "prompt" not in parameters:
-        raise ValueError(f"{type(pipeline).__name__} takes no prompt, so it cannot be calibrated with prompts.")
+        raise ValueError(f"{type(pipeline).__name__} takes no prompt, so it has no rollouts.")
     reserved = [name for name in kwargs if name in _RESERVED]
     if reserved:
-        raise ValueError(f"call_kwargs sets {', '.join(reserved)}, which calibrate sets itself. Remove it there.")
+        raise ValueError(f"call_kwargs sets {', '.join(reserved)}, which is set for every rollout. Remove it there.")
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     unknown = [] if takes_any else [name for name in kwargs if name not in parameters]
     if unknown:

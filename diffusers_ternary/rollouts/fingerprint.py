@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hashes of what results on disk were made from."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def weights_sha256(modules: dict[str, nn.Module]) -> str:
+    """Hash of all parameters and buffers of a pipeline's modules: names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for component, module in sorted(modules.items()):
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{component}.{name} {tensor.dtype} {list(tensor.shape)};".encode())
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint(**parts: Any) -> str:
+    """Hash of everything that the codes depend on, given as JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
