@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..format import TernarySpec
-from ..ternarize import TernaryWeight
+from ..ternarize import LowRank, TernaryWeight
 from .solver import OutputErrors, SolvedLayer
 
 
@@ -60,6 +60,8 @@ class LayerStore:
         tensors = {"weight": weight.packed, "weight_scale": weight.scale}
         if weight.multiplier is not None:
             tensors["weight_multiplier"] = weight.multiplier
+        if weight.low_rank is not None:
+            tensors.update(low_rank_up=weight.low_rank.up, low_rank_down=weight.low_rank.down)
         if change is not None:
             tensors["bias_change"] = change
         record = {
@@ -95,6 +97,7 @@ class LayerStore:
             tensors["weight"],
             tensors["weight_scale"],
             tensors.get("weight_multiplier"),
+            LowRank(tensors["low_rank_up"], tensors["low_rank_down"]) if "low_rank_up" in tensors else None,
         )
         errors = OutputErrors(**record["errors"])
         solved = SolvedLayer(weight, tensors.get("bias_change"), errors, record["damping"])

@@ -14,7 +14,7 @@ from diffusers import PipelineQuantizationConfig
 
 from ..compat import DiffusersConfigMixin, TransformersConfigMixin
 from ..format import FORMAT_VERSION, check_format_version
-from ..format.spec import SCALE_LAYOUTS
+from ..format.spec import SCALE_LAYOUTS, check_hadamard, check_rank
 from ..ops import ACTIVATION_DTYPES
 from ..ternarize import ROUNDINGS
 
@@ -63,6 +63,12 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         scales (`str`, *optional*, defaults to `"auto"`):
             Scale layout: `"group"` (one 16-bit scale per group), `"double"` (an 8-bit multiplier per group and a
             16-bit scale per row) or `"auto"`, the smaller of the two for each layer.
+        hadamard (`int`, *optional*, defaults to 0):
+            Rotate the inputs of ternary layers by Hadamard matrices of this size (a power of two, e.g. 128) and make
+            the codes for the rotated weight: no bits, one fast transform per layer. Helps heavy-tailed weights and
+            hurts others when rounding; `calibrate` decides per layer. 0 = no rotation.
+        rank (`int`, *optional*, defaults to 0):
+            Store a correction of this rank beside the codes: 16 r (N + K) / (N K) bits per weight. 0 = none.
         format_version (`int`, *optional*):
             Version of the packed format.
 
@@ -85,6 +91,8 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         components: Sequence[str] | None = None,
         rounding: str = "twn",
         scales: str = "auto",
+        hadamard: int = 0,
+        rank: int = 0,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -99,6 +107,10 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         self.components = _check_names("components", components)
         self.rounding = _check_choice("rounding", rounding, tuple(ROUNDINGS))
         self.scales = _check_choice("scales", scales, ("auto", *SCALE_LAYOUTS))
+        check_hadamard(hadamard)
+        self.hadamard = hadamard
+        check_rank(rank)
+        self.rank = rank
         check_format_version(format_version, source="TernaryConfig")
         self.format_version = format_version
 

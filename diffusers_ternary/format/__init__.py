@@ -13,11 +13,13 @@ from .scales import (
     normalize_group_size,
     storage_dtype,
 )
-from .spec import Int8Spec, LayerSpec, TensorSpec, TernarySpec
+from .spec import LOW_RANK_DTYPE, LOW_RANK_NAMES, Int8Spec, LayerSpec, TensorSpec, TernarySpec
 
 
 __all__ = [
     "FORMAT_VERSION",
+    "LOW_RANK_DTYPE",
+    "LOW_RANK_NAMES",
     "METADATA_KEY",
     "MULTIPLIER_MAX",
     "FileLayout",

@@ -13,6 +13,8 @@ from .scales import group_count
 
 SCALE_LAYOUTS = ("group", "double")
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LOW_RANK_DTYPE = torch.float16
+LOW_RANK_NAMES = ("low_rank_up", "low_rank_down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,18 @@ def _check_positive(**sizes: int) -> None:
             raise ValueError(f"{name}={size!r} is not a positive integer.")
 
 
+def check_hadamard(value: object) -> None:
+    """Raises unless `value` is 0 or a power of two of at least 2."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0 or value == 1 or value & (value - 1):
+        raise ValueError(f"hadamard={value!r} is neither 0 (no rotation) nor a power of two such as 128.")
+
+
+def check_rank(value: object) -> None:
+    """Raises unless `value` is an integer of at least 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"rank={value!r} is neither 0 (no correction) nor a positive integer.")
+
+
 @dataclasses.dataclass(frozen=True)
 class TernarySpec:
     """A ternary weight.
@@ -39,12 +53,18 @@ class TernarySpec:
         group_size (`int`): columns that share a scale, 1..K; the last group of a row may be shorter.
         scales (`str`): `"group"` (one 16-bit scale per group) or `"double"` (a uint8 multiplier of 0..63 per group
             times one 16-bit scale per row).
+        hadamard (`int`): block size of the rotation of the inputs that the codes were made for, a power of two of at
+            most K; 0 = none (see [`ternarize.rotation.rotate`]).
+        rank (`int`): rank of the correction that is added to the product, `up @ down` with float16 `[N, rank]` and
+            `[rank, K]`; 0 = none.
     """
 
     out_features: int
     in_features: int
     group_size: int
     scales: str = "group"
+    hadamard: int = 0
+    rank: int = 0
 
     kind: ClassVar[str] = "ternary"
 
@@ -54,6 +74,12 @@ class TernarySpec:
             raise ValueError(f"group_size={self.group_size} is larger than in_features={self.in_features}.")
         if self.scales not in SCALE_LAYOUTS:
             raise ValueError(f"scales={self.scales!r} is not one of {', '.join(SCALE_LAYOUTS)}.")
+        check_hadamard(self.hadamard)
+        if self.hadamard > self.in_features:
+            raise ValueError(f"hadamard={self.hadamard} is larger than in_features={self.in_features}.")
+        check_rank(self.rank)
+        if self.rank > min(self.in_features, self.out_features):
+            raise ValueError(f"rank={self.rank} is larger than a side of {[self.out_features, self.in_features]}.")
 
     @property
     def groups(self) -> int:
@@ -73,15 +99,23 @@ class TernarySpec:
             "weight_multiplier": TensorSpec((torch.uint8,), (self.out_features, self.groups)),
         }
 
+    def _low_rank_tensors(self) -> dict[str, TensorSpec]:
+        if not self.rank:
+            return {}
+        return {
+            "low_rank_up": TensorSpec((LOW_RANK_DTYPE,), (self.out_features, self.rank)),
+            "low_rank_down": TensorSpec((LOW_RANK_DTYPE,), (self.rank, self.in_features)),
+        }
+
     def file_tensors(self) -> dict[str, TensorSpec]:
-        """Tensors in a file: base-3 codes and scales."""
+        """Tensors in a file: base-3 codes, scales, and the low-rank correction if there is one."""
         codes = TensorSpec((torch.uint8,), (packed_base3_bytes(self.weights),))
-        return {"weight": codes, **self._scale_tensors()}
+        return {"weight": codes, **self._scale_tensors(), **self._low_rank_tensors()}
 
     def memory_tensors(self) -> dict[str, TensorSpec]:
         """Tensors in memory: 2-bit planes and scales."""
         codes = TensorSpec((torch.int8,), (self.out_features, planes_width(self.in_features)))
-        return {"weight": codes, **self._scale_tensors()}
+        return {"weight": codes, **self._scale_tensors(), **self._low_rank_tensors()}
 
     def to_json(self) -> dict[str, Any]:
         """JSON-safe description; [`layer_spec_from_json`] reads it back."""
@@ -90,6 +124,8 @@ class TernarySpec:
             "shape": [self.out_features, self.in_features],
             "group_size": self.group_size,
             "scales": self.scales,
+            **({"hadamard": self.hadamard} if self.hadamard else {}),
+            **({"rank": self.rank} if self.rank else {}),
         }
 
 

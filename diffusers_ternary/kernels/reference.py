@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ..format import expand_scales, group_scales, unpack_planes
+from ..ternarize import rotate
 
 
 def dequantize(
@@ -31,8 +32,9 @@ def linear(
     in_features: int,
     group_size: int,
     activation_dtype: str = "none",
+    hadamard: int = 0,
 ) -> torch.Tensor:
-    """`x @ W.T + bias` with W dequantized.
+    """`rotate(x) @ W.T + bias` with W dequantized.
 
     Args:
         x (`torch.Tensor`): `[..., K]` float.
@@ -42,11 +44,13 @@ def linear(
         group_size (`int`): columns per scale.
         activation_dtype (`str`): `"none"` and `"auto"` multiply `x` as it is; `"int8"` and `"float8_e4m3fn"` round it
             per token first (fake quantization), as the kernels for those dtypes do.
+        hadamard (`int`): block size of the rotation of `x` that the codes were made for; 0 = none.
 
     Returns:
         `torch.Tensor`: `[..., N]`, dtype of `x`.
     """
     dense = dequantize(weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=x.dtype)
+    x = rotate(x, hadamard)
     if activation_dtype in ("int8", "float8_e4m3fn"):
         x = fake_quantize_activations(x, activation_dtype)
     return F.linear(x, dense, None if bias is None else bias.to(x.dtype))

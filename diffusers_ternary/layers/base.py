@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..format import LayerSpec
+from ..format import LOW_RANK_NAMES, LayerSpec
 
 
 class QuantizedLinear(nn.Linear):
@@ -91,7 +91,7 @@ class QuantizedLinear(nn.Linear):
                 )
         self.scale_dtype = given["weight_scale"].dtype
         for name, tensor in given.items():
-            if name == "weight_scale":
+            if name == "weight_scale" or name in LOW_RANK_NAMES:
                 tensor = scale_to_bits(tensor)
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..kernels import cpu, reference
+from ..ternarize import rotate
 
 
 ACTIVATION_DTYPES = ("auto", "int8", "float8_e4m3fn", "none")
@@ -33,8 +34,9 @@ def ternary_linear(
     in_features: int,
     group_size: int,
     activation_dtype: str,
+    hadamard: int = 0,
 ) -> torch.Tensor:
-    """`input @ W.T + bias` with a packed ternary W.
+    """`rotate(input) @ W.T + bias` with a packed ternary W.
 
     Args:
         input (`torch.Tensor`): `[..., K]` float32, bfloat16 or float16.
@@ -45,6 +47,8 @@ def ternary_linear(
         in_features (`int`): K.
         group_size (`int`): columns per scale.
         activation_dtype (`str`): one of `ACTIVATION_DTYPES`.
+        hadamard (`int`): block size of the rotation of the input that the codes were made for (see [`rotate`]);
+            0 = none.
 
     Returns:
         `torch.Tensor`: `[..., N]`, dtype of `input`.
@@ -63,6 +67,7 @@ def ternary_linear(
         in_features=in_features,
         group_size=group_size,
         activation_dtype=activation_dtype,
+        hadamard=hadamard,
     )
 
 
@@ -76,20 +81,25 @@ def _linear_cpu(
     in_features: int,
     group_size: int,
     activation_dtype: str,
+    hadamard: int = 0,
 ) -> torch.Tensor:
     check_arguments(input, in_features, activation_dtype)
-    tensors = (input, weight, scale, multiplier, bias)
-    if input.dtype == torch.float64:
+    packed = (weight, scale, multiplier, bias)
+    if input.dtype == torch.float64 or activation_dtype == "float8_e4m3fn":
         # Whoever asks for float64 wants exact numbers (gradient checks), not speed.
         exact = "none" if activation_dtype == "auto" else activation_dtype
-        return reference.linear(*tensors, in_features=in_features, group_size=group_size, activation_dtype=exact)
-    if activation_dtype == "none":
-        return cpu.linear_exact(*tensors, in_features=in_features, group_size=group_size)
-    if activation_dtype == "float8_e4m3fn":
         return reference.linear(
-            *tensors, in_features=in_features, group_size=group_size, activation_dtype=activation_dtype
+            input,
+            *packed,
+            in_features=in_features,
+            group_size=group_size,
+            activation_dtype=exact,
+            hadamard=hadamard,
         )
-    return cpu.linear_int8(*tensors, in_features=in_features, group_size=group_size)
+    # float32: CPUs rotate it faster than 16 bits, and the activations are rounded once.
+    rotated = rotate(input.float(), hadamard) if hadamard else input
+    kernel = cpu.linear_exact if activation_dtype == "none" else cpu.linear_int8
+    return kernel(rotated, *packed, in_features=in_features, group_size=group_size).to(input.dtype)
 
 
 def kernel_name(device_type: str, activation_dtype: str) -> str:
@@ -111,16 +121,18 @@ def _(
     in_features: int,
     group_size: int,
     activation_dtype: str,
+    hadamard: int = 0,
 ) -> torch.Tensor:
     check_arguments(input, in_features, activation_dtype)
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    input, weight, scale, multiplier, bias, in_features, group_size, _ = inputs
+    input, weight, scale, multiplier, bias, in_features, group_size, _, hadamard = inputs
     ctx.save_for_backward(weight, scale, multiplier)
     ctx.in_features = in_features
     ctx.group_size = group_size
+    ctx.hadamard = hadamard
     ctx.input_dtype = input.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -138,10 +150,10 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             group_size=ctx.group_size,
             dtype=grad.dtype,
         )
-        grad_input = (grad @ dense).to(ctx.input_dtype)
+        grad_input = rotate(grad @ dense, ctx.hadamard).to(ctx.input_dtype)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)  # [N]; also for a single token
-    return grad_input, None, None, None, grad_bias, None, None, None
+    return grad_input, None, None, None, grad_bias, None, None, None, None
 
 
 ternary_linear.register_autograd(_backward, setup_context=_setup_context)

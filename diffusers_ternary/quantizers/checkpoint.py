@@ -9,6 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..format import (
+    LOW_RANK_DTYPE,
+    LOW_RANK_NAMES,
     MULTIPLIER_MAX,
     FileLayout,
     LayerSpec,
@@ -151,13 +153,14 @@ def check_tensor(name: str, suffix: str, tensor: torch.Tensor, spec: LayerSpec, 
 
     Args:
         name (`str`): full tensor name, for messages.
-        suffix (`str`): `"weight"`, `"weight_scale"` or `"weight_multiplier"`.
+        suffix (`str`): name within the layer, e.g. `"weight_scale"`.
         tensor (`torch.Tensor`): as stored (see FORMAT.md).
         spec ([`LayerSpec`]): of the layer.
         source (`str`): file name for messages.
 
     Raises:
-        ValueError: for code bytes of 243 or more, scales that are not finite or negative, multipliers above 63.
+        ValueError: for code bytes of 243 or more, scales that are not finite or negative, multipliers above 63, a
+            low-rank correction that is not finite.
     """
     if suffix == "weight_scale":
         values = tensor.float()
@@ -168,6 +171,9 @@ def check_tensor(name: str, suffix: str, tensor: torch.Tensor, spec: LayerSpec, 
             raise ValueError(
                 f"{source}: {name} holds {int(tensor.max())}; multipliers are 0..{MULTIPLIER_MAX}. {_DAMAGED}"
             )
+    elif suffix in LOW_RANK_NAMES:
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{source}: {name} holds NaN or Inf. {_DAMAGED}")
     elif isinstance(spec, TernarySpec):
         try:
             check_base3(tensor)
@@ -180,7 +186,7 @@ def to_memory(name: str, suffix: str, tensor: torch.Tensor, spec: LayerSpec, *, 
     parameter holds.
     """
     check_tensor(name, suffix, tensor, spec, source=source)
-    if suffix == "weight_scale":
+    if suffix == "weight_scale" or suffix in LOW_RANK_NAMES:
         return scale_to_bits(tensor)
     if suffix == "weight" and isinstance(spec, TernarySpec):
         return pack_planes(unpack_base3(tensor, (spec.out_features, spec.in_features)))
@@ -191,6 +197,8 @@ def to_file(suffix: str, tensor: torch.Tensor, spec: LayerSpec, scale_dtype: tor
     """Inverse of [`to_memory`]."""
     if suffix == "weight_scale":
         return bits_to_scale(tensor, scale_dtype)
+    if suffix in LOW_RANK_NAMES:
+        return bits_to_scale(tensor, LOW_RANK_DTYPE)
     if suffix == "weight" and isinstance(spec, TernarySpec):
         return pack_base3(unpack_planes(tensor, spec.in_features))
     return tensor

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replaces linear layers by packed ones that a loader will fill."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -26,9 +28,14 @@ def placeholder_for(module: nn.Linear, spec: LayerSpec, config: TernaryConfig) -
     return layer
 
 
-def pack_options(config: TernaryConfig) -> dict[str, str]:
+def pack_options(config: TernaryConfig) -> dict[str, Any]:
     """How the config wants ternary layers packed (keywords of [`ternarize`])."""
-    return {"rounding": config.rounding, "scales": config.scales}
+    return {
+        "rounding": config.rounding,
+        "scales": config.scales,
+        "hadamard": config.hadamard,
+        "rank": config.rank,
+    }
 
 
 def insert_placeholders(model: nn.Module, plan: ConversionPlan, config: TernaryConfig) -> None:

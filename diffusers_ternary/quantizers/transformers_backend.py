@@ -9,7 +9,7 @@ import torch
 
 from ..compat import ConversionOps, HfQuantizer, WeightConverter, forget_weight_conversions
 from ..config import TernaryConfig, TernaryMethod
-from ..layers import QuantizedLinear
+from ..layers import QuantizedLinear, TernaryLinear
 from .checkpoint import (
     LayerRecord,
     PackedCheckpoint,
@@ -27,7 +27,8 @@ from .summary import packed_layers, summarize
 
 
 logger = logging.getLogger(__name__)
-_STORED = ("weight", "weight_scale", "weight_multiplier")
+_STORED = TernaryLinear.packed_names
+_STORED_FLOATS = tuple(name for name in _STORED if name not in ("weight", "weight_multiplier"))
 
 
 class QuantizerOperation(ConversionOps):
@@ -164,8 +165,8 @@ class TernaryTransformersQuantizer(HfQuantizer):
         is_float = (
             param.get_dtype().startswith(("F", "BF")) if hasattr(param, "get_dtype") else param.is_floating_point()
         )
-        is_scale = "weight_scale" in getattr(converter, "source_patterns", ())
-        return dtype if is_float and not is_scale else None
+        stored = any(name in _STORED_FLOATS for name in getattr(converter, "source_patterns", ()))
+        return dtype if is_float and not stored else None
 
     def read_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Turns one stored tensor into its memory layout."""

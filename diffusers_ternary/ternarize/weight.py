@@ -16,6 +16,8 @@ from ..format import (
     storage_dtype,
     unpack_planes,
 )
+from .low_rank import LowRank, low_rank_residual
+from .rotation import rotate
 from .rounding import ROUNDINGS
 
 
@@ -32,22 +34,25 @@ class TernaryWeight:
         packed (`torch.Tensor`): int8 `[N, ceil(K / 4)]`, 2-bit planes.
         scale (`torch.Tensor`): `[N, G]`, or `[N, 1]` with a multiplier; 16-bit float.
         multiplier (`torch.Tensor`, *optional*): uint8 `[N, G]`, only in the `"double"` layout.
+        low_rank ([`LowRank`], *optional*): the correction, if the spec's rank is not 0.
     """
 
     spec: TernarySpec
     packed: torch.Tensor
     scale: torch.Tensor
     multiplier: torch.Tensor | None = None
+    low_rank: LowRank | None = None
 
     def codes(self) -> torch.Tensor:
         """Codes int8 `[N, K]`."""
         return unpack_planes(self.packed, self.spec.in_features)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Dense weight `[N, K]`: the product is formed in float32 and rounded once to `dtype`."""
+        """Dense weight `[N, K]`, rotated back and corrected: formed in float32 and rounded once to `dtype`."""
         scales = group_scales(self.scale, self.multiplier)
         scales = expand_scales(scales, self.spec.group_size, self.spec.in_features)
-        return (self.codes() * scales).to(dtype)
+        dense = rotate(self.codes() * scales, self.spec.hadamard)
+        return (dense if self.low_rank is None else dense + self.low_rank.dense()).to(dtype)
 
 
 def check_finite(weight: torch.Tensor, *, name: str) -> None:
@@ -71,6 +76,8 @@ def ternarize(
     group_size: int | None = 128,
     rounding: str = "twn",
     scales: str = "auto",
+    hadamard: int = 0,
+    rank: int = 0,
     name: str = "weight",
 ) -> TernaryWeight:
     """Rounds a float weight to ternary codes and scales, and packs it.
@@ -81,6 +88,10 @@ def ternarize(
         rounding (`str`, *optional*, defaults to `"twn"`): `"twn"`, `"optimum"` or `"absmean"`.
         scales (`str`, *optional*, defaults to `"auto"`): `"group"`, `"double"`, or `"auto"`, which takes the layout
             that stores fewer bits (see [`scale_layout`]).
+        hadamard (`int`, *optional*, defaults to 0): rotate the columns in blocks of this size first; a weight with
+            fewer columns is not rotated.
+        rank (`int`, *optional*, defaults to 0): rank of the correction that is stored for what the codes miss; at
+            most the smaller side.
         name (`str`, *optional*): layer name for messages.
 
     Returns:
@@ -95,7 +106,8 @@ def ternarize(
         raise ValueError(f"{name}: expected a float [N, K] weight, got {weight.dtype} {list(weight.shape)}.")
     rows, columns = weight.shape
     size = normalize_group_size(group_size, columns)
-    spec = TernarySpec(rows, columns, size, scale_layout(scales, columns, size))
+    block = hadamard if hadamard <= columns else 0
+    spec = TernarySpec(rows, columns, size, scale_layout(scales, columns, size), hadamard=block)
     groups = spec.groups
     counts = torch.full((groups,), float(size), device=weight.device)
     counts[-1] = columns - (groups - 1) * size
@@ -104,11 +116,27 @@ def ternarize(
     for start in range(0, rows, step):
         part = weight[start : start + step].float()  # float32: sums over K in 16 bits lose small weights
         check_finite(part, name=name)
+        part = rotate(part, block)
         padded = torch.nn.functional.pad(part, (0, groups * size - columns)).view(-1, groups, size)
         result = ROUNDINGS[rounding](padded, counts)
         packed.append(pack_planes(result.codes.view(-1, groups * size)[:, :columns]))
         group_scale.append(result.scales)
-    return _assemble(spec, torch.cat(packed), torch.cat(group_scale))
+    return with_low_rank(_assemble(spec, torch.cat(packed), torch.cat(group_scale)), weight, rank)
+
+
+def with_low_rank(
+    packed: TernaryWeight, weight: torch.Tensor, rank: int, *, whitening: torch.Tensor | None = None
+) -> TernaryWeight:
+    """Adds the correction of a rank (capped at the smaller side; 0 = none) for what the codes miss of `weight`.
+
+    Args: see [`low_rank_residual`].
+    """
+    rank = min(rank, *weight.shape)
+    if not rank:
+        return packed
+    residual = weight.to(torch.promote_types(weight.dtype, torch.float32)) - packed.dequantize()
+    low_rank = low_rank_residual(residual, rank, whitening=whitening)
+    return dataclasses.replace(packed, spec=dataclasses.replace(packed.spec, rank=rank), low_rank=low_rank)
 
 
 def scale_layout(requested: str, in_features: int, group_size: int) -> str:

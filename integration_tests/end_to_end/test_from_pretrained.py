@@ -282,3 +282,18 @@ def to_original_z_image(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
             name = name.replace(ours, theirs)
         original[name] = tensor
     return original
+
+
+def test_rotation_and_low_rank_are_saved_and_loaded(float_folder, tmp_path):
+    config = TernaryConfig(group_size=8, hadamard=8, rank=2)
+    first = FluxTransformer2DModel.from_pretrained(float_folder, quantization_config=config)
+    first.save_pretrained(tmp_path)
+    second = FluxTransformer2DModel.from_pretrained(tmp_path)
+    specs = [layer.spec for layer in packed_layers(second).values()]
+    assert {(spec.hadamard, spec.rank) for spec in specs} == {(8, 2)}
+    assert_same(second.state_dict(), first.state_dict())
+    torch.testing.assert_close(run(second), run(first), atol=1e-5, rtol=0)  # mapped files are aligned differently
+    stored, _ = read_file(tmp_path / WEIGHTS)
+    for name, tensor in stored.items():
+        if name.endswith(("low_rank_up", "low_rank_down")):
+            assert tensor.dtype == torch.float16

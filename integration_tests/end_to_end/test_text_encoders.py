@@ -170,3 +170,16 @@ def test_t5_keeps_nothing_back_and_computes_in_the_right_dtype(folders):
 def test_device_map(folders):
     model = type(build("clip")).from_pretrained(folders[0] / "clip", device_map="cpu")
     assert torch.equal(run(model), folders[1]["clip"])
+
+
+def test_rotation_and_low_rank_are_saved_and_loaded(tmp_path):
+    config = TernaryConfig(group_size=8, activation_dtype="none", hadamard=8, rank=2)
+    first = quantize(build("t5"), config)
+    first.save_pretrained(tmp_path)
+    second = type(first).from_pretrained(tmp_path)
+    specs = [layer.spec for layer in packed_layers(second).values()]
+    assert {(spec.hadamard, spec.rank) for spec in specs} == {(8, 2)}
+    assert torch.equal(run(second), run(first))
+    half = type(first).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, layer in packed_layers(half).items():
+        assert torch.equal(layer.low_rank.up, packed_layers(first)[name].low_rank.up)  # never cast with the model
