@@ -55,11 +55,12 @@ def storage_dtype(scales: torch.Tensor) -> torch.dtype:
     return torch.float16
 
 
-def double_quantize(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def double_quantize(scales: torch.Tensor, *, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Splits group scales into a row scale and 6-bit multipliers.
 
     Args:
         scales (`torch.Tensor`): float32 `[N, G]`, not negative.
+        dtype (`torch.dtype`, *optional*): of the row scale; default: what stores it best (see [`storage_dtype`]).
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: scale 16-bit `[N, 1]` (the largest of the row) and multiplier uint8
@@ -68,7 +69,7 @@ def double_quantize(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         of the 16-bit row scale.
     """
     largest = scales.amax(dim=1, keepdim=True)
-    row = largest.to(storage_dtype(largest))
+    row = largest.to(storage_dtype(largest) if dtype is None else dtype)
     safe = row.float().clamp_min(torch.finfo(torch.float32).tiny)
     multiplier = (scales / safe * MULTIPLIER_MAX).round().clamp(1, MULTIPLIER_MAX)
     multiplier = torch.where(scales > 0, multiplier, torch.zeros_like(multiplier))
