@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the packed layers share: their tensors, the float placeholder that loaders fill, and `dequantize`."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..format import LOW_RANK_NAMES, LayerSpec
@@ -25,6 +27,9 @@ class QuantizedLinear(nn.Linear):
     Between construction and [`~QuantizedLinear.install`] the layer is a *placeholder*: `weight` is a float
     `[N, K]` parameter, as the loaders of float checkpoints expect.
 
+    A layer can be *fused*: [`~QuantizedLinear.fuse`] makes it multiply by a dense weight, into which an adapter was
+    merged, and leaves the packed tensors as they are, so that [`~QuantizedLinear.unfuse`] restores every bit.
+
     Args:
         spec ([`LayerSpec`]): what the layer stores.
         bias (`bool`): whether there is a bias.
@@ -35,6 +40,8 @@ class QuantizedLinear(nn.Linear):
 
     packed_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     weight_scale: nn.Parameter | None
+    fused_weight: nn.Parameter | None
+    fused_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -55,8 +62,9 @@ class QuantizedLinear(nn.Linear):
         self.scale_dtype = torch.float16
         placeholder = torch.empty(spec.out_features, spec.in_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(placeholder, requires_grad=False)
-        for name in self.packed_names[1:]:
+        for name in (*self.packed_names[1:], "fused_weight", "fused_bias"):
             self.register_parameter(name, None)
+        self._float_dtype = dtype
         if bias:
             values = torch.empty(spec.out_features, device=device, dtype=dtype)
             self.bias = nn.Parameter(values, requires_grad=False)
@@ -117,7 +125,14 @@ class QuantizedLinear(nn.Linear):
         return bits_to_scale(self.weight_scale, self.scale_dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Dense weight `[N, K]` in `dtype` (default: the compute dtype, else float32)."""
+        """The complete dense weight `[N, K]` that the layer multiplies by: of a fused layer, the fused weight.
+
+        Formed in float32 and rounded once to `dtype` (default: the compute dtype, else float32).
+        """
+        dense = self._dequantize_packed() if self.fused_weight is None else self.fused_weight.detach()
+        return dense.to(dtype or self.compute_dtype or torch.float32)
+
+    def _dequantize_packed(self) -> torch.Tensor:
         raise NotImplementedError
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -125,9 +140,47 @@ class QuantizedLinear(nn.Linear):
         dense = self.dequantize(dtype)
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device=dense.device, dtype=dense.dtype)
         linear.weight = nn.Parameter(dense, requires_grad=False)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().to(dense.dtype), requires_grad=False)
+        bias = self._active_bias
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().to(dense.dtype), requires_grad=False)
         return linear
+
+    @property
+    def float_dtype(self) -> torch.dtype | None:
+        """Dtype that a float `nn.Linear` would have in the place of this layer; `None` if nothing says so."""
+        return self.compute_dtype or (self._float_dtype if self.bias is None else self.bias.dtype)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a dense weight stands in for the packed one."""
+        return self.fused_weight is not None
+
+    @property
+    def _active_bias(self) -> torch.Tensor | None:
+        return self.bias if self.fused_bias is None else self.fused_bias
+
+    def fuse(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """From now on the layer multiplies by `weight`; the packed tensors stay as they are.
+
+        Args:
+            weight (`torch.Tensor`): `[N, K]` float.
+            bias (`torch.Tensor`, *optional*): `[N]`, in place of the layer's bias.
+
+        Raises:
+            ValueError: if `weight` is not a float `[N, K]`.
+        """
+        if tuple(weight.shape) != (self.out_features, self.in_features) or not weight.is_floating_point():
+            raise ValueError(
+                f"A fused weight must be float {[self.out_features, self.in_features]}, "
+                f"got {weight.dtype} {list(weight.shape)}."
+            )
+        self.fused_weight = nn.Parameter(weight.detach(), requires_grad=False)
+        if bias is not None:
+            self.fused_bias = nn.Parameter(bias.detach(), requires_grad=False)
+
+    def unfuse(self) -> None:
+        """Multiplies by the packed weight again."""
+        self.fused_weight = self.fused_bias = None
 
     def stored_bytes(self) -> int:
         """Bytes of the packed tensors as they are in memory (bias not counted)."""
@@ -138,20 +191,33 @@ class QuantizedLinear(nn.Linear):
         """`[..., K]` to `[..., N]`, in the dtype that a float `nn.Linear` would return."""
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             # Autocast does not see custom operators, and nn.Linear would have been cast (unless in float64).
-            return self._multiply(x.to(torch.get_autocast_dtype(x.device.type)))
+            return self._product(x.to(torch.get_autocast_dtype(x.device.type)))
         if self.compute_dtype is None:
+            return self._product(x)
+        return self._product(x.to(self.compute_dtype)).to(x.dtype)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fused_weight is None:
             return self._multiply(x)
-        return self._multiply(x.to(self.compute_dtype)).to(x.dtype)
+        bias = self._active_bias
+        return F.linear(x, self.fused_weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
+        if self._float_dtype is not None:
+            # A layer without a bias has no float tensor that would show what the model was cast to.
+            self._float_dtype = fn(torch.empty(0, dtype=self._float_dtype)).dtype
+        return super()._apply(fn, recurse)
+
     def extra_repr(self) -> str:
         """Shapes, bits and kernel, for `print(model)`."""
+        fused = "fused with a dense weight, " if self.is_fused else ""
         bits = f"{8 * self.stored_bytes() / self.spec.weights:.3f} bits/weight" if self.is_packed else "empty"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self._repr_details()}{bits}, kernel={self.kernel}"
+            f"{self._repr_details()}{fused}{bits}, kernel={self.kernel}"
         )
 
     def _repr_details(self) -> str:

@@ -27,10 +27,8 @@ class Int8Linear(QuantizedLinear):
         """Quantizes a float weight `[N, K]` and installs it (int8 has no options; those of ternary are ignored)."""
         self.install_weight(quantize_int8(weight, name=name))
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Dense weight `[N, K]` in `dtype` (default: the compute dtype, else float32)."""
-        dense = self.weight.float() * self.scales.float()
-        return dense.to(dtype or self.compute_dtype or torch.float32)
+    def _dequantize_packed(self) -> torch.Tensor:
+        return self.weight.float() * self.scales.float()
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self._dequantize_packed().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))

@@ -63,11 +63,8 @@ class TernaryLinear(QuantizedLinear):
         up, down = (bits_to_scale(bits, LOW_RANK_DTYPE) for bits in (self.low_rank_up, self.low_rank_down))
         return LowRank(up, down)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Dense weight `[N, K]` that the layer multiplies by, rotation and low-rank correction included.
-
-        Formed in float32 and rounded once to `dtype` (default: the compute dtype, else float32).
-        """
+    def _dequantize_packed(self) -> torch.Tensor:
+        """Rotation and low-rank correction included."""
         dense = reference.dequantize(
             self.weight,
             self.scales,
@@ -80,7 +77,7 @@ class TernaryLinear(QuantizedLinear):
         low_rank = self.low_rank
         if low_rank is not None:
             dense = dense + low_rank.dense()
-        return dense.to(dtype or self.compute_dtype or torch.float32)
+        return dense
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         product = self._multiply_codes(x)
