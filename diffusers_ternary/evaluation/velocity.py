@@ -48,7 +48,7 @@ def velocity_error(
     count = 0
     for call in calls:
         expected = call.output.double()
-        predicted = call.replay(student, dtype=teacher_dtype).double()
+        predicted = replay(call, student, dtype=teacher_dtype).double()
         errors[call.step] = errors.get(call.step, 0.0) + float((predicted - expected).square().sum())
         norms[call.step] = norms.get(call.step, 0.0) + float(expected.square().sum())
         timesteps.setdefault(call.step, call.timestep)

@@ -7,6 +7,7 @@ from .calls import (
     named_arguments,
     prediction_of,
     recorded_calls,
+    replay,
     sample_name,
     timestep_name,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "prediction_of",
     "prepared",
     "recorded_calls",
+    "replay",
     "returns_latents",
     "sample_name",
     "timestep_name",

@@ -78,6 +78,22 @@ def recorded_calls(denoiser: nn.Module) -> Iterator[list[DenoiserCall]]:
         handle.remove()
 
 
+def replay(call: DenoiserCall, denoiser: nn.Module, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What another denoiser of the same architecture predicts from the inputs of a recorded call, on the CPU.
+
+    Args:
+        call ([`DenoiserCall`]): of the teacher.
+        denoiser (`nn.Module`): called, not changed.
+        dtype (`torch.dtype`, *optional*): inputs of this dtype (the teacher's) are given in the denoiser's own.
+    """
+    device, own = _device(denoiser), _dtype(denoiser)
+
+    def put(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, own if tensor.dtype == dtype else tensor.dtype)
+
+    return prediction_of(denoiser(*map_tensors(call.args, put), **map_tensors(call.kwargs, put))).cpu()
+
+
 def sample_name(denoiser: nn.Module) -> str:
     """Name of the argument that is denoised: the first one, in every denoiser of diffusers."""
     return _parameters(denoiser)[0]
@@ -121,6 +137,16 @@ def prediction_of(output: Any) -> torch.Tensor:
         prediction = torch.stack(list(prediction))  # Z-Image predicts a list, one tensor per prompt
     assert isinstance(prediction, torch.Tensor)
     return prediction.detach()
+
+
+def _device(module: nn.Module) -> torch.device:
+    device = next(module.parameters()).device
+    # Sequentially offloaded modules move their inputs themselves.
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _device(module: nn.Module) -> torch.device:
