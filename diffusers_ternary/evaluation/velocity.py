@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..rollouts import DenoiserCall
+from ..rollouts import DenoiserCall, replay
 
 
 @dataclasses.dataclass(frozen=True)
