@@ -3,13 +3,14 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import convert_file_size_to_int
 
 from ..ternarize import ROUNDINGS
+from .budget import SizeBudget
 
 
 # Below and above, no row of the embedded pipeline finds its best codes.
@@ -60,6 +61,40 @@ class SolverConfig:
         return tuple(_STRETCHES[0] + (_STRETCHES[1] - _STRETCHES[0]) * (i + 0.5) / count for i in range(count))
 
 
+@dataclasses.dataclass(frozen=True)
+class SensitivityConfig:
+    """How the effect of each layer on the denoiser's output is measured, and what a size budget chooses from.
+
+    Every candidate of every layer is put into the float denoiser alone, and the recorded calls are replayed: layers ×
+    candidates × prompts × steps forwards (twice that with two guidance branches).
+
+    Args:
+        prompts (`int`, *optional*, defaults to 4): the first ones of the calibration, with noise of their own.
+        steps (`int`, *optional*, defaults to 4): of each rollout, evenly spread.
+        group_sizes (`Sequence[int]`, *optional*, defaults to `(64, 32)`): smaller groups to offer.
+        ranks (`Sequence[int]`, *optional*, defaults to `(16,)`): ranks of corrections to offer.
+        int8 (`bool`, *optional*, defaults to `True`): offer int8.
+
+    Raises:
+        ValueError: for a value that is impossible.
+    """
+
+    prompts: int = 4
+    steps: int = 4
+    group_sizes: Sequence[int] = (64, 32)
+    ranks: Sequence[int] = (16,)
+    int8: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "group_sizes", tuple(self.group_sizes))
+        object.__setattr__(self, "ranks", tuple(self.ranks))
+        values = {"prompts": [self.prompts], "steps": [self.steps]}
+        for name, numbers in {**values, "group_sizes": self.group_sizes, "ranks": self.ranks}.items():
+            for value in numbers:
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise ValueError(f"{name}={getattr(self, name)!r}: {value!r} is not a positive integer.")
+
+
 ACCUMULATION_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -78,6 +113,12 @@ class CalibrationConfig:
         accumulate (`str`, *optional*, defaults to `"float32"`): dtype of statistics and solver, or `"float64"`.
         memory_limit (`int` or `str`, *optional*): bytes (or `"8GB"`, `"6GiB"`) that statistics may take on the
             device; what does not fit is gathered in further passes over the prompts. `None` = all in one pass.
+        size_budget (`int` or `str`, *optional*): `"2.0 bits"` per weight of the layers that may be converted, or the
+            size of all weights of the denoisers (`"400MB"`, or bytes). Each layer then gets ternary codes, smaller
+            groups, a low-rank correction, int8 or its float weight, so that together they leave the least error of
+            the denoiser's output. `None` = every layer as the [`TernaryConfig`] says.
+        sensitivity ([`SensitivityConfig`], *optional*): measure the effect of every layer; a size budget does it in
+            any case, by default as `SensitivityConfig()` says.
 
     Raises:
         TypeError, ValueError: for a value that is impossible.
@@ -90,6 +131,8 @@ class CalibrationConfig:
     call_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     accumulate: str = "float32"
     memory_limit: int | str | None = None
+    size_budget: int | str | None = None
+    sensitivity: SensitivityConfig | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("seed", 0), ("batch_size", 1)):
@@ -103,6 +146,10 @@ class CalibrationConfig:
         limit = self.memory_limit_bytes
         if limit is not None and limit <= 0:
             raise ValueError(f"memory_limit={self.memory_limit!r} is not a positive size, e.g. '8GB'.")
+        if self.size_budget is not None:
+            SizeBudget.parse(self.size_budget)
+            if self.sensitivity is None:
+                object.__setattr__(self, "sensitivity", SensitivityConfig())
 
     @property
     def dtype(self) -> torch.dtype:

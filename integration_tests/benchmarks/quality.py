@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each way to ternary weights leaves of the embedded pipeline, on prompts that nothing was trained on.
+"""What each way to low-bit weights leaves of the embedded pipeline, on prompts that nothing was trained on.
 
     python integration_tests/benchmarks/quality.py                     # every method, three seeds
     python integration_tests/benchmarks/quality.py --seeds 1 --images 64 --methods twn calibrated
 
-All linear layers inside the blocks are ternary, modulation included. A seed decides the calibration prompts, their
-noise, and the images that are compared. The judge counts attributes; PSNR and velocity error are against the teacher's
-images and denoiser outputs. Results go to results/quality.csv, contact sheets to results/quality_seed<n>.png.
+All linear layers inside the blocks are converted, modulation included. A seed decides the calibration prompts, their
+noise, and the prompts and noise that are compared. The judge counts attributes; PSNR and velocity error are against
+the teacher's images and denoiser outputs. Peers (see quality_peers.py) run where they are installed.
+
+Results go to results/quality.csv, one row per method and seed and one with the mean, and contact sheets to
+results/quality_seed<n>.png. A rerun keeps the rows that are there, so an interrupted table goes on.
 """
 
 import argparse
@@ -14,12 +17,15 @@ import csv
 import dataclasses
 import importlib.metadata
 import platform
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
+from quality_peers import PEERS, apply_peer
 
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.calibration import CalibrationConfig, SolverConfig, calibrate
@@ -27,20 +33,50 @@ from diffusers_ternary.demo.grammar import held_out_prompts, training_prompts
 from diffusers_ternary.demo.pipeline import DEMO_CALL, demo_pipeline
 from diffusers_ternary.demo.run import judge_scorer
 from diffusers_ternary.demo.variants import stored_size
-from diffusers_ternary.evaluation import Sampling, compare, contact_sheet, observe_teacher
+from diffusers_ternary.evaluation import Sampling, TeacherRun, compare, contact_sheet, observe_teacher
+from diffusers_ternary.quantizers import plan_pipeline
 
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 32
 VELOCITY_PROMPTS = 64
+SHOWN = 8  # images of each method on the contact sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class Seed:
+    """What a seed of the table decides.
+
+    Args:
+        number (`int`): from 0.
+        calibration_prompts (`int`): how many.
+    """
+
+    number: int
+    calibration_prompts: int
+
+    def prompts(self) -> list[str]:
+        """The prompts to calibrate on."""
+        return training_prompts(self.calibration_prompts, 100 + self.number)
+
+    @property
+    def noise(self) -> int:
+        """Seed of the first calibration prompt's noise."""
+        return 1_000_000 + 1000 * self.number
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to quantize; without `calibration` it is rounding."""
+    """A way to low-bit weights.
 
-    config: TernaryConfig
-    calibration: CalibrationConfig | None = None
+    Args:
+        apply (`Callable[[DiffusionPipeline, Seed], float]`): converts a pipeline in place and returns the stored bits
+            per weight of all the layers that a plain [`TernaryConfig`] converts.
+        calibrated (`bool`): whether it looks at prompts.
+    """
+
+    apply: Callable[[DiffusionPipeline, Seed], float]
+    calibrated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +84,7 @@ class Row:
     """One line of the table. Fractions between 0 and 1; the teacher's own scores of the same images beside them."""
 
     method: str
-    seed: int
+    seed: str
     bits_per_weight: float
     attribute_accuracy: float
     all_attributes: float
@@ -60,16 +96,49 @@ class Row:
     calibration_prompts: int
     quantize_seconds: float
 
+    @classmethod
+    def parse(cls, record: dict[str, str]) -> "Row":
+        """Reads a line of the table."""
+        return cls(**{field.name: field.type(record[field.name]) for field in dataclasses.fields(cls)})  # type: ignore[operator, misc]
 
-def rounding(rule: str, **options: object) -> Method:
-    return Method(TernaryConfig(rounding=rule, activation_dtype="none", **options))
+
+def rounding(rule: str) -> Method:
+    def apply(pipeline: DiffusionPipeline, seed: Seed) -> float:
+        quantize(pipeline, TernaryConfig(rounding=rule, activation_dtype="none"))
+        return stored_size(pipeline.transformer).bits_per_weight
+
+    return Method(apply)
 
 
 def calibrated(
-    *, correct_bias: bool = True, group_size: int = 128, activations: str = "none", **solver: object
+    *,
+    correct_bias: bool = True,
+    activations: str = "none",
+    size_budget: str | None = None,
+    config: dict[str, object] | None = None,
+    **solver: object,
 ) -> Method:
-    config = TernaryConfig(group_size=group_size, activation_dtype=activations)
-    return Method(config, CalibrationConfig(solver=SolverConfig(**solver), correct_bias=correct_bias))
+    def apply(pipeline: DiffusionPipeline, seed: Seed) -> float:
+        settings = CalibrationConfig(
+            solver=SolverConfig(**solver),
+            correct_bias=correct_bias,
+            size_budget=size_budget,
+            seed=seed.noise,
+            batch_size=BATCH,
+            call_kwargs=dict(DEMO_CALL),
+        )
+        ternary = TernaryConfig(activation_dtype=activations, **(config or {}))
+        return calibrate(pipeline, seed.prompts(), ternary, settings).bits_per_weight
+
+    return Method(apply, calibrated=True)
+
+
+def peer(name: str) -> Method:
+    def apply(pipeline: DiffusionPipeline, seed: Seed) -> float:
+        plan = plan_pipeline(pipeline, TernaryConfig())["transformer"]
+        return apply_peer(PEERS[name], pipeline.transformer, list(plan.kinds))
+
+    return Method(apply)
 
 
 METHODS: dict[str, Method] = {
@@ -83,61 +152,146 @@ METHODS: dict[str, Method] = {
     "gptq + refit + descent + bias": calibrated(starts=1),
     "calibrated": calibrated(),
     "calibrated, int8 activations": calibrated(activations="int8"),
-    "calibrated, group 32": calibrated(group_size=32),
+    "calibrated, group 32": calibrated(config={"group_size": 32}),
+    "budget 1.9 bits": calibrated(size_budget="1.9 bits"),
+    "budget 2.1 bits": calibrated(size_budget="2.1 bits"),
+    **{name: peer(name) for name, available in PEERS.items() if available.installed},
 }
 
 
-def build(method: Method, *, seed: int, prompts: int) -> DiffusionPipeline:
-    pipeline = demo_pipeline()
-    if method.calibration is None:
-        return quantize(pipeline, method.config)
-    settings = dataclasses.replace(
-        method.calibration, seed=1_000_000 + 1000 * seed, batch_size=BATCH, call_kwargs=dict(DEMO_CALL)
+class Table:
+    """The rows so far, in a file that is complete after every row."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: dict[tuple[str, str], Row] = {}
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                lines = [line for line in file if not line.startswith("#")]
+            rows = [Row.parse(record) for record in csv.DictReader(lines)]
+            self._rows = {(row.method, row.seed): row for row in rows if row.seed != "mean"}
+
+    def has(self, method: str, seed: int, *, images: int) -> bool:
+        """Whether there is a row of as many images."""
+        row = self._rows.get((method, str(seed)))
+        return row is not None and row.images == images
+
+    def add(self, row: Row) -> None:
+        """Replaces or adds a row, and writes the file."""
+        self._rows[row.method, row.seed] = row
+        order = list(METHODS)
+        rows = sorted(self._rows.values(), key=lambda r: (order.index(r.method) if r.method in order else -1, r.seed))
+        by_method: dict[str, list[Row]] = {}
+        for known in rows:
+            by_method.setdefault(known.method, []).append(known)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("w", newline="", encoding="utf-8") as file:
+            file.write(f"# {machine()}\n")
+            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+            writer.writeheader()
+            for group in by_method.values():
+                for line in [*group, mean(group)]:
+                    values = vars(line).items()
+                    writer.writerow({key: round(x, 6) if isinstance(x, float) else x for key, x in values})
+
+
+def mean(rows: Sequence[Row]) -> Row:
+    """The mean over the seeds of one method."""
+    means = {
+        field.name: sum(getattr(row, field.name) for row in rows) / len(rows)
+        for field in dataclasses.fields(Row)
+        if field.type is float
+    }
+    return dataclasses.replace(rows[0], seed="mean", **means)
+
+
+def measure(name: str, run: TeacherRun, seed: Seed) -> tuple[Row, tuple[Image.Image, ...]]:
+    """Converts a fresh pipeline, draws and judges."""
+    method = METHODS[name]
+    student = demo_pipeline()
+    start = time.perf_counter()
+    bits = method.apply(student, seed)
+    seconds = time.perf_counter() - start
+    result = compare(student, run, progress=False)
+    assert result.velocity is not None
+    accuracy, complete = result.scores["attribute_accuracy"], result.scores["all_attributes"]
+    row = Row(
+        method=name,
+        seed=str(seed.number),
+        bits_per_weight=bits,
+        attribute_accuracy=accuracy.student,
+        all_attributes=complete.student,
+        teacher_attribute_accuracy=accuracy.teacher,
+        teacher_all_attributes=complete.teacher,
+        psnr_db=result.psnr_db,
+        velocity_nmse=result.velocity.overall,
+        images=len(result.prompts),
+        calibration_prompts=seed.calibration_prompts if method.calibrated else 0,
+        quantize_seconds=seconds,
     )
-    calibrate(pipeline, training_prompts(prompts, 100 + seed), method.config, settings)
-    return pipeline
+    return row, result.student_images
 
 
-def measure(
-    methods: Iterable[str], *, seed: int, images: int, prompts: int, report: Callable[[Row], None]
-) -> dict[str, tuple]:
-    """Draws and judges everything for one seed; returns the images by method."""
-    shown = tuple(held_out_prompts(images, 200 + seed))
-    noise = tuple(range(10_000 * seed, 10_000 * seed + images))
-    sampling = Sampling(shown, noise, DEMO_CALL, BATCH)
+def run_seed(methods: Iterable[str], table: Table, seed: Seed, *, images: int, output: Path) -> None:
+    """Measures what the table lacks for one seed, and draws its contact sheet."""
+    missing = [name for name in methods if not table.has(name, seed.number, images=images)]
+    if not missing:
+        return
+    shown = tuple(held_out_prompts(images, 200 + seed.number))
+    noise = tuple(range(10_000 * seed.number, 10_000 * seed.number + images))
     run = observe_teacher(
-        demo_pipeline(), sampling, scorers={"judge": judge_scorer()}, velocity_prompts=VELOCITY_PROMPTS, progress=False
+        demo_pipeline(),
+        Sampling(shown, noise, DEMO_CALL, BATCH),
+        scorers={"judge": judge_scorer()},
+        velocity_prompts=VELOCITY_PROMPTS,
+        progress=False,
     )
-    drawn: dict[str, tuple] = {"teacher": run.images}
-    for name in methods:
-        start = time.perf_counter()
-        student = build(METHODS[name], seed=seed, prompts=prompts)
-        seconds = time.perf_counter() - start
-        result = compare(student, run, progress=False)
-        assert result.velocity is not None
-        accuracy, complete = result.scores["attribute_accuracy"], result.scores["all_attributes"]
-        drawn[name] = result.student_images
-        report(
-            Row(
-                method=name,
-                seed=seed,
-                bits_per_weight=stored_size(student.transformer).bits_per_weight,
-                attribute_accuracy=accuracy.student,
-                all_attributes=complete.student,
-                teacher_attribute_accuracy=accuracy.teacher,
-                teacher_all_attributes=complete.teacher,
-                psnr_db=result.psnr_db,
-                velocity_nmse=result.velocity.overall,
-                images=images,
-                calibration_prompts=0 if METHODS[name].calibration is None else prompts,
-                quantize_seconds=seconds,
-            )
+    strips = output.with_suffix(".images") / str(seed.number)
+    save_strip(strips, "teacher", run.images)
+    for name in missing:
+        row, drawn = measure(name, run, seed)
+        save_strip(strips, name, drawn)
+        table.add(row)
+        print(
+            f"seed {row.seed}  {row.method:30} {row.bits_per_weight:.3f} bits  "
+            f"attributes {row.attribute_accuracy:.4f} of {row.teacher_attribute_accuracy:.4f}  "
+            f"all {row.all_attributes:.4f} of {row.teacher_all_attributes:.4f}  "
+            f"PSNR {row.psnr_db:.2f} dB  velocity NMSE {row.velocity_nmse:.5f}  {row.quantize_seconds:.0f} s",
+            flush=True,
         )
-    return drawn
+    rows = {name: load_strip(strips, name) for name in ("teacher", *METHODS)}
+    sheet = contact_sheet({name: strip for name, strip in rows.items() if strip}, shown[:SHOWN], max_prompts=SHOWN)
+    sheet.save(output.with_name(f"{output.stem}_seed{seed.number}.png"))
+
+
+def save_strip(folder: Path, name: str, images: Sequence[Image.Image]) -> None:
+    """Keeps the first images of a method side by side, for the contact sheet of a later run."""
+    width, height = images[0].size
+    strip = Image.new("RGB", (SHOWN * width, height))
+    for index, image in enumerate(images[:SHOWN]):
+        strip.paste(image, (index * width, 0))
+    folder.mkdir(parents=True, exist_ok=True)
+    strip.save(folder / f"{_slug(name)}.png")
+
+
+def load_strip(folder: Path, name: str) -> tuple[Image.Image, ...]:
+    """What [`save_strip`] kept; empty if there is nothing."""
+    path = folder / f"{_slug(name)}.png"
+    if not path.exists():
+        return ()
+    strip = Image.open(path)
+    width = strip.width // SHOWN
+    return tuple(strip.crop((i * width, 0, (i + 1) * width, strip.height)) for i in range(SHOWN))
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
 
 def machine() -> str:
-    names = ("diffusers-ternary", "diffusers", "transformers", "torch")
+    names = ["diffusers-ternary", "diffusers", "transformers", "torch"]
+    packages = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
+    names += [name for name in ("sdnq", "optimum-quanto", "torchao") if name in packages]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     return f"{platform.machine()}, {torch.get_num_threads()} thread(s); python {platform.python_version()}, {versions}"
 
@@ -146,38 +300,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--images", type=int, default=512, help="held-out prompts, one image each")
-    parser.add_argument("--prompts", type=int, default=128, help="calibration prompts")
+    parser.add_argument("--prompts", type=int, default=256, help="calibration prompts")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--output", type=Path, default=RESULTS / "quality.csv")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the model is small: one thread is fastest, and sums are in the same order everywhere
-    arguments.output.parent.mkdir(exist_ok=True)
-    rows: list[Row] = []
-
-    def report(row: Row) -> None:
-        rows.append(row)
-        print(
-            f"seed {row.seed}  {row.method:30} {row.bits_per_weight:.3f} bits  "
-            f"attributes {row.attribute_accuracy:.4f} of {row.teacher_attribute_accuracy:.4f}  "
-            f"all {row.all_attributes:.4f} of {row.teacher_all_attributes:.4f}  "
-            f"PSNR {row.psnr_db:.2f} dB  velocity NMSE {row.velocity_nmse:.5f}  {row.quantize_seconds:.0f} s",
-            flush=True,
-        )
-        with arguments.output.open("w", newline="", encoding="utf-8") as file:
-            file.write(f"# {machine()}\n")
-            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-            writer.writeheader()
-            writer.writerows(
-                {key: round(value, 6) if isinstance(value, float) else value for key, value in vars(row).items()}
-                for row in rows
-            )
-
-    for seed in range(arguments.seeds):
-        drawn = measure(
-            arguments.methods, seed=seed, images=arguments.images, prompts=arguments.prompts, report=report
-        )
-        sheet = contact_sheet(drawn, held_out_prompts(arguments.images, 200 + seed), max_prompts=8)
-        sheet.save(arguments.output.with_name(f"{arguments.output.stem}_seed{seed}.png"))
+    if arguments.fresh:
+        arguments.output.unlink(missing_ok=True)
+    table = Table(arguments.output)
+    for number in range(arguments.seeds):
+        seed = Seed(number, arguments.prompts)
+        run_seed(arguments.methods, table, seed, images=arguments.images, output=arguments.output)
 
 
 if __name__ == "__main__":

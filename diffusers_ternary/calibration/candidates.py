@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways a layer can be stored, of which a size budget takes one per layer."""
+
+import dataclasses
+
+from torch import nn
+
+from ..config import TernaryConfig
+from ..format import Int8Spec, LayerSpec, TernarySpec, normalize_group_size
+from ..quantizers import file_bytes
+from ..ternarize.weight import scale_layout
+from .config import CalibrationConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to store a layer.
+
+    Args:
+        kind (`str`): `"ternary"`, `"int8"` or `"keep"`.
+        group_size (`int`, *optional*): columns per scale of ternary codes; `None` = one scale per row.
+        rank (`int`): of the low-rank correction of ternary codes; 0 = none.
+    """
+
+    kind: str = "ternary"
+    group_size: int | None = None
+    rank: int = 0
+
+    @property
+    def label(self) -> str:
+        """A short name, for tables and files: `g128`, `g64-r16`, `row`, `int8`, `keep`."""
+        if self.kind != "ternary":
+            return self.kind
+        group = "row" if self.group_size is None else f"g{self.group_size}"
+        return f"{group}-r{self.rank}" if self.rank else group
+
+    def spec(self, module: nn.Linear, scales: str) -> LayerSpec | None:
+        """What is stored for a layer; `None` if it is kept."""
+        rows, columns = module.out_features, module.in_features
+        if self.kind == "keep":
+            return None
+        if self.kind == "int8":
+            return Int8Spec(rows, columns)
+        size = normalize_group_size(self.group_size, columns)
+        return TernarySpec(
+            rows, columns, size, scale_layout(scales, columns, size), rank=min(self.rank, rows, columns)
+        )
+
+    def bytes(self, module: nn.Linear, scales: str) -> int:
+        """Bytes of the layer's weight in a file."""
+        spec = self.spec(module, scales)
+        return module.weight.numel() * module.weight.element_size() if spec is None else file_bytes(spec)
+
+
+def base_candidate(config: TernaryConfig) -> Candidate:
+    """How the config stores a ternary layer."""
+    return Candidate(group_size=config.group_size, rank=config.rank)
+
+
+def candidates_for(module: nn.Linear, config: TernaryConfig, calibration: CalibrationConfig) -> tuple[Candidate, ...]:
+    """The candidates of a layer, the config's own first; those that store the same as an earlier one are left out."""
+    base = base_candidate(config)
+    settings = calibration.sensitivity
+    if calibration.size_budget is None or settings is None:
+        return (base,)
+    found = [base]
+    found += [dataclasses.replace(base, group_size=size) for size in settings.group_sizes]
+    found += [dataclasses.replace(base, rank=base.rank + rank) for rank in settings.ranks]
+    found += [Candidate("int8")] if settings.int8 else []
+    unique: dict[LayerSpec | None, Candidate] = {}
+    least = base.bytes(module, config.scales)
+    for candidate in found:
+        # A group size above the config's own would be smaller, but not what was asked for.
+        if candidate.bytes(module, config.scales) >= least:
+            unique.setdefault(candidate.spec(module, config.scales), candidate)
+    keep = Candidate("keep")
+    return (*unique.values(), keep)
