@@ -17,11 +17,8 @@ from ..format import (
     TernarySpec,
     check_base3,
     crc32,
-    pack_base3,
-    pack_planes,
-    unpack_base3,
-    unpack_planes,
 )
+from ..kernels.cpu.base3 import base3_to_planes, planes_to_base3
 from ..layers.base import bits_to_scale, scale_to_bits
 
 
@@ -189,7 +186,7 @@ def to_memory(name: str, suffix: str, tensor: torch.Tensor, spec: LayerSpec, *, 
     if suffix == "weight_scale" or suffix in LOW_RANK_NAMES:
         return scale_to_bits(tensor)
     if suffix == "weight" and isinstance(spec, TernarySpec):
-        return pack_planes(unpack_base3(tensor, (spec.out_features, spec.in_features)))
+        return base3_to_planes(tensor, spec.out_features, spec.in_features)
     return tensor
 
 
@@ -200,7 +197,7 @@ def to_file(suffix: str, tensor: torch.Tensor, spec: LayerSpec, scale_dtype: tor
     if suffix in LOW_RANK_NAMES:
         return bits_to_scale(tensor, LOW_RANK_DTYPE)
     if suffix == "weight" and isinstance(spec, TernarySpec):
-        return pack_base3(unpack_planes(tensor, spec.in_features))
+        return planes_to_base3(tensor, spec.in_features)
     return tensor
 
 

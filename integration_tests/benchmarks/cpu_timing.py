@@ -17,9 +17,14 @@ AVX2_ENVIRONMENT = {
 SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are repeated inside one sample
 
 
+def limited_to_avx2() -> bool:
+    """Whether torch, MKL and oneDNN of this process were limited to AVX2 when they loaded."""
+    return all(os.environ.get(name) == value for name, value in AVX2_ENVIRONMENT.items())
+
+
 def restart_limited_to_avx2() -> None:
     """Runs the script again with torch, MKL and oneDNN limited to AVX2: they read these variables when they load."""
-    if all(os.environ.get(name) == value for name, value in AVX2_ENVIRONMENT.items()):
+    if limited_to_avx2():
         return
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2_ENVIRONMENT})
 

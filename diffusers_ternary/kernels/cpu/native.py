@@ -30,6 +30,8 @@ _SIGNATURES = {
     "dt_accumulate": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p],
     "dt_quantize_rows": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p],
     "dt_dequantize": [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
+    "dt_base3_to_planes": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
+    "dt_planes_to_base3": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
 }
 
 
@@ -90,20 +92,20 @@ class NativeLibrary:
 
     def linear(self, arguments: bytes, first_row: int, last_row: int) -> int:
         """Rows `[first_row, last_row)` of the layer; returns how many of them hold an infinity."""
-        return _checked(self.functions.dt_linear(arguments, first_row, last_row))
+        return checked(self.functions.dt_linear(arguments, first_row, last_row))
 
     def prepare(self, arguments: bytes) -> tuple[torch.Tensor, int]:
         """Quantises all rows of x; returns the buffer for [`NativeLibrary.apply`] and the number of infinite rows."""
-        buffer = torch.empty(_checked(self.functions.dt_prepared_bytes(arguments)), dtype=torch.uint8)
-        return buffer, _checked(self.functions.dt_prepare(arguments, buffer.data_ptr()))
+        buffer = torch.empty(checked(self.functions.dt_prepared_bytes(arguments)), dtype=torch.uint8)
+        return buffer, checked(self.functions.dt_prepare(arguments, buffer.data_ptr()))
 
     def apply(self, arguments: bytes, prepared: torch.Tensor, first_column: int, last_column: int) -> None:
         """Output columns `[first_column, last_column)` of prepared rows."""
-        _checked(self.functions.dt_apply(arguments, prepared.data_ptr(), first_column, last_column))
+        checked(self.functions.dt_apply(arguments, prepared.data_ptr(), first_column, last_column))
 
     def dequantize(self, arguments: bytes, first: int, last: int, out: torch.Tensor) -> None:
         """Weight rows `[first, last)` as float32 `[last - first, K]` into `out`."""
-        _checked(self.functions.dt_dequantize(arguments, first, last, out.data_ptr()))
+        checked(self.functions.dt_dequantize(arguments, first, last, out.data_ptr()))
 
     def accumulate(self, x: torch.Tensor, weight: torch.Tensor, *, group_size: int) -> torch.Tensor:
         """Test hook: the int32 sums of the layer's own tiles.
@@ -122,7 +124,7 @@ class NativeLibrary:
         arguments = self.arguments(
             unused, weight, unused, None, None, unused, in_features=in_features, group_size=group_size
         )
-        _checked(self.functions.dt_accumulate(arguments, x.data_ptr(), out.data_ptr()))
+        checked(self.functions.dt_accumulate(arguments, x.data_ptr(), out.data_ptr()))
         return out
 
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,11 +136,12 @@ class NativeLibrary:
         arguments = self.arguments(
             x, weight, scales, None, None, scales[:, None], in_features=columns, group_size=columns
         )
-        _checked(self.functions.dt_quantize_rows(arguments, q.data_ptr(), scales.data_ptr()))
+        checked(self.functions.dt_quantize_rows(arguments, q.data_ptr(), scales.data_ptr()))
         return q, scales
 
 
-def _checked(result: int) -> int:
+def checked(result: int) -> int:
+    """Returns what a function of the library returned; raises if that is an error code."""
     if result < 0:
         raise RuntimeError(f"The native CPU kernel failed: {ERRORS.get(result, result)}.")
     return result
