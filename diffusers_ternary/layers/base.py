@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the packed layers share: their tensors, the float placeholder that loaders fill, and `dequantize`."""
+"""What all packed layers share: their tensors, the float placeholder that loaders fill, and `dequantize`."""
 
 from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..format import LOW_RANK_NAMES, LayerSpec
 
 
-class QuantizedLinear(nn.Linear):
-    """Base of the packed linear layers.
+class QuantizedLayer(nn.Module):
+    """Base of the packed layers.
 
-    A subclass of `nn.Linear`, so that the hooks and adapters of diffusers, accelerate and PEFT find it by type. All
-    packed tensors are plain integer Parameters without gradient:
+    Subclasses combine it with what is stored ([`TernaryLayer`], [`Int8Layer`]) and with the float module that they
+    stand for ([`QuantizedLinear`], [`QuantizedConv2d`]): they are subclasses of `nn.Linear` and `nn.Conv2d`, so that
+    the hooks and adapters of diffusers, accelerate and PEFT find them by type. All packed tensors are plain integer
+    Parameters without gradient:
 
     - Parameters, because offloading hooks move parameters only;
     - not tensor subclasses, because those hooks rebuild parameters and drop everything else;
@@ -24,52 +25,52 @@ class QuantizedLinear(nn.Linear):
       patterns (int16) and viewed as `scale_dtype` where they are used, so no cast can change them;
     - int8 codes, not uint8, because T5 casts its activations to `weight.dtype` unless that is int8.
 
-    Between construction and [`~QuantizedLinear.install`] the layer is a *placeholder*: `weight` is a float
-    `[N, K]` parameter, as the loaders of float checkpoints expect.
-
-    A layer can be *fused*: [`~QuantizedLinear.fuse`] makes it multiply by a dense weight, into which an adapter was
-    merged, and leaves the packed tensors as they are, so that [`~QuantizedLinear.unfuse`] restores every bit.
-
-    Args:
-        spec ([`LayerSpec`]): what the layer stores.
-        bias (`bool`): whether there is a bias.
-        activation_dtype (`str`): dtype the activations are rounded to, see [`TernaryConfig`].
-        compute_dtype (`torch.dtype`, *optional*): dtype of the product; `None` follows the input.
-        device, dtype: of the placeholder weight and the bias.
+    Between construction and [`~QuantizedLayer.install`] the layer is a *placeholder*: `weight` is a float parameter
+    of the float module's shape, as the loaders of float checkpoints expect.
     """
 
     packed_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
+    spec: LayerSpec
+    weight: torch.Tensor
+    bias: torch.Tensor | None
     weight_scale: nn.Parameter | None
     fused_weight: nn.Parameter | None
     fused_bias: nn.Parameter | None
 
-    def __init__(
+    def _become_placeholder(
         self,
         spec: LayerSpec,
-        bias: bool = True,
-        *,
-        activation_dtype: str = "none",
-        compute_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        bias: bool,
+        activation_dtype: str,
+        compute_dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
-        nn.Module.__init__(self)
-        self.in_features = spec.in_features
-        self.out_features = spec.out_features
+        """Called by constructors, after `nn.Module.__init__` and the attributes of the float module.
+
+        Args:
+            spec ([`LayerSpec`]): what the layer stores.
+            bias (`bool`): whether there is a bias.
+            activation_dtype (`str`): dtype the activations are rounded to, see [`TernaryConfig`].
+            compute_dtype (`torch.dtype`, *optional*): dtype of the product; `None` follows the input.
+            device, dtype: of the placeholder weight and the bias.
+        """
         self.spec = spec
         self.activation_dtype = activation_dtype
         self.compute_dtype = compute_dtype
         self.scale_dtype = torch.float16
-        placeholder = torch.empty(spec.out_features, spec.in_features, device=device, dtype=dtype)
+        placeholder = torch.empty(self.weight_shape, device=device, dtype=dtype)
         self.weight = nn.Parameter(placeholder, requires_grad=False)
         for name in (*self.packed_names[1:], "fused_weight", "fused_bias"):
             self.register_parameter(name, None)
         self._float_dtype = dtype
-        if bias:
-            values = torch.empty(spec.out_features, device=device, dtype=dtype)
-            self.bias = nn.Parameter(values, requires_grad=False)
-        else:
-            self.register_parameter("bias", None)
+        values = torch.empty(spec.out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the float weight; its matrix, all but the first dimension flattened, is what the spec describes."""
+        return (self.spec.out_features, self.spec.in_features)
 
     @property
     def kernel(self) -> str:
@@ -114,7 +115,19 @@ class QuantizedLinear(nn.Linear):
         self.install(**tensors)
 
     def pack(self, weight: torch.Tensor, *, name: str = "weight", **options: object) -> None:
-        """Quantizes a float weight `[N, K]` and installs it."""
+        """Quantizes a float weight of shape `weight_shape` and installs it."""
+        raise NotImplementedError
+
+    def matrix(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
+        """Rows of the dense weight matrix, `[n, K]`: formed in float32 and rounded once to `dtype`."""
+        raise NotImplementedError
+
+    def multiply_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` times the matrix, plus the bias: `[..., N]`."""
+        raise NotImplementedError
+
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The float module with the dequantized weight and the same bias."""
         raise NotImplementedError
 
     @property
@@ -125,29 +138,19 @@ class QuantizedLinear(nn.Linear):
         return bits_to_scale(self.weight_scale, self.scale_dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The complete dense weight `[N, K]` that the layer multiplies by: of a fused layer, the fused weight.
+        """The complete dense weight, of shape `weight_shape`, that the layer multiplies by.
 
-        Formed in float32 and rounded once to `dtype` (default: the compute dtype, else float32).
+        Corrections are included; of a fused layer it is the fused weight. Formed in float32 and rounded once to
+        `dtype` (default: the compute dtype, else float32).
         """
-        dense = self._dequantize_packed() if self.fused_weight is None else self.fused_weight.detach()
-        return dense.to(dtype or self.compute_dtype or torch.float32)
-
-    def _dequantize_packed(self) -> torch.Tensor:
-        raise NotImplementedError
-
-    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A float `nn.Linear` with the dequantized weight and the same bias."""
-        dense = self.dequantize(dtype)
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device=dense.device, dtype=dense.dtype)
-        linear.weight = nn.Parameter(dense, requires_grad=False)
-        bias = self._active_bias
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.detach().to(dense.dtype), requires_grad=False)
-        return linear
+        dtype = dtype or self.compute_dtype or torch.float32
+        if self.fused_weight is not None:
+            return self.fused_weight.detach().to(dtype)
+        return self.matrix(dtype).view(self.weight_shape)
 
     @property
     def float_dtype(self) -> torch.dtype | None:
-        """Dtype that a float `nn.Linear` would have in the place of this layer; `None` if nothing says so."""
+        """Dtype that the float module would have in the place of this layer; `None` if nothing says so."""
         return self.compute_dtype or (self._float_dtype if self.bias is None else self.bias.dtype)
 
     @property
@@ -163,16 +166,15 @@ class QuantizedLinear(nn.Linear):
         """From now on the layer multiplies by `weight`; the packed tensors stay as they are.
 
         Args:
-            weight (`torch.Tensor`): `[N, K]` float.
+            weight (`torch.Tensor`): float, of shape `weight_shape`.
             bias (`torch.Tensor`, *optional*): `[N]`, in place of the layer's bias.
 
         Raises:
-            ValueError: if `weight` is not a float `[N, K]`.
+            ValueError: if `weight` is no float tensor of that shape.
         """
-        if tuple(weight.shape) != (self.out_features, self.in_features) or not weight.is_floating_point():
+        if tuple(weight.shape) != self.weight_shape or not weight.is_floating_point():
             raise ValueError(
-                f"A fused weight must be float {[self.out_features, self.in_features]}, "
-                f"got {weight.dtype} {list(weight.shape)}."
+                f"A fused weight must be float {list(self.weight_shape)}, got {weight.dtype} {list(weight.shape)}."
             )
         self.fused_weight = nn.Parameter(weight.detach(), requires_grad=False)
         if bias is not None:
@@ -188,9 +190,9 @@ class QuantizedLinear(nn.Linear):
         return sum(p.numel() * p.element_size() for p in parameters if p is not None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` to `[..., N]`, in the dtype that a float `nn.Linear` would return."""
+        """What the float module computes, in the dtype that it would return."""
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            # Autocast does not see custom operators, and nn.Linear would have been cast (unless in float64).
+            # Autocast does not see custom operators, and the float module would have been cast (unless in float64).
             return self._product(x.to(torch.get_autocast_dtype(x.device.type)))
         if self.compute_dtype is None:
             return self._product(x)
@@ -200,25 +202,27 @@ class QuantizedLinear(nn.Linear):
         if self.fused_weight is None:
             return self._multiply(x)
         bias = self._active_bias
-        return F.linear(x, self.fused_weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return self._multiply_dense(x, self.fused_weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """What the float module computes, with the packed weight."""
         raise NotImplementedError
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
+    def _multiply_dense(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What the float module computes, with a dense weight."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLayer":
         if self._float_dtype is not None:
             # A layer without a bias has no float tensor that would show what the model was cast to.
             self._float_dtype = fn(torch.empty(0, dtype=self._float_dtype)).dtype
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def extra_repr(self) -> str:
         """Shapes, bits and kernel, for `print(model)`."""
-        fused = "fused with a dense weight, " if self.is_fused else ""
         bits = f"{8 * self.stored_bytes() / self.spec.weights:.3f} bits/weight" if self.is_packed else "empty"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self._repr_details()}{fused}{bits}, kernel={self.kernel}"
-        )
+        return f"{super().extra_repr()}, {self._repr_details()}{bits}, kernel={self.kernel}"
 
     def _repr_details(self) -> str:
         return ""

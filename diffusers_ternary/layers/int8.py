@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The int8 linear layer, for modules that ternary would hurt."""
+"""Layers with int8 weights, for modules that ternary would hurt."""
 
 from typing import Any
 
@@ -8,14 +8,13 @@ import torch.nn.functional as F
 
 from ..format import Int8Spec
 from ..ternarize import Int8Weight, quantize_int8
-from .base import QuantizedLinear
+from .base import QuantizedLayer
+from .conv import QuantizedConv2d
+from .linear import QuantizedLinear
 
 
-class Int8Linear(QuantizedLinear):
-    """`nn.Linear` with a symmetric int8 weight and one scale per row, multiplied in the input's dtype.
-
-    Args: see [`QuantizedLinear`]; `spec` is an [`Int8Spec`].
-    """
+class Int8Layer(QuantizedLayer):
+    """What int8 layers store: a symmetric int8 weight and one scale per row. `spec` is an [`Int8Spec`]."""
 
     spec: Int8Spec
 
@@ -24,11 +23,30 @@ class Int8Linear(QuantizedLinear):
         self.install(weight=quantized.values, weight_scale=quantized.scale)
 
     def pack(self, weight: torch.Tensor, *, name: str = "weight", **options: Any) -> None:
-        """Quantizes a float weight `[N, K]` and installs it (int8 has no options; those of ternary are ignored)."""
-        self.install_weight(quantize_int8(weight, name=name))
+        """Quantizes a float weight of shape `weight_shape` and installs it.
 
-    def _dequantize_packed(self) -> torch.Tensor:
-        return self.weight.float() * self.scales.float()
+        int8 has no options; those of ternary are ignored.
+        """
+        self.install_weight(quantize_int8(weight.flatten(1), name=name))
 
-    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._dequantize_packed().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def matrix(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
+        """Rows of the dense weight matrix, `[n, K]`: formed in float32 and rounded once to `dtype`."""
+        return (self.weight[rows].float() * self.scales[rows].float()).to(dtype)
+
+    def multiply_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` times the matrix, plus the bias, in the dtype of `x`: `[..., N]`."""
+        return F.linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Int8Linear(QuantizedLinear, Int8Layer):
+    """`nn.Linear` with a symmetric int8 weight.
+
+    Args: see [`QuantizedLinear`]; `spec` is an [`Int8Spec`].
+    """
+
+
+class Int8Conv2d(QuantizedConv2d, Int8Layer):
+    """`nn.Conv2d` without groups and with a symmetric int8 weight.
+
+    Args: see [`QuantizedConv2d`]; `spec` is an [`Int8Spec`] with `in_features` = C * kh * kw.
+    """

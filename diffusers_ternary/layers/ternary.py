@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ternary linear layer."""
+"""Layers with ternary weights."""
 
 from typing import Any
 
@@ -8,17 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..format import LOW_RANK_DTYPE, TernarySpec
-from ..kernels import reference
-from ..ops import kernel_name, ternary_linear
+from ..ops import kernel_name, ternary_dequantize, ternary_linear
 from ..ternarize import LowRank, TernaryWeight, rotate, ternarize
-from .base import QuantizedLinear, bits_to_scale
+from .base import QuantizedLayer, bits_to_scale
+from .conv import QuantizedConv2d
+from .linear import QuantizedLinear
 
 
-class TernaryLinear(QuantizedLinear):
-    """`nn.Linear` with a packed ternary weight: 2-bit planes in memory, base-3 in files.
-
-    Args: see [`QuantizedLinear`]; `spec` is a [`TernarySpec`].
-    """
+class TernaryLayer(QuantizedLayer):
+    """What ternary layers store: 2-bit planes in memory, base-3 in files. `spec` is a [`TernarySpec`]."""
 
     packed_names = ("weight", "weight_scale", "weight_multiplier", "low_rank_up", "low_rank_down")
     spec: TernarySpec
@@ -30,15 +28,6 @@ class TernaryLinear(QuantizedLinear):
     def kernel(self) -> str:
         """Name of the kernel that serves the layer where it is now."""
         return kernel_name(self.weight.device.type, self.activation_dtype)
-
-    @classmethod
-    def from_weight(cls, packed: TernaryWeight, bias: torch.Tensor | None = None, **options: Any) -> "TernaryLinear":
-        """Builds the layer around an already packed weight."""
-        layer = cls(packed.spec, bias is not None, device="meta", **options)
-        layer.install_weight(packed)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        return layer
 
     def install_weight(self, packed: TernaryWeight) -> None:
         """Installs a packed weight, whose spec may differ from the placeholder's in all but its shape."""
@@ -52,8 +41,8 @@ class TernaryLinear(QuantizedLinear):
         )
 
     def pack(self, weight: torch.Tensor, *, name: str = "weight", **options: Any) -> None:
-        """Ternarizes a float weight `[N, K]` (`options`: see [`ternarize`]) and installs it."""
-        self.install_weight(ternarize(weight, group_size=self.spec.group_size, name=name, **options))
+        """Ternarizes a float weight of shape `weight_shape` (`options`: see [`ternarize`]) and installs it."""
+        self.install_weight(ternarize(weight.flatten(1), group_size=self.spec.group_size, name=name, **options))
 
     @property
     def low_rank(self) -> LowRank | None:
@@ -63,45 +52,64 @@ class TernaryLinear(QuantizedLinear):
         up, down = (bits_to_scale(bits, LOW_RANK_DTYPE) for bits in (self.low_rank_up, self.low_rank_down))
         return LowRank(up, down)
 
-    def _dequantize_packed(self) -> torch.Tensor:
-        """Rotation and low-rank correction included."""
-        dense = reference.dequantize(
-            self.weight,
-            self.scales,
-            self.weight_multiplier,
-            in_features=self.in_features,
-            group_size=self.spec.group_size,
-            dtype=torch.float32,
+    def matrix(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
+        """Rows of the dense weight matrix, `[n, K]`: formed in float32 and rounded once to `dtype`."""
+        multiplier, low_rank, block = self.weight_multiplier, self.low_rank, self.spec.hadamard
+        dense = ternary_dequantize(
+            self.weight[rows],
+            self.scales[rows],
+            None if multiplier is None else multiplier[rows],
+            self.spec.in_features,
+            self.spec.group_size,
+            dtype if low_rank is None and not block else torch.float32,
         )
-        dense = rotate(dense, self.spec.hadamard)
-        low_rank = self.low_rank
+        dense = rotate(dense, block)
         if low_rank is not None:
-            dense = dense + low_rank.dense()
-        return dense
+            dense = dense + low_rank.up[rows].float() @ low_rank.down.float()
+        return dense.to(dtype)
 
-    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        product = self._multiply_codes(x)
-        low_rank = self.low_rank
-        if low_rank is None:
-            return product
-        return product + F.linear(F.linear(x, low_rank.down.to(x.dtype)), low_rank.up.to(x.dtype))
-
-    def _multiply_codes(self, x: torch.Tensor) -> torch.Tensor:
-        return ternary_linear(
+    def multiply_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` times the matrix, plus the bias: `[..., N]`."""
+        product = ternary_linear(
             x,
             self.weight,
             self.scales,
             self.weight_multiplier,
             self.bias,
-            self.in_features,
+            self.spec.in_features,
             self.spec.group_size,
             self.activation_dtype,
             self.spec.hadamard,
         )
+        low_rank = self.low_rank
+        if low_rank is None:
+            return product
+        return product + F.linear(F.linear(x, low_rank.down.to(x.dtype)), low_rank.up.to(x.dtype))
 
     def _repr_details(self) -> str:
         spec = self.spec
-        extras = (f"hadamard={spec.hadamard}, " if spec.hadamard else "") + (
-            f"rank={spec.rank}, " if spec.rank else ""
-        )
+        extras = "".join(f"{name}={getattr(spec, name)}, " for name in ("hadamard", "rank") if getattr(spec, name))
         return f"group_size={spec.group_size}, scales={spec.scales}, {extras}activations={self.activation_dtype}, "
+
+
+class TernaryLinear(QuantizedLinear, TernaryLayer):
+    """`nn.Linear` with a packed ternary weight.
+
+    Args: see [`QuantizedLinear`]; `spec` is a [`TernarySpec`].
+    """
+
+    @classmethod
+    def from_weight(cls, packed: TernaryWeight, bias: torch.Tensor | None = None, **options: Any) -> "TernaryLinear":
+        """Builds the layer around an already packed weight."""
+        layer = cls(packed.spec, bias is not None, device="meta", **options)
+        layer.install_weight(packed)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+
+class TernaryConv2d(QuantizedConv2d, TernaryLayer):
+    """`nn.Conv2d` without groups and with a packed ternary weight.
+
+    Args: see [`QuantizedConv2d`]; `spec` is a [`TernarySpec`] with `in_features` = C * kh * kw.
+    """

@@ -7,6 +7,8 @@ import torch
 
 from ..kernels import cpu, reference
 from ..ternarize import rotate
+from .dequantize import ternary_dequantize
+from .rotate import ternary_rotate
 
 
 ACTIVATION_DTYPES = ("auto", "int8", "float8_e4m3fn", "none")
@@ -102,15 +104,6 @@ def _linear_cpu(
     return kernel(rotated, *packed, in_features=in_features, group_size=group_size).to(input.dtype)
 
 
-def kernel_name(device_type: str, activation_dtype: str) -> str:
-    """Which kernel serves a device, for `repr` and logs."""
-    if device_type == "cpu" and activation_dtype in ("auto", "int8"):
-        return f"{cpu.kernel_name()} int8"
-    if device_type == "cpu" and activation_dtype == "none":
-        return "blocked float32"
-    return "torch"
-
-
 @ternary_linear.register_fake
 def _(
     input: torch.Tensor,
@@ -142,15 +135,11 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_input = grad_bias = None
     if ctx.needs_input_grad[0]:
         # Straight through the rounding of activations: the gradient is that of the float map.
-        dense = reference.dequantize(
-            weight,
-            scale,
-            multiplier,
-            in_features=ctx.in_features,
-            group_size=ctx.group_size,
-            dtype=grad.dtype,
-        )
-        grad_input = rotate(grad @ dense, ctx.hadamard).to(ctx.input_dtype)
+        dense = ternary_dequantize(weight, scale, multiplier, ctx.in_features, ctx.group_size, grad.dtype)
+        grad_input = grad @ dense
+        if ctx.hadamard:
+            grad_input = ternary_rotate(grad_input, ctx.hadamard)  # R is symmetric
+        grad_input = grad_input.to(ctx.input_dtype)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)  # [N]; also for a single token
     return grad_input, None, None, None, grad_bias, None, None, None, None

@@ -19,6 +19,6 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> Non
     fallback = next(floating, torch.float32)
     for name, layer in packed_layers(model).items():
         own = fallback if layer.bias is None else layer.bias.dtype
-        linear = layer.to_linear(dtype or layer.compute_dtype or own)
+        linear = layer.to_float(dtype or layer.compute_dtype or own)
         linear.train(layer.training)
         model.set_submodule(name, linear)

@@ -327,7 +327,7 @@ class TestFailedSaves:
     def test_a_packed_layer_that_was_replaced(self, host, tmp_path):
         model = host.build()
         layer = model.get_submodule(host.layer)
-        model.set_submodule(host.layer, layer.to_linear())
+        model.set_submodule(host.layer, layer.to_float())
         if host.model_class is FluxTransformer2DModel:
             with pytest.raises(ValueError, match=rf"Cannot save: {host.layer}\.weight.*quantize the model again"):
                 model.save_pretrained(tmp_path)

@@ -61,7 +61,7 @@ def test_close_to_the_dense_model_of_the_same_weights(model):
     for name, module in list(dense.named_modules()):
         if isinstance(module, TernaryLinear):
             parent, _, child = name.rpartition(".")
-            setattr(dense.get_submodule(parent), child, module.to_linear(torch.bfloat16))
+            setattr(dense.get_submodule(parent), child, module.to_float(torch.bfloat16))
     expected = run(dense.to(DEVICE)).float()
     actual = run(copy.deepcopy(model).to(DEVICE)).float()
     assert float((actual - expected).norm() / expected.norm()) < 0.03

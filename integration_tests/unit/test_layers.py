@@ -63,7 +63,7 @@ class TestForward:
     def test_equals_a_linear_layer_with_the_dequantized_weight(self, make, bias):
         layer = make(linear(bias=bias))
         assert isinstance(layer, nn.Linear)
-        torch.testing.assert_close(layer(inputs()), layer.to_linear()(inputs()), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer(inputs()), layer.to_float()(inputs()), rtol=1e-5, atol=1e-5)
 
     @each_layer
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -71,7 +71,7 @@ class TestForward:
         layer = make(linear(dtype=dtype))
         y = layer(inputs(dtype=dtype))
         assert y.dtype == dtype
-        torch.testing.assert_close(y, layer.to_linear(dtype)(inputs(dtype=dtype)), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(y, layer.to_float(dtype)(inputs(dtype=dtype)), rtol=2e-2, atol=2e-2)
 
     @each_layer
     def test_compute_dtype_is_that_of_the_product(self, make):
@@ -89,7 +89,7 @@ class TestForward:
         layer = make(source, compute_dtype=compute_dtype)
         with torch.autocast("cpu", dtype=autocast_dtype):
             y, expected = layer(inputs()), source(inputs())
-            same = layer.to_linear(torch.float32)(inputs())
+            same = layer.to_float(torch.float32)(inputs())
         assert y.dtype == expected.dtype == autocast_dtype
         torch.testing.assert_close(y, same, rtol=2e-2, atol=2e-2)
 
@@ -107,7 +107,7 @@ class TestForward:
         x = inputs().requires_grad_()
         layer(x).square().sum().backward()
         reference = inputs().requires_grad_()
-        layer.to_linear()(reference).square().sum().backward()
+        layer.to_float()(reference).square().sum().backward()
         torch.testing.assert_close(x.grad, reference.grad, rtol=1e-4, atol=1e-4)
         assert not any(parameter.requires_grad for parameter in layer.parameters())
 
@@ -181,9 +181,9 @@ class TestTensors:
 class TestDequantize:
     @each_layer
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_to_linear(self, make, dtype):
+    def test_to_float(self, make, dtype):
         layer = make(linear())
-        dense = layer.to_linear(dtype)
+        dense = layer.to_float(dtype)
         assert type(dense) is nn.Linear
         assert dense.weight.dtype == dense.bias.dtype == dtype
         assert torch.equal(dense.weight, layer.dequantize(dtype))

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed layers that stand for `nn.Linear`."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..format import LayerSpec
+from .base import QuantizedLayer
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """Base of the packed linear layers.
+
+    Args:
+        spec ([`LayerSpec`]): what the layer stores.
+        bias (`bool`): whether there is a bias.
+        activation_dtype (`str`): dtype the activations are rounded to, see [`TernaryConfig`].
+        compute_dtype (`torch.dtype`, *optional*): dtype of the product; `None` follows the input.
+        device, dtype: of the placeholder weight and the bias.
+    """
+
+    bias: Any  # a Parameter or None; nn.Linear lets it look like a Parameter always
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        bias: bool = True,
+        *,
+        activation_dtype: str = "none",
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features = spec.in_features
+        self.out_features = spec.out_features
+        self._become_placeholder(spec, bias, activation_dtype, compute_dtype, device, dtype)
+
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A float `nn.Linear` with the dequantized weight and the same bias."""
+        dense = self.dequantize(dtype)
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(dense, requires_grad=False)
+        bias = self._active_bias
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().to(dense.dtype), requires_grad=False)
+        return linear
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiply_rows(x)
+
+    def _multiply_dense(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
