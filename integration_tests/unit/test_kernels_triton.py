@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from diffusers_ternary.format import double_quantize, group_scales, unpack_planes
 from diffusers_ternary.kernels import reference
-from diffusers_ternary.ternarize import ternarize
+from diffusers_ternary.ternarize import rotate, ternarize
 
 
 triton: Any = pytest.importorskip("triton")
@@ -58,14 +58,14 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
     return inner
 
 
-def make_weight(n: int, k: int, layout: str, seed: int = 0) -> PackedWeight:
+def make_weight(n: int, k: int, layout: str, *, hadamard: int = 0, seed: int = 0) -> PackedWeight:
     generator = torch.Generator().manual_seed(seed)
     size, scales = LAYOUTS[layout]
     # Columns of very different sizes: a scale applied to the wrong group shows.
     dense = torch.randn(n, k, generator=generator) * torch.linspace(0.01, 0.2, k)
     packed = ternarize(dense, group_size=size, scales=scales)
     multiplier = None if packed.multiplier is None else guarded(packed.multiplier.view(torch.int8))
-    return PackedWeight(guarded(packed.packed), guarded(packed.scale), multiplier, k, packed.spec.group_size)
+    return PackedWeight(guarded(packed.packed), guarded(packed.scale), multiplier, k, packed.spec.group_size, hadamard)
 
 
 def expected_weight(weight: PackedWeight, activation_dtype: str) -> torch.Tensor:
@@ -212,6 +212,52 @@ def test_float8_activations(m, k):
     assert not values[:, k:].any()
 
 
+# Blocks that divide K, that leave columns unrotated, and that are longer than what one program holds of K.
+ROTATIONS = [(3, 256, 128), (5, 250, 32), (2, 300, 256), (7, 131, 2), (1, 64, 64), (2, 16500, 128), (2, 16500, 1024)]
+
+
+@pytest.mark.parametrize(("m", "k", "block"), ROTATIONS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rotation(m, k, block, dtype):
+    x = torch.randn(m, k).to(dtype)
+    y = kernels.rotate(guarded(x), block).cpu()
+    expected = rotate(x.double(), block)
+    assert y.dtype == dtype
+    assert torch.equal(y[:, k - k % block :], x[:, k - k % block :])
+    torch.testing.assert_close(y, expected.to(dtype), rtol=TOLERANCE[dtype], atol=4e-6)
+
+
+@pytest.mark.parametrize(("m", "k", "block"), ROTATIONS)
+def test_rotated_int8_activations(m, k, block):
+    x = torch.randn(m, k)
+    codes, scale = launch.quantize_activations(guarded(x), "int8", block)
+    codes, scale = codes.cpu(), scale.cpu()
+    rotated = rotate(x.double(), block).float()
+    exact = rotated.abs().amax(dim=1) / 127
+    torch.testing.assert_close(scale, exact, rtol=1e-5, atol=0)
+    assert float((codes[:, :k].float() - rotated / exact[:, None]).abs().max()) <= 0.5 + 1e-3
+    assert not codes[:, k:].any()
+
+
+@pytest.mark.parametrize("plan", [GEMV, FUSED, LIBRARY], ids=lambda plan: plan.path)
+@pytest.mark.parametrize("activation_dtype", ["none", *EIGHT_BITS])
+def test_rotated_product(plan, activation_dtype):
+    if plan is LIBRARY and activation_dtype == "float8_e4m3fn" and INTERPRETED:
+        pytest.skip("torch has no float8 product with row scales on the CPU")
+    m, n, k = (5 if plan is GEMV else 19), 48, 250
+    dtype = torch.bfloat16 if plan is LIBRARY and activation_dtype == "float8_e4m3fn" else torch.float16
+    weight = make_weight(n, k, "double", hadamard=32)
+    x = guarded(torch.randn(m, k).to(dtype))
+    y = product.run(plan, x, weight, None, activation_dtype, TARGET)
+    if activation_dtype == "none":
+        rotated = rotate(x.cpu().float(), 32)
+    else:
+        codes, scale = launch.quantize_activations(x, activation_dtype, 32)
+        values = codes.float() if activation_dtype == "int8" else codes.view(torch.float8_e4m3fn).float()
+        rotated = values.cpu()[:, :k] * scale.cpu()[:, None]
+    assert relative_rms(y, rotated @ expected_weight(weight, activation_dtype).T) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("activation_dtype", EIGHT_BITS)
 def test_odd_tokens(activation_dtype):
     x = torch.randn(5, 40)
@@ -289,12 +335,3 @@ def test_public_function(shape, activation_dtype):
         expected = F.linear(x.cpu().float(), expected_weight(weight, "none"))
         # The interpreter's cast to float8 is wrong at powers of two.
         assert relative_rms(y, expected) < (0.1 if INTERPRETED else 0.06)
-
-
-def test_float64_is_served_by_the_reference():
-    weight = make_weight(8, 40, "row")
-    x = torch.randn(3, 40, dtype=torch.float64, device=DEVICE)
-    y = kernels.linear(
-        x, weight.packed, weight.scale, None, None, in_features=40, group_size=40, activation_dtype="auto"
-    )
-    torch.testing.assert_close(y.cpu(), x.cpu() @ expected_weight(weight, "none").T.double())

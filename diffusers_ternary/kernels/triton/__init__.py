@@ -1,43 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels for packed ternary weights (CUDA, ROCm, XPU). Triton is imported at the first call."""
+"""Triton kernels for packed ternary weights (CUDA, ROCm, XPU). Triton is imported at the first call.
+
+The folder needs torch and Triton, and nothing else of this package: its files can be published as they are.
+"""
 
 import functools
 import importlib.util
-import logging
 
 import torch
 
-from .. import reference
+from .weights import PackedWeight
 
 
-logger = logging.getLogger(__name__)
+__all__ = ["MAX_HADAMARD", "dequantize", "linear", "rotate", "served_activation_dtype", "unavailable_reason"]
 
-__all__ = ["dequantize", "linear", "unavailable_reason"]
+MAX_HADAMARD = 16384  # a block that is rotated stays in the registers of one program
 
 
 @functools.cache
 def unavailable_reason(device_type: str, index: int = 0) -> str | None:
-    """Why the kernels cannot serve a device; `None` where they can."""
+    """Why the kernels cannot serve a device; `None` where they can. Asked once, with a launch of a tiny kernel."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    from .devices import target_of
+    try:
+        from .devices import target_of
 
-    target = target_of(device_type, index)
+        target = target_of(device_type, index)
+    except Exception as error:  # a Triton of another version, or a driver that does not start
+        return f"Triton does not start ({type(error).__name__}: {error})"
     if target is None:
         return f"Triton has no backend for {device_type}"
     if not target.supported:
         return f"compute capability {target.arch} is below 80"
+    return _failure_of_a_kernel(torch.device(device_type, index))
+
+
+def _failure_of_a_kernel(device: torch.device) -> str | None:
+    """Compiles and launches one kernel: without a C compiler, for one, Triton imports and then fails."""
+    from .devices import current
+    from .launch import derive_multipliers
+
+    try:
+        with current(device):
+            ones = torch.ones(1, 1, dtype=torch.float16, device=device)
+            derive_multipliers(_packed_weight(ones.to(torch.int8), ones, None, 4, 4))
+    except Exception as error:  # of every kind: compilers, linkers and drivers raise their own
+        return f"a first kernel failed ({type(error).__name__}: {error})"
     return None
 
 
-@functools.cache
-def _serves(device_type: str, index: int) -> bool:
-    reason = unavailable_reason(device_type, index)
-    if reason is not None:
-        logger.warning("Ternary layers on %s:%d use the torch reference: %s.", device_type, index, reason)
-    else:
-        logger.info("Ternary layers on %s:%d use the Triton kernels.", device_type, index)
-    return reason is None
+def served_activation_dtype(device_type: str, index: int, activation_dtype: str) -> str:
+    """What a large product gets where `activation_dtype` is asked for: `"none"`, `"int8"` or `"float8_e4m3fn"`."""
+    from .devices import target_of
+    from .dispatch import Request, resolve_activation_dtype
+
+    target = target_of(device_type, index)
+    if target is None:
+        raise RuntimeError(f"Triton has no backend for {device_type}.")
+    return resolve_activation_dtype(target, Request(4096, 4096, 4096, 128, False, torch.bfloat16, activation_dtype))
 
 
 def linear(
@@ -50,8 +70,9 @@ def linear(
     in_features: int,
     group_size: int,
     activation_dtype: str,
+    hadamard: int = 0,
 ) -> torch.Tensor:
-    """`x @ W.T + bias` with packed ternary W; the reference serves, with one log line, where Triton cannot.
+    """`rotate(x) @ W.T + bias` with packed ternary W, on a device that [`unavailable_reason`] has nothing against.
 
     Args:
         x (`torch.Tensor`): `[..., K]` float32, bfloat16 or float16.
@@ -62,34 +83,19 @@ def linear(
         in_features (`int`): K.
         group_size (`int`): columns per scale.
         activation_dtype (`str`): `"auto"`, `"none"`, `"int8"` or `"float8_e4m3fn"`.
+        hadamard (`int`): block size of the rotation of x, a power of two of at most `MAX_HADAMARD`; 0 = none.
 
     Returns:
         `torch.Tensor`: `[..., N]`, dtype of `x`. With 8-bit activations the scales of groups are integers of 1..63
         times a row scale: exact for the `"double"` layout in int8, within 1/126 of the row's largest scale for the
         `"group"` layout, and rounded to four significant bits (at most 1/16) in float8.
-    """
-    # Whoever asks for float64 wants exact numbers (gradient checks), not speed.
-    if x.dtype == torch.float64 or not _serves(x.device.type, x.device.index or 0):
-        return reference.linear(
-            x,
-            weight,
-            scale,
-            multiplier,
-            bias,
-            in_features=in_features,
-            group_size=group_size,
-            activation_dtype=activation_dtype,
-        )
-    from .product import multiply
-    from .weights import PackedWeight
 
-    packed = PackedWeight(
-        weight.contiguous(),
-        scale.contiguous(),
-        None if multiplier is None else multiplier.contiguous().view(torch.int8),
-        in_features,
-        group_size,
-    )
+    Raises:
+        RuntimeError: if Triton cannot serve the device of `x`.
+    """
+    from .product import multiply
+
+    packed = _packed_weight(weight, scale, multiplier, in_features, group_size, hadamard)
     return multiply(x, packed, bias, activation_dtype)
 
 
@@ -102,23 +108,41 @@ def dequantize(
     group_size: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Dense weight `[N, K]`, equal bit for bit to the reference's; arguments as in [`linear`]."""
-    if dtype == torch.float64 or not _serves(weight.device.type, weight.device.index or 0):
-        return reference.dequantize(
-            weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=dtype
-        )
-    from .devices import current, target_of
+    """Dense weight `[N, K]`, codes times scales rounded once to `dtype`; arguments as in [`linear`]."""
+    from .devices import current, supported_target
     from .launch import unpack_float
-    from .weights import PackedWeight
 
-    target = target_of(weight.device.type, weight.device.index or 0)
-    assert target is not None  # `_serves` has asked
-    packed = PackedWeight(
+    target = supported_target(weight.device)
+    packed = _packed_weight(weight, scale, multiplier, in_features, group_size)
+    with current(weight.device):
+        return unpack_float(packed, dtype, inline_ptx=target.inline_ptx)
+
+
+def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
+    """`x @ R` for x `[..., K]`, R = H / sqrt(block) on each whole block of columns; rounded once to the dtype of x."""
+    from . import launch
+    from .devices import current
+
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 0:
+        return torch.empty_like(x)
+    with current(x.device):
+        return launch.rotate(rows.contiguous(), block).view(x.shape)
+
+
+def _packed_weight(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    in_features: int,
+    group_size: int,
+    hadamard: int = 0,
+) -> PackedWeight:
+    return PackedWeight(
         weight.contiguous(),
         scale.contiguous(),
         None if multiplier is None else multiplier.contiguous().view(torch.int8),
         in_features,
         group_size,
+        hadamard,
     )
-    with current(weight.device):
-        return unpack_float(packed, dtype, inline_ptx=target.inline_ptx)

@@ -32,6 +32,18 @@ def target_of(device_type: str, index: int) -> Target | None:
     return None
 
 
+def supported_target(device: torch.device) -> Target:
+    """The target of a device.
+
+    Raises:
+        RuntimeError: if Triton cannot serve it.
+    """
+    target = target_of(device.type, device.index or 0)
+    if target is None or not target.supported:
+        raise RuntimeError(f"No Triton kernel for {device}: use the reference implementation.")
+    return target
+
+
 @functools.cache
 def tuner_of(device_type: str, index: int) -> Tuner | None:
     """The tuner of a device; `None` under the interpreter, where time means nothing."""

@@ -5,6 +5,8 @@ Buffers come from the caching allocator for each call and are freed on return: o
 with streams and CUDA graphs.
 """
 
+import dataclasses
+
 import torch
 import triton
 
@@ -14,6 +16,7 @@ from .dispatch import Plan
 from .epilogue import epilogue_kernel
 from .fused import fused_kernel
 from .gemv import gemv_kernel
+from .hadamard import rotate_kernel
 from .unpack import derive_multipliers_kernel, unpack_kernel
 from .weights import PackedWeight
 
@@ -23,6 +26,8 @@ KINDS = {"none": "float", "int8": "int8", "float8_e4m3fn": "fp8"}
 ROW_ALIGNMENT = 16
 # One token of this many elements stays in the registers of one program.
 MAX_TOKEN_BLOCK = 16384
+# A rotation alone needs no whole tokens: small blocks, many programs.
+ROTATION_BLOCK = 2048
 
 
 def padded(in_features: int) -> int:
@@ -39,12 +44,36 @@ def factor_of(kind: str, per_row: bool) -> float:
     return 1 / 63
 
 
-def quantize_activations(x: torch.Tensor, activation_dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate(x: torch.Tensor, hadamard: int) -> torch.Tensor:
+    """`x @ R` with R = H_b / sqrt(b) on each whole block of b columns; the last K mod b columns are left as they are.
+
+    Args:
+        x (`torch.Tensor`): `[M, K]` float, contiguous.
+        hadamard (`int`): b, a power of two of at most `MAX_TOKEN_BLOCK`.
+    """
+    rows, columns = x.shape
+    out = torch.empty_like(x)
+    block = max(hadamard, min(triton.next_power_of_2(columns), ROTATION_BLOCK))
+    rotate_kernel[(rows, triton.cdiv(columns, block))](
+        x, out, columns, STAGES=hadamard.bit_length() - 1, BLOCK_K=block, num_warps=token_warps(block)
+    )
+    return out
+
+
+def token_warps(block: int) -> int:
+    """Warps for a block of one token: sixteen elements a thread."""
+    return min(max(block // 512, 1), 16)
+
+
+def quantize_activations(
+    x: torch.Tensor, activation_dtype: str, hadamard: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens to 8 bits.
 
     Args:
         x (`torch.Tensor`): `[M, K]` float, contiguous.
         activation_dtype (`str`): `"int8"` or `"float8_e4m3fn"`.
+        hadamard (`int`): rotates the tokens first, as [`rotate`] does; 0 = no rotation.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: int8 `[M, K']` (float8 as its bits), K' = K rounded up to 16, zero past
@@ -54,7 +83,7 @@ def quantize_activations(x: torch.Tensor, activation_dtype: str) -> tuple[torch.
     stride = padded(columns)
     out = torch.empty(rows, stride, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = min(triton.next_power_of_2(stride), MAX_TOKEN_BLOCK)
+    block = max(hadamard, min(triton.next_power_of_2(stride), MAX_TOKEN_BLOCK))
     quantize_kernel[(rows,)](
         x,
         out,
@@ -62,9 +91,10 @@ def quantize_activations(x: torch.Tensor, activation_dtype: str) -> tuple[torch.
         columns,
         stride,
         FP8=activation_dtype == "float8_e4m3fn",
+        STAGES=hadamard.bit_length() - 1 if hadamard else 0,
         ONE_BLOCK=block >= stride,
         BLOCK_K=block,
-        num_warps=min(max(block // 512, 1), 16),
+        num_warps=token_warps(block),
     )
     return out, scale
 
@@ -78,7 +108,7 @@ def derive_multipliers(weight: PackedWeight) -> PackedWeight:
     derive_multipliers_kernel[(weight.out_features,)](
         weight.scale, multiplier, row_scale, groups, BLOCK_G=triton.next_power_of_2(groups), num_warps=1
     )
-    return PackedWeight(weight.packed, row_scale, multiplier, weight.in_features, weight.group_size)
+    return dataclasses.replace(weight, scale=row_scale, multiplier=multiplier)
 
 
 def unpack_float(weight: PackedWeight, dtype: torch.dtype, *, inline_ptx: bool) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import launch
-from .devices import current, is_capturing, target_of, tuner_of
+from .devices import current, is_capturing, supported_target, tuner_of
 from .dispatch import Plan, Request, Target, candidates, resolve_activation_dtype
 from .weights import PackedWeight
 
@@ -31,9 +31,7 @@ def multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, a
     Raises:
         RuntimeError: if Triton cannot serve the device of `x`.
     """
-    target = target_of(x.device.type, x.device.index or 0)
-    if target is None or not target.supported:
-        raise RuntimeError(f"No Triton kernel for {x.device}: use the reference implementation.")
+    target = supported_target(x.device)
     tokens = x.reshape(-1, weight.in_features)  # [M, K]
     tokens = tokens if tokens.is_contiguous() else tokens.contiguous()
     request = Request(
@@ -63,13 +61,15 @@ def run(
 ) -> torch.Tensor:
     """Computes `[M, N]` from contiguous `x` `[M, K]` by a plan, with a resolved activation dtype."""
     ptx = target.inline_ptx
+    if activation_dtype == "none" and weight.hadamard:
+        x = launch.rotate(x, weight.hadamard)
     if activation_dtype == "none" and plan.path == "library":
         dense = launch.unpack_float(weight, x.dtype, inline_ptx=ptx)
         return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
     kind = launch.KINDS[activation_dtype]
     operand, x_scale = x, None
     if activation_dtype != "none":
-        operand, x_scale = launch.quantize_activations(x, activation_dtype)
+        operand, x_scale = launch.quantize_activations(x, activation_dtype, weight.hadamard)
         if weight.multiplier is None and not weight.per_row:
             weight = launch.derive_multipliers(weight)
     if plan.path in ("gemv", "fused"):

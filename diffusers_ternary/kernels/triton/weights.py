@@ -29,6 +29,7 @@ class PackedWeight:
         multiplier (`torch.Tensor`, *optional*): int8 `[N, G]`, values 0..63.
         in_features (`int`): K.
         group_size (`int`): columns per scale.
+        hadamard (`int`): block size of the rotation of the activations that the codes were made for; 0 = none.
     """
 
     packed: torch.Tensor
@@ -36,6 +37,7 @@ class PackedWeight:
     multiplier: torch.Tensor | None
     in_features: int
     group_size: int
+    hadamard: int = 0
 
     @property
     def out_features(self) -> int:

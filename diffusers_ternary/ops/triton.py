@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators on GPUs: Triton's kernels, registered for CUDA, ROCm (`"cuda"` to torch as well) and XPU.
+
+Where they cannot run the reference serves, and one line of the log says why. Triton is imported at the first call.
+"""
+
+import torch
+
+from ..kernels import reference
+from ..ternarize import rotate
+from .dequantize import ternary_dequantize
+from .linear import check_arguments, ternary_linear
+from .rotate import ternary_rotate
+from .serving import TRITON_DEVICE_TYPES, triton_serves
+
+
+@ternary_linear.register_kernel(TRITON_DEVICE_TYPES)
+def _linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    in_features: int,
+    group_size: int,
+    activation_dtype: str,
+    hadamard: int = 0,
+) -> torch.Tensor:
+    check_arguments(input, in_features, activation_dtype)
+    packed = (weight, scale, multiplier, bias)
+    # Whoever asks for float64 wants exact numbers (gradient checks), not speed.
+    if input.dtype == torch.float64 or not triton_serves(input.device):
+        return reference.linear(
+            input,
+            *packed,
+            in_features=in_features,
+            group_size=group_size,
+            activation_dtype=activation_dtype,
+            hadamard=hadamard,
+        )
+    from ..kernels import triton as kernels
+
+    if hadamard > kernels.MAX_HADAMARD:
+        input, hadamard = rotate(input, hadamard), 0
+    return kernels.linear(
+        input,
+        *packed,
+        in_features=in_features,
+        group_size=group_size,
+        activation_dtype=activation_dtype,
+        hadamard=hadamard,
+    )
+
+
+@ternary_dequantize.register_kernel(TRITON_DEVICE_TYPES)
+def _dequantize(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    if dtype == torch.float64 or not triton_serves(weight.device):
+        return reference.dequantize(
+            weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=dtype
+        )
+    from ..kernels import triton as kernels
+
+    return kernels.dequantize(weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=dtype)
+
+
+@ternary_rotate.register_kernel(TRITON_DEVICE_TYPES)
+def _rotate(x: torch.Tensor, block: int) -> torch.Tensor:
+    from ..kernels import triton as kernels
+
+    if x.dtype == torch.float64 or block > kernels.MAX_HADAMARD or not triton_serves(x.device):
+        rotated = rotate(x, block)
+        return rotated.clone() if rotated is x else rotated.contiguous()
+    return kernels.rotate(x, block)
