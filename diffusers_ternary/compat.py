@@ -4,13 +4,17 @@
 Each has a canary in `integration_tests/unit/test_compat.py`, which fails readably when a new version moves it.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as DIFFUSERS_CONFIGS
 from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING as DIFFUSERS_QUANTIZERS
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersConfigMixin
+from huggingface_hub.errors import HTTPError as HubTransportError
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as TRANSFORMERS_CONFIGS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as TRANSFORMERS_QUANTIZERS
@@ -27,11 +31,14 @@ __all__ = [
     "DiffusersConfigMixin",
     "DiffusersQuantizer",
     "HfQuantizer",
+    "HubTransportError",
     "TransformersConfigMixin",
     "WeightConverter",
     "drop_config_entries",
     "forget_weight_conversions",
     "keep_in_fp32_names",
+    "patch_flux_expansion",
+    "patch_lora_mixin",
 ]
 
 
@@ -53,3 +60,83 @@ def keep_in_fp32_names(model: Any) -> list[str]:
 def forget_weight_conversions(model: Any) -> None:
     """Makes transformers save the state dict as it is, instead of reverting the renamings of an older checkpoint."""
     model._weight_conversions = []
+
+
+def patch_flux_expansion(is_packed: Callable[[Any], bool]) -> None:
+    """Teaches Flux's LoRA loader the shape and the float weight of packed layers.
+
+    It knows quantized weights by class name, takes a packed weight's shape for the layer's, and would "expand" every
+    packed layer. Imports `diffusers.loaders.lora_pipeline`.
+
+    Args:
+        is_packed (`Callable`): whether a module has `in_features`, `out_features` and `dequantize(dtype)` of ours.
+    """
+    from diffusers.loaders import lora_pipeline
+
+    mixin = lora_pipeline.FluxLoraLoaderMixin
+    shape_of = mixin._calculate_module_shape
+    weight_of = lora_pipeline._maybe_dequantize_weight_for_expanded_lora
+    if hasattr(shape_of, "__wrapped__"):
+        return
+
+    @functools.wraps(shape_of)
+    def calculate_module_shape(
+        model: Any, base_module: Any = None, base_weight_param_name: str | None = None
+    ) -> torch.Size:
+        module = base_module
+        if module is None and base_weight_param_name is not None:
+            module = model.get_submodule(base_weight_param_name.removesuffix(".weight"))
+        if is_packed(module):
+            return torch.Size((module.out_features, module.in_features))
+        return shape_of(model, base_module, base_weight_param_name)
+
+    @functools.wraps(weight_of)
+    def dequantize_weight(model: Any, module: Any) -> torch.Tensor:
+        return module.dequantize(model.dtype) if is_packed(module) else weight_of(model, module)
+
+    mixin._calculate_module_shape = staticmethod(calculate_module_shape)
+    lora_pipeline._maybe_dequantize_weight_for_expanded_lora = dequantize_weight
+
+
+def patch_lora_mixin(is_packed: Callable[[Any], bool]) -> None:
+    """Makes three methods of diffusers' models work where there are packed layers. Imports `diffusers.loaders.peft`.
+
+    - `save_lora_adapter` calls `self.to(dtype=None)`, which diffusers takes for a cast and refuses.
+    - `fuse_lora` and `unfuse_lora` add and remove tensors, so group offloading has to look at the model again (as
+      diffusers itself does after `delete_adapters` and `unload_lora`).
+
+    Args:
+        is_packed (`Callable`): whether a model has packed layers of ours.
+    """
+    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    if hasattr(PeftAdapterMixin.fuse_lora, "__wrapped__"):
+        return
+
+    def without_mark(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not getattr(self, "is_quantized", False) or not is_packed(self):
+                return method(self, *args, **kwargs)
+            self.is_quantized = False
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self.is_quantized = True
+
+        return wrapper
+
+    def then_offload(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = method(self, *args, **kwargs)
+            if is_packed(self):
+                _maybe_remove_and_reapply_group_offloading(self)
+            return result
+
+        return wrapper
+
+    PeftAdapterMixin.save_lora_adapter = without_mark(PeftAdapterMixin.save_lora_adapter)
+    PeftAdapterMixin.fuse_lora = then_offload(PeftAdapterMixin.fuse_lora)
+    PeftAdapterMixin.unfuse_lora = then_offload(PeftAdapterMixin.unfuse_lora)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's adapter layers on packed layers. Importing this imports PEFT."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compat_peft import LoHaConv2d, LoHaLinear, LoKrConv2d, LoKrLinear, LoraConv2d, LoraLinear
+from .packed_base import PackedBaseMixin
+
+
+# They subtract the adapter from the base weight, so that training starts at the same function.
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# PEFT's other variants change the base weight, or make parameters in its dtype.
+_VARIANTS = ((), ("use_dora",), ("mica",))
+
+
+class _LoraMixin(PackedBaseMixin):
+    """What LoRA on packed layers does differently."""
+
+    lora_B: nn.ModuleDict
+    lora_bias: dict[str, bool]
+    lora_variant: dict[str, Any]
+    scaling: dict[str, float]
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        """The variants that work without changing the base weight."""
+        variants: dict[tuple[str, ...], Any] = super().lora_variants  # type: ignore[misc] # of the PEFT layer
+        return {key: variant for key, variant in variants.items() if key in _VARIANTS}
+
+    def check_initialisation(self, config: Any) -> None:
+        """Checks that a new adapter leaves the base weight as it is.
+
+        Raises:
+            ValueError: if it would be changed.
+        """
+        init, packed = config.init_lora_weights, self.packed_base
+        if packed is not None and isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
+            raise ValueError(
+                f"init_lora_weights={init!r} subtracts the adapter from the base weight, and a packed "
+                f"{type(packed).__name__} cannot hold the difference. Use True, 'gaussian', 'orthogonal', 'eva' or "
+                "'mica'; what quantization itself lost is corrected by TernaryConfig(rank=...)."
+            )
+
+    def _merged_weight(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
+        variant = self.lora_variant.get(adapter_name)
+        if variant is None:
+            return super()._merged_weight(adapter_name, weight)
+        return variant.merge_safe(self, adapter_name, weight)
+
+    def _merged_bias(self, adapter_name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        if not self.lora_bias[adapter_name]:
+            return None
+        if bias is None:
+            raise RuntimeError(f"Cannot fuse {adapter_name!r}: it has a bias (lora_bias=True) and its base has none.")
+        return bias + self.lora_B[adapter_name].get_parameter("bias") * self.scaling[adapter_name]
+
+
+class TernaryLoraLinear(_LoraMixin, LoraLinear):
+    """LoRA (also DoRA) on a packed linear layer: the packed product, plus PEFT's own adapter arithmetic.
+
+    Made by PEFT for every packed layer that a `LoraConfig` targets. Plain LoRA does not look at the base weight; DoRA
+    uses its norms, for which the weight is dequantized in each forward.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        if kwargs.get("parameter_name") is not None:
+            raise ValueError(
+                f"target_parameters names {kwargs['parameter_name']!r} of a packed layer, which has no float weight. "
+                "Name the layer in target_modules."
+            )
+        config.fan_in_fan_out = False  # as PEFT does for nn.Linear: the weight is [N, K]
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        """Adds an adapter.
+
+        Raises:
+            ValueError: if its initialisation would change the base weight.
+        """
+        self.check_initialisation(config)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def mica_init(self, adapter_name: str) -> None:
+        """Minor components of the effective weight, whose float values are formed for this."""
+        with self.float_base(values=True):
+            super().mica_init(adapter_name)
+
+    def orthogonal_init(self, adapter_name: str) -> None:
+        """PEFT asks the base weight for the dtype."""
+        with self.float_base(values=False):
+            super().orthogonal_init(adapter_name)
+
+
+class TernaryLoraConv2d(_LoraMixin, LoraConv2d):
+    """LoRA (also DoRA) on a packed convolution."""
+
+    # PEFT counts the dimensions of the base weight, which is packed as a matrix.
+    _kernel_dim = property(lambda self: 4, lambda self, value: None)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        """Adds an adapter.
+
+        Raises:
+            ValueError: if its initialisation would change the base weight.
+        """
+        self.check_initialisation(config)
+        with self.float_base(values=config.use_dora):
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The update, of the float weight's shape."""
+        with self.float_base(values=False):
+            return super().get_delta_weight(adapter)
+
+
+class _LycorisMixin(PackedBaseMixin):
+    """LoHa and LoKr take the shape of their update from the base weight."""
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter."""
+        with self.float_base(values=False):
+            super().update_layer(*args, **kwargs)  # type: ignore[misc] # of the PEFT layer
+
+    def get_delta_weight(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The update, of the float weight's shape."""
+        with self.float_base(values=False):
+            return super().get_delta_weight(*args, **kwargs)  # type: ignore[misc] # of the PEFT layer
+
+
+class TernaryLoHaLinear(_LycorisMixin, LoHaLinear):
+    """LoHa on a packed linear layer."""
+
+
+class TernaryLoHaConv2d(_LycorisMixin, LoHaConv2d):
+    """LoHa on a packed convolution."""
+
+
+class TernaryLoKrLinear(_LycorisMixin, LoKrLinear):
+    """LoKr on a packed linear layer."""
+
+
+class TernaryLoKrConv2d(_LycorisMixin, LoKrConv2d):
+    """LoKr on a packed convolution."""

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What adapter layers do differently when their base layer is packed."""
+
+import functools
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..compat_peft import check_adapters_to_merge
+from ..layers import QuantizedConv2d, QuantizedLayer
+
+
+logger = logging.getLogger(__name__)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+if TYPE_CHECKING:
+    # At run time the mixin stands before one of PEFT's layers.
+    from ..compat_peft import BaseTunerLayer as _TunerLayer
+else:
+    _TunerLayer = object
+
+
+class PackedBaseMixin(_TunerLayer):
+    """Goes before a PEFT layer for `nn.Linear` or `nn.Conv2d` and makes it work on the packed layer.
+
+    Merging ("fusing") forms the dense weight of base and adapters and hands it to the base layer, which multiplies by
+    it from then on; the packed weight is not touched, so that unmerging is exact to the last bit. A weight is never
+    ternarised again behind the user's back.
+
+    The base may stop being packed (`model.dequantize()`): everything is then left to PEFT.
+    """
+
+    _stand_in: tuple[nn.Module, ...] = ()  # a tuple, or nn.Module would register it
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer under all adapters; while something needs it as a float layer, a float layer."""
+        return self._stand_in[0] if self._stand_in else super().get_base_layer()
+
+    @property
+    def packed_base(self) -> QuantizedLayer | None:
+        """The base layer if it is packed."""
+        base = super().get_base_layer()
+        return base if isinstance(base, QuantizedLayer) else None
+
+    @contextmanager
+    def float_base(self, *, values: bool) -> Iterator[None]:
+        """Shows PEFT a float layer of the base's shape: with its `values`, or on the meta device."""
+        packed = self.packed_base
+        if packed is None:
+            yield
+            return
+        self._stand_in = (packed.to_float(self._base_dtype(packed)) if values else _empty_float(packed),)
+        try:
+            yield
+        finally:
+            self._stand_in = ()
+
+    @staticmethod
+    def _base_dtype(packed: QuantizedLayer) -> torch.dtype | None:
+        # Layerwise casting stores float8, in which nothing is computed.
+        return packed.float_dtype if packed.float_dtype in _FLOATS else None
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
+        """Where new adapters go, and their dtype: that of the model, which the packed weight does not show."""
+        packed = self.packed_base
+        if packed is None:
+            return super()._get_base_layer_device_and_dtype(base_layer)
+        return packed.weight.device, self._base_dtype(packed)
+
+    # --- merging --------------------------------------------------------------------------------------------------
+
+    def _merged_weight(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
+        """`weight`, of the float layer's shape, with the adapter merged into it."""
+        return weight + self.get_delta_weight(adapter_name).to(weight.dtype)  # type: ignore[attr-defined]
+
+    def _merged_bias(self, adapter_name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """The bias that goes with it; `None` if the adapter has none."""
+        return None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merges adapters into a dense weight beside the packed one.
+
+        Args:
+            safe_merge (`bool`): whether to check for NaN and Inf first.
+            adapter_names (`list[str]`, *optional*): default: the active ones.
+
+        Raises:
+            ValueError: if the weights are not in memory, or `safe_merge` finds NaN or Inf.
+        """
+        packed = self.packed_base
+        if packed is None:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            return
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self._get_available_adapters():
+                with torch.no_grad():
+                    self._merge_one(packed, name, safe_merge)
+                self.merged_adapters.append(name)
+
+    def _merge_one(self, packed: QuantizedLayer, name: str, safe_merge: bool) -> None:
+        if any(parameter.is_meta for parameter in self.parameters()):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"Cannot fuse the adapter {name!r}: its weights are not in memory (sequential CPU offload keeps them "
+                "elsewhere). Call pipe.remove_all_hooks(), fuse, and enable the offload again; or do not fuse."
+            )
+        dtype = self._base_dtype(packed) or torch.float32
+        # float32: the sum is rounded once, to the dtype it is stored in.
+        exact = torch.promote_types(dtype, torch.float32)
+        weight = self._merged_weight(name, packed.dequantize(exact))
+        bias = self._merged_bias(name, packed.bias if packed.fused_bias is None else packed.fused_bias)
+        if safe_merge and not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
+            raise ValueError(f"NaN or Inf in the merged weight: the adapter {name!r} seems to be broken.")
+        packed.fuse(weight.to(dtype), bias)
+        _log_memory_once(dtype)
+
+    def unmerge(self) -> None:
+        """Drops the dense weight: the packed one, which was never touched, counts again."""
+        packed = self.packed_base
+        if packed is None:
+            super().unmerge()
+        elif not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        else:
+            packed.unfuse()
+            self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT's `unload()` and `merge_and_unload()` leave in the place of this layer.
+
+        After a merge that is a float layer: nobody can unmerge any more, so the packed weight has no use.
+        """
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        packed = self.packed_base
+        if packed is not None and packed.is_fused and merge:
+            return packed.to_float(self._base_dtype(packed))
+        return self.get_base_layer()
+
+
+def _empty_float(packed: QuantizedLayer) -> nn.Module:
+    """The float module that the packed one stands for, without values."""
+    if isinstance(packed, QuantizedConv2d):
+        return nn.Conv2d(
+            packed.in_channels,
+            packed.out_channels,
+            packed.kernel_size,  # type: ignore[arg-type] # torch annotates what its constructor takes, not what it keeps
+            stride=packed.stride,  # type: ignore[arg-type]
+            padding=packed.padding,  # type: ignore[arg-type]
+            dilation=packed.dilation,  # type: ignore[arg-type]
+            bias=packed.bias is not None,
+            device="meta",
+        )
+    rows, columns = packed.weight_shape
+    return nn.Linear(columns, rows, packed.bias is not None, device="meta")
+
+
+@functools.cache
+def _log_memory_once(dtype: torch.dtype) -> None:
+    logger.warning(
+        "Fused adapters: every layer they change holds a dense %s weight (%d bits per weight) beside its packed one, "
+        "and is as fast as a dense layer. unfuse_lora() drops it and restores the packed layer bit by bit.",
+        str(dtype).removeprefix("torch."),
+        8 * dtype.itemsize,
+    )

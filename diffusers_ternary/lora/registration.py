@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes adapters on packed layers known to PEFT and to diffusers' LoRA loaders."""
+
+from functools import partial
+
+from torch import nn
+
+from ..compat import patch_flux_expansion, patch_lora_mixin
+from ..layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from .after_import import after_import
+
+
+def register() -> None:
+    """Registers now with what is imported already, and with the rest when it is. Calling it again changes nothing."""
+    after_import("peft", _register_with_peft)
+    after_import("diffusers.loaders.lora_pipeline", partial(patch_flux_expansion, _is_packed_linear))
+    after_import("diffusers.loaders.peft", partial(patch_lora_mixin, _has_packed_layers))
+
+
+def _register_with_peft() -> None:
+    from ..compat_peft import DEQUANTIZE_MARK, add_custom_modules, add_lycoris_modules
+    from . import layers
+
+    setattr(QuantizedLayer, DEQUANTIZE_MARK, property(lambda layer: layer.weight))
+    add_custom_modules({QuantizedLinear: layers.TernaryLoraLinear, QuantizedConv2d: layers.TernaryLoraConv2d})
+    add_lycoris_modules(
+        loha={QuantizedLinear: layers.TernaryLoHaLinear, QuantizedConv2d: layers.TernaryLoHaConv2d},
+        lokr={QuantizedLinear: layers.TernaryLoKrLinear, QuantizedConv2d: layers.TernaryLoKrConv2d},
+    )
+
+
+def _is_packed_linear(module: object) -> bool:
+    return isinstance(module, QuantizedLinear)
+
+
+def _has_packed_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantizedLayer) for module in model.modules())
