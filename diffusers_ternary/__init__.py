@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import TernaryConfig
 from .layers import Int8Linear, TernaryLinear
+from .lora import register as register_adapters
 from .quantizers import quantize, register
 
 
@@ -51,3 +52,4 @@ def __getattr__(name: str) -> Any:
 
 
 register()
+register_adapters()

@@ -19,7 +19,7 @@ _VARIANTS = ((), ("use_dora",), ("mica",))
 class _LoraMixin(PackedBaseMixin):
     """What LoRA on packed layers does differently."""
 
-    lora_B: nn.ModuleDict
+    lora_B: nn.ModuleDict  # noqa: N815 - PEFT's name
     lora_bias: dict[str, bool]
     lora_variant: dict[str, Any]
     scaling: dict[str, float]
