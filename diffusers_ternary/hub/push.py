@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`push_to_hub`: packed weights, card, reports and an optional bfloat16 copy to the Hugging Face Hub."""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .base_card import BaseCard, read_base_card
+from .card import card_data, render_card
+from .consistency import check_reports, is_generated, merge_own_card
+from .dense import write_dense_copy
+from .facts import gather_facts
+from .loader import LOADER, loader_text
+from .recipes import CALIBRATION, DISTILLATION, calibration_recipe, distillation_recipe
+from .records import SHEET, WEIGHTS_KEY, Evaluation, read_evaluation, read_record
+from .source import CARD, DENSE, Source, read_source
+from .staging import stage
+from .upload import EVALUATION, upload
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Publication:
+    """Everything that a push would send, on disk.
+
+    Args:
+        source ([`Source`]): the packed weights.
+        base ([`BaseCard`]): what the base model's card says.
+        card (`ModelCard`): README.md.
+        files (`Mapping[str, Path]`): path in the repository → file.
+    """
+
+    source: Source
+    base: BaseCard
+    card: ModelCard
+    files: Mapping[str, pathlib.Path]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+
+def push_to_hub(
+    pipeline_or_model: "DiffusionPipeline | nn.Module | str | os.PathLike[str]",
+    repo_id: str,
+    *,
+    base_model: str,
+    report: Any = None,
+    calibration: Any = None,
+    distillation: Any = None,
+    include_dequantized: bool = False,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Publishes packed weights with a model card that says what was measured, and nothing else.
+
+    Everything is checked before the Hub is written to, and arrives in one commit: a repository never shows half of
+    a push. An interrupted push goes on where it was when it is repeated.
+
+    Args:
+        pipeline_or_model (`DiffusionPipeline`, `nn.Module`, `str` or `os.PathLike`):
+            A quantized pipeline or model, or the folder that it was saved to. A README.md in the folder is taken as
+            the card's text; its metadata are completed and checked.
+        repo_id (`str`): `namespace/name`; made if it does not exist.
+        base_model (`str`): Hub id of the float model. Licence and pipeline tag come from its card.
+        report ([`EvaluationResult`], `dict` or path, *optional*):
+            What `evaluate` found, or the folder of its report. Default: evaluation.json of the folder, if any.
+        calibration ([`CalibrationReport`], `dict` or path, *optional*): default: calibration.json of the folder.
+        distillation (report, `dict` or path, *optional*): default: distillation.json of the folder.
+        include_dequantized (`bool`):
+            Add a bfloat16 copy of the packed models in `bf16/`, which stock diffusers loads without this package.
+        private (`bool`, *optional*): visibility of a new repository.
+        token (`str`, *optional*): default: the stored one.
+        revision (`str`, *optional*): branch to push to, made if it does not exist, or `refs/pr/N`.
+        create_pr (`bool`): open a pull request instead.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: with `commit_url` and, for pull requests, `pr_url`.
+
+    Raises:
+        ValueError: if the source is not packed, incomplete or damaged, or a report or card contradicts it; for a
+            repository that cannot be used. Nothing is sent then.
+        PermissionError, OSError, ConnectionError: see [`explained_hub_errors`].
+    """
+    check_target(repo_id, revision=revision, create_pr=create_pr)
+    with tempfile.TemporaryDirectory(prefix="diffusers-ternary-push-") as work:
+        publication = prepare(
+            pipeline_or_model,
+            repo_id,
+            pathlib.Path(work),
+            base_model=base_model,
+            report=report,
+            calibration=calibration,
+            distillation=distillation,
+            include_dequantized=include_dequantized,
+            token=token,
+        )
+        return publish(publication, repo_id, private=private, token=token, revision=revision, create_pr=create_pr)
+
+
+def check_target(repo_id: str, *, revision: str | None, create_pr: bool) -> None:
+    """What can be known of the destination without asking the Hub.
+
+    Raises:
+        ValueError: for a malformed `repo_id`, or `create_pr` together with a revision.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id={repo_id!r} is no Hub id ({error}). Use namespace/name.") from error
+    if create_pr and revision is not None:
+        raise ValueError(
+            f"create_pr=True opens a pull request against the main branch, so revision={revision!r} has no meaning. "
+            "Give one of the two (revision='refs/pr/N' adds to an open pull request)."
+        )
+
+
+def prepare(
+    pipeline_or_model: Any,
+    repo_id: str,
+    work: pathlib.Path,
+    *,
+    base_model: str,
+    report: Any = None,
+    calibration: Any = None,
+    distillation: Any = None,
+    include_dequantized: bool = False,
+    token: str | None = None,
+) -> Publication:
+    """Checks the source and writes everything that goes with it into `work`; see [`push_to_hub`] for the rest.
+
+    Nothing is sent. The base model's card is read from the Hub, if it can be.
+    """
+    source = read_source(stage(pipeline_or_model, work / "model"))
+    generated = work / "generated"
+    generated.mkdir()
+    report = _default(report, source, EVALUATION)
+    evaluation = read_evaluation(report, generated)
+    records = {
+        name: None if given is None else read_record(given, argument)
+        for name, argument, given in (
+            (CALIBRATION, "calibration", _default(calibration, source, CALIBRATION)),
+            (DISTILLATION, "distillation", _default(distillation, source, DISTILLATION)),
+        )
+    }
+    check_reports(source, evaluation=evaluation, calibration=records[CALIBRATION], distillation=records[DISTILLATION])
+    base = read_base_card(base_model, token=token)
+    card = _card(source, repo_id, base, evaluation, records, include_dequantized)
+    warning = base.licence_warning()
+    if warning is not None:
+        logger.warning("%s", warning)
+
+    files = dict(source.files)
+    for name, record in records.items():
+        if record is not None:
+            files[name] = _write(generated / name, _json(record))
+    if evaluation is not None:
+        data = {WEIGHTS_KEY: source.weights_sha256, **evaluation.data}
+        files[EVALUATION] = _write(generated / EVALUATION, _json(data))
+        if evaluation.contact_sheet is not None:
+            files[SHEET] = evaluation.contact_sheet
+    if source.is_pipeline:
+        files[LOADER] = _write(generated / LOADER, loader_text(source.class_name))
+    if include_dequantized:
+        for part in source.packed:
+            for path in write_dense_copy(part, generated / DENSE / part.name):
+                files[path.relative_to(generated).as_posix()] = path
+    files[CARD] = _write(generated / CARD, str(card))
+    return Publication(source, base, card, files)
+
+
+def publish(
+    publication: Publication,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Sends what [`prepare`] made; see [`push_to_hub`] for the arguments."""
+    return upload(
+        publication.files,
+        repo_id,
+        message=f"Packed weights of {publication.base.repo_id}",
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+def _default(given: Any, source: Source, name: str) -> Any:
+    return source.files.get(name) if given is None else given
+
+
+def _card(
+    source: Source,
+    repo_id: str,
+    base: BaseCard,
+    evaluation: Evaluation | None,
+    records: Mapping[str, Mapping[str, Any] | None],
+    include_dequantized: bool,
+) -> ModelCard:
+    data = card_data(source, repo_id, base, evaluation)
+    own = None if source.card is None else ModelCard.load(source.card, ignore_metadata_errors=True)
+    if own is not None and not is_generated(own):
+        return merge_own_card(own, data, source, base)
+    calibration, distillation = records[CALIBRATION], records[DISTILLATION]
+    recipes = tuple(
+        recipe
+        for recipe in (
+            None if calibration is None else calibration_recipe(calibration),
+            None if distillation is None else distillation_recipe(distillation),
+        )
+        if recipe is not None
+    )
+    facts = gather_facts(
+        source,
+        repo_id,
+        base,
+        evaluation=evaluation,
+        recipes=recipes,
+        include_dequantized=include_dequantized,
+    )
+    return render_card(data, facts)
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write(path: pathlib.Path, text: str) -> pathlib.Path:
+    path.write_text(text, encoding="utf-8")
+    return path
