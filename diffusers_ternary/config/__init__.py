@@ -3,13 +3,14 @@
 
 from .patterns import matches, matches_any
 from .policy import ARCHITECTURE_POLICIES, ArchitecturePolicy, KeepRule, policy_for
-from .ternary_config import DENOISER_COMPONENTS, QUANT_METHOD, TernaryConfig, TernaryMethod
+from .ternary_config import DENOISER_COMPONENTS, QUANT_METHOD, RECOVER, TernaryConfig, TernaryMethod
 
 
 __all__ = [
     "ARCHITECTURE_POLICIES",
     "DENOISER_COMPONENTS",
     "QUANT_METHOD",
+    "RECOVER",
     "ArchitecturePolicy",
     "KeepRule",
     "TernaryConfig",

@@ -22,6 +22,9 @@ from ..ternarize import ROUNDINGS
 # Without this package diffusers prints only this string ("Unknown quantization type, got …"): it says what to install.
 QUANT_METHOD = "diffusers_ternary"
 
+# The "rounding" that never rounds: packs layers whose weights are ternary already, and keeps all others.
+RECOVER = "recover"
+
 OVERRIDE_KINDS = ("ternary", "int8", "keep")
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,7 +62,9 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         components (`list[str]`, *optional*):
             Components of a pipeline to quantize. `None` = its denoisers.
         rounding (`str`, *optional*, defaults to `"twn"`):
-            Rule for on-the-fly quantization: `"twn"`, `"optimum"` (least squares) or `"absmean"` (comparison only).
+            Rule for on-the-fly quantization: `"twn"`, `"optimum"` (least squares), `"absmean"` (comparison only), or
+            `"recover"`: no rounding; packs the layers whose weights are ternary already and keeps the others. Such
+            layers are packed exactly under every rule.
         scales (`str`, *optional*, defaults to `"auto"`):
             Scale layout: `"group"` (one 16-bit scale per group), `"double"` (an 8-bit multiplier per group and a
             16-bit scale per row) or `"auto"`, the smaller of the two for each layer.
@@ -105,7 +110,7 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         self.activation_dtype = _check_choice("activation_dtype", activation_dtype, ACTIVATION_DTYPES)
         self.compute_dtype = _check_compute_dtype(compute_dtype)
         self.components = _check_names("components", components)
-        self.rounding = _check_choice("rounding", rounding, tuple(ROUNDINGS))
+        self.rounding = _check_choice("rounding", rounding, (*ROUNDINGS, RECOVER))
         self.scales = _check_choice("scales", scales, ("auto", *SCALE_LAYOUTS))
         check_hadamard(hadamard)
         self.hadamard = hadamard

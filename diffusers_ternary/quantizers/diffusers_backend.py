@@ -23,9 +23,10 @@ from .checkpoint import (
     state_dict_to_file,
     to_memory,
 )
-from .convert import insert_packed, insert_placeholders, pack_options
+from .convert import insert_packed, insert_placeholders
 from .dequantize import dequantize_layers
 from .plan import plan_conversion
+from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
 from .summary import packed_layers, summarize
 
 
@@ -51,6 +52,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         self.checkpoint: PackedCheckpoint | None = None
         self.records: dict[str, LayerRecord] = {}
         self.kept: dict[str, str] = {}
+        self.packing = PackingRecord()
         self.progress: Any = None
         self.input_hook: Any = None
 
@@ -180,7 +182,10 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         assert isinstance(module, QuantizedLinear)
         # The loader has cast param_value to the model's dtype already; the checkpoint's own precision is better.
         weight = param_value if state_dict is None else state_dict[param_name]
-        module.pack(weight.to(target_device), name=name, **pack_options(self.quantization_config))
+        weight = weight.to(target_device)
+        if not pack_layer(module, weight, name=name, config=self.quantization_config, record=self.packing):
+            model.set_submodule(name, float_layer(module, param_value.to(target_device)))
+            self.kept[name] = NOT_TERNARY
         self.progress.update()
 
     # --- after the weights --------------------------------------------------------------------------------------
@@ -189,6 +194,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         if self.progress is not None:
             self.progress.close()
             self.progress = None
+        self.packing.report(model)
         for name, layer in packed_layers(model).items():
             if not layer.is_packed:
                 raise ValueError(f"The checkpoint has no weight for {name}. Check that no shard is missing.")

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from diffusers.utils.logging import tqdm
 from torch import nn
 
-from ..config import TernaryConfig
+from ..config import RECOVER, TernaryConfig
 from ..layers import QuantizedLinear
-from ..ternarize import check_finite
-from .convert import pack_options, placeholder_for
+from ..ternarize import check_finite, find_group_size, ternary_fit
+from .convert import placeholder_for
 from .diffusers_backend import TernaryDiffusersQuantizer
 from .plan import ConversionPlan, layer_spec, plan_conversion
+from .recovery import NOT_TERNARY, PackingRecord, pack_layer
 from .summary import summarize
 from .transformers_backend import TernaryTransformersQuantizer
 
@@ -82,7 +83,22 @@ def _checked_plan(model: nn.Module, config: TernaryConfig) -> ConversionPlan:
     plan = plan_conversion(model, config)
     for name in plan.kinds:
         check_finite(model.get_parameter(f"{name}.weight"), name=name)
-    return plan
+    return _ternary_layers_only(model, plan) if config.rounding == RECOVER else plan
+
+
+def _ternary_layers_only(model: nn.Module, plan: ConversionPlan) -> ConversionPlan:
+    weights = {name: model.get_parameter(f"{name}.weight").detach().flatten(1) for name in plan.kinds}
+    kinds = {
+        name: kind for name, kind in plan.kinds.items() if kind == "int8" or find_group_size(weights[name]) is not None
+    }
+    if not any(kind == "ternary" for kind in kinds.values()):
+        fits = {name: ternary_fit(weight) for name, weight in weights.items()}
+        name = max(fits, key=lambda name: fits[name].fraction)
+        raise ValueError(
+            f"{type(model).__name__} has no layer whose weights are ternary. The nearest is {name}: {fits[name]}. "
+            f'rounding="{RECOVER}" never rounds: choose another rounding to quantize this model.'
+        )
+    return ConversionPlan(kinds, {**plan.kept, **{name: NOT_TERNARY for name in plan.kinds if name not in kinds}})
 
 
 def replace_layers(
@@ -96,7 +112,8 @@ def replace_layers(
         config ([`TernaryConfig`]): what the plan was made with.
         fill (`Callable`, *optional*): packs a layer; default: rounding as `config` says.
     """
-    fill = fill or _rounding_filler(config)
+    record = PackingRecord()
+    fill = fill or _rounding_filler(config, record)
     for name, kind in tqdm(plan.kinds.items(), desc="Packing layers", leave=False):
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear)
@@ -104,12 +121,13 @@ def replace_layers(
         fill(name, layer, module)
         model.set_submodule(name, layer)
     _attach_quantizer(model, config)
+    record.report(model)
     logger.info("%s", summarize(model, plan.kept))
 
 
-def _rounding_filler(config: TernaryConfig) -> LayerFiller:
+def _rounding_filler(config: TernaryConfig, record: PackingRecord) -> LayerFiller:
     def fill(name: str, layer: QuantizedLinear, module: nn.Linear) -> None:
-        layer.pack(module.weight.detach(), name=name, **pack_options(config))
+        pack_layer(layer, module.weight.detach(), name=name, config=config, record=record)
 
     return fill
 

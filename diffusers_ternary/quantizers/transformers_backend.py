@@ -20,9 +20,10 @@ from .checkpoint import (
     state_dict_to_file,
     to_memory,
 )
-from .convert import insert_packed, insert_placeholders, pack_options
+from .convert import insert_packed, insert_placeholders
 from .dequantize import dequantize_layers
 from .plan import plan_conversion
+from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
 from .summary import packed_layers, summarize
 
 
@@ -50,14 +51,19 @@ class PackOnLoad(QuantizerOperation):
         value = next(iter(input_dict.values()))
         weight = value[0] if isinstance(value, list) else value
         layer = kwargs["model"].get_submodule(name)
-        options = pack_options(self.quantizer.quantization_config)
+        quantizer, config = self.quantizer, self.quantizer.quantization_config
         try:
-            layer.pack(weight, name=name, **options)
+            packed = pack_layer(layer, weight, name=name, config=config, record=quantizer.packing)
         except ValueError as error:
             # The loader would bury it in a report of its own; it is raised when the loader is done.
-            self.quantizer.first_error = self.quantizer.first_error or error
-            layer.pack(torch.zeros_like(weight), name=name, **options)
-        for parameter_name in layer.packed_names:
+            quantizer.first_error = quantizer.first_error or error
+            packed = pack_layer(layer, torch.zeros_like(weight), name=name, config=config, record=PackingRecord())
+        names = layer.packed_names
+        if not packed:
+            layer, names = float_layer(layer, weight.to(layer.weight.dtype)), ("weight",)
+            kwargs["model"].set_submodule(name, layer)
+            quantizer.kept[name] = NOT_TERNARY
+        for parameter_name in names:
             parameter = getattr(layer, parameter_name)
             if parameter is not None:
                 parameter._is_hf_initialized = True  # transformers draws random values for what is not marked
@@ -92,6 +98,7 @@ class TernaryTransformersQuantizer(HfQuantizer):
         self.kept: dict[str, str] = {}
         # The first layer that could not be packed; raised after loading.
         self.first_error: ValueError | None = None
+        self.packing = PackingRecord()
         self.read: set[str] = set()
 
     # --- before the weights -------------------------------------------------------------------------------------
@@ -184,6 +191,7 @@ class TernaryTransformersQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.first_error is not None:
             raise self.first_error
+        self.packing.report(model)
         for name, layer in packed_layers(model).items():
             if not layer.is_packed:
                 raise ValueError(f"The checkpoint has no weight for {name}. Check that no shard is missing.")

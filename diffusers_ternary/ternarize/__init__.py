@@ -3,6 +3,7 @@
 
 from .int8 import Int8Weight, quantize_int8
 from .low_rank import LowRank, low_rank_residual
+from .recover import TernaryFit, find_group_size, looks_ternary, recover, ternary_fit
 from .rotation import hadamard_matrix, rotate
 from .rounding import ROUNDINGS, Ternarized, absmean, optimum, twn
 from .weight import TernaryWeight, check_finite, ternarize
@@ -13,14 +14,19 @@ __all__ = [
     "Int8Weight",
     "LowRank",
     "Ternarized",
+    "TernaryFit",
     "TernaryWeight",
     "absmean",
     "check_finite",
+    "find_group_size",
     "hadamard_matrix",
+    "looks_ternary",
     "low_rank_residual",
     "optimum",
     "quantize_int8",
+    "recover",
     "rotate",
     "ternarize",
+    "ternary_fit",
     "twn",
 ]

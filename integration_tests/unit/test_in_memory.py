@@ -91,8 +91,12 @@ class TestRefusals:
     def test_again_after_dequantize(self):
         model = quantize(denoisers.pixart())
         model.dequantize()
+        dense = model.transformer_blocks[0].attn1.to_q.weight.clone()
         quantize(model, TernaryConfig(group_size=16))
-        assert packed_layers(model)["transformer_blocks.0.attn1.to_q"].spec.group_size == 16
+        # The weights are ternary already: packed as they are, not rounded a second time.
+        layer = packed_layers(model)["transformer_blocks.0.attn1.to_q"]
+        assert layer.spec.group_size == 64
+        assert torch.equal(layer.dequantize(dense.dtype), dense)
 
     def test_adapters(self):
         model = denoisers.sd3()

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lossless recovery: finds the codes and scales in a dense weight that was ternary before it was dequantized.
+
+Such a weight holds only {-s, 0, +s} in every group of a row, but the file does not say how long the groups are. Every
+place where the magnitude changes along a row must lie on a group boundary; the group sizes that all these places allow
+are found from a few rows, and the largest is then checked on every weight. Nothing is ever rounded: a single weight
+that does not fit makes the answer "not ternary". (Negative zeros become zeros, which compare equal.)
+"""
+
+import dataclasses
+
+import torch
+
+from ..format import TernarySpec, group_count, pack_planes
+from .weight import TernaryWeight
+
+
+MIN_GROUP_SIZE = 32
+RECOVERABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Enough rows to tell: a weight that is not ternary betrays itself in the first one.
+_SAMPLE_ROWS = 8
+# Bounds the temporary copies: weights checked, and pairs tried against group sizes, at a time.
+_CHUNK_WEIGHTS = 1 << 20
+_CHUNK_PAIRS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class TernaryFit:
+    """How much of a dense weight is ternary.
+
+    Args:
+        group_size (`int`): the group size that was looked at.
+        fraction (`float`): share of its groups that hold only {-s, 0, +s}; 1 = ternary.
+    """
+
+    group_size: int
+    fraction: float
+
+    @property
+    def almost(self) -> bool:
+        """Ternary for the most part, yet not exactly: probably a damaged or edited ternary checkpoint."""
+        return 0.5 <= self.fraction < 1
+
+    def __str__(self) -> str:
+        # Rounded down, so that 100 % is said of ternary weights only.
+        return f"{int(self.fraction * 10000) / 100:g} % of the groups of {self.group_size} are ternary"
+
+
+def recover(weight: torch.Tensor) -> TernaryWeight | None:
+    """Packs a dense weight whose groups hold only {-s, 0, +s}; the result dequantizes to equal values.
+
+    Args:
+        weight (`torch.Tensor`): `[N, K]`, bfloat16, float16 or float32; any group size from 32 up to the whole row.
+
+    Returns:
+        [`TernaryWeight`] with scales in the dtype of `weight` (float32 scales in 16 bits where that is exact), or
+        `None` if the weight is not ternary. A weight of another dtype or shape is not ternary either.
+    """
+    size = find_group_size(weight)
+    if size is None:
+        return None
+    rows, columns = weight.shape
+    packed, scales = [], []
+    for part in _row_chunks(weight):
+        packed.append(pack_planes(part.sign().to(torch.int8)))
+        scales.append(_from_magnitudes(_group_magnitudes(part, size).amax(dim=-1), weight.dtype))
+    spec = TernarySpec(rows, columns, size)
+    return TernaryWeight(spec, torch.cat(packed), _smallest_exact(torch.cat(scales)))
+
+
+def find_group_size(weight: torch.Tensor) -> int | None:
+    """The largest group size with which every group of every row holds only {-s, 0, +s}; `None` if there is none.
+
+    A weight that is not ternary costs a look at a few rows; a ternary one is read completely.
+    """
+    if weight.dim() != 2 or weight.dtype not in RECOVERABLE_DTYPES or weight.numel() == 0:
+        return None
+    rows, columns = weight.shape
+    sizes = torch.arange(min(MIN_GROUP_SIZE, columns), columns + 1, device=weight.device)
+    sample = torch.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS), device=weight.device).long()
+    sizes = _consistent(weight[sample], sizes)
+    while sizes.numel():
+        best = _preferred(sizes, columns)
+        failing = _first_misfit(weight, best)
+        if failing is None:
+            return best
+        sizes = _consistent(failing, sizes[sizes != best])
+    return None
+
+
+def looks_ternary(weight: torch.Tensor) -> bool:
+    """The cheap half of the test: whether a few rows are ternary."""
+    if weight.dim() != 2 or weight.dtype not in RECOVERABLE_DTYPES or weight.numel() == 0:
+        return False
+    rows, columns = weight.shape
+    sizes = torch.arange(min(MIN_GROUP_SIZE, columns), columns + 1, device=weight.device)
+    sample = torch.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS), device=weight.device).long()
+    # Most of them: one damaged row must not hide what the others say.
+    fitting = sum(bool(_consistent(weight[row : row + 1], sizes).numel()) for row in sample.tolist())
+    return 2 * fitting > len(sample)
+
+
+def ternary_fit(weight: torch.Tensor) -> TernaryFit:
+    """How much of a dense `[N, K]` weight is ternary: for reports, and to recognise what is almost ternary."""
+    columns = weight.shape[1]
+    sizes = [size for size in (columns, 256, 128, 64, MIN_GROUP_SIZE) if size <= columns]
+    if weight.dtype not in RECOVERABLE_DTYPES:
+        return TernaryFit(sizes[-1], 0.0)
+    fits = []
+    for size in dict.fromkeys(sizes):
+        good = sum(int(_fitting_groups(part, size).sum()) for part in _row_chunks(weight))
+        fits.append(TernaryFit(size, good / (weight.shape[0] * group_count(columns, size))))
+    # Smaller groups always fit better: the largest that comes close to the best is the one they were made with.
+    best = max(fit.fraction for fit in fits)
+    return next(fit for fit in fits if fit.fraction >= 0.9 * best)
+
+
+def _row_chunks(weight: torch.Tensor) -> list[torch.Tensor]:
+    return list(weight.split(max(1, _CHUNK_WEIGHTS // weight.shape[1])))
+
+
+def _magnitudes(weight: torch.Tensor) -> torch.Tensor:
+    """Bit patterns of |weight| as integers, which order and compare as the values do."""
+    if weight.element_size() == 2:
+        return weight.contiguous().view(torch.int16) & 0x7FFF
+    return weight.contiguous().view(torch.int32) & 0x7FFFFFFF
+
+
+def _from_magnitudes(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return bits.contiguous().view(dtype)
+
+
+def _group_magnitudes(weight: torch.Tensor, size: int) -> torch.Tensor:
+    """Magnitudes by group `[R, G, size]`, the last group padded with zeros."""
+    rows, columns = weight.shape
+    groups = group_count(columns, size)
+    padded = torch.nn.functional.pad(_magnitudes(weight), (0, groups * size - columns))
+    return padded.view(rows, groups, size)
+
+
+def _fitting_groups(weight: torch.Tensor, size: int) -> torch.Tensor:
+    groups = _group_magnitudes(weight, size)
+    largest = groups.amax(dim=-1, keepdim=True)  # [R, G, 1]
+    finite = largest < _magnitudes(torch.full((1,), torch.inf, dtype=weight.dtype, device=weight.device))
+    return (((groups == 0) | (groups == largest)).all(dim=-1, keepdim=True) & finite).squeeze(-1)
+
+
+def _first_misfit(weight: torch.Tensor, size: int) -> torch.Tensor | None:
+    """Up to a few rows that are not ternary in groups of `size`, or `None` if all are."""
+    for part in _row_chunks(weight):
+        fits = _fitting_groups(part, size).all(dim=-1)
+        if not bool(fits.all()):
+            return part[~fits][:_SAMPLE_ROWS]
+    return None
+
+
+def _consistent(rows: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Those of the group sizes (ascending) with which these rows can be ternary."""
+    mags = _magnitudes(rows)
+    columns = mags.shape[1]
+    if not bool(torch.isfinite(rows).all()):
+        return sizes[:0]
+    positions = torch.arange(columns, device=mags.device).expand_as(mags)
+    last = torch.where(mags > 0, positions, -1).cummax(dim=1).values
+    before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)  # position of the previous nonzero weight
+    changes = (mags > 0) & (before >= 0) & (mags != mags.gather(1, before.clamp_min(0)))
+    # Groups of the smallest size have this many inner boundaries; this is where ordinary weights stop.
+    if sizes.numel() == 0 or int(changes.sum(dim=1).max()) >= group_count(columns, int(sizes[0])):
+        return sizes[:0]
+    # The boundary lies after the previous nonzero weight and not after the one that differs.
+    pairs = torch.unique(torch.stack([before[changes], positions[changes]]), dim=1)
+    pairs = pairs[:, (pairs[1] - pairs[0]).argsort()]  # the tightest first: they rule out the most
+    for chunk in pairs.split(_CHUNK_PAIRS, dim=1):
+        sizes = sizes[(chunk[0, :, None] // sizes < chunk[1, :, None] // sizes).all(dim=0)]
+    return sizes
+
+
+def _preferred(sizes: torch.Tensor, columns: int) -> int:
+    """The fewest groups; then sizes that divide the row; then the roundest."""
+    return min(sizes.tolist(), key=lambda size: (group_count(columns, size), columns % size != 0, -(size & -size)))
+
+
+def _smallest_exact(scales: torch.Tensor) -> torch.Tensor:
+    if scales.dtype == torch.float32:
+        for dtype in (torch.float16, torch.bfloat16):
+            narrow = scales.to(dtype)
+            if torch.equal(narrow.float(), scales):
+                return narrow
+    return scales
