@@ -12,12 +12,13 @@ from .console import console
 from .demo import demo_command
 from .evaluate import evaluate_command
 from .inspect import inspect_command
+from .push import push_command
 from .quantize import quantize_command
 
 
 app = typer.Typer(
     name="diffusers-ternary",
-    help="Ternary (1.58-bit) diffusion models: quantize, calibrate, inspect, compare. "
+    help="Ternary (1.58-bit) diffusion models: quantize, calibrate, inspect, compare, publish. "
     "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad input (the message says what to do).",
     no_args_is_help=True,
     add_completion=False,
@@ -29,6 +30,7 @@ app.command("quantize")(quantize_command)
 app.command("calibrate")(calibrate_command)
 app.command("inspect")(inspect_command)
 app.command("evaluate")(evaluate_command)
+app.command("push")(push_command)
 
 
 def _print_version(value: bool) -> None:

@@ -99,7 +99,7 @@ def float_shapes(model: PackedModel) -> dict[str, torch.Size]:
     ]
     if wrong:
         raise ValueError(
-            f"{model.folder} holds the packed layer {wrong[0]}, which {model.class_name} has not, or not in that size. "
+            f"{model.folder} holds a packed layer {wrong[0]}, which {model.class_name} has not, or in another size. "
             "config.json does not fit the weights."
         )
     return {name: shapes[f"{name}.weight"] for name in model.layout.layers}

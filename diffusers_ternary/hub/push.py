@@ -86,7 +86,8 @@ def push_to_hub(
         calibration ([`CalibrationReport`], `dict` or path, *optional*): default: calibration.json of the folder.
         distillation (report, `dict` or path, *optional*): default: distillation.json of the folder.
         include_dequantized (`bool`):
-            Add a bfloat16 copy of the packed models in `bf16/`, which stock diffusers loads without this package.
+            Add a bfloat16 copy of the packed models in `bf16/`, which stock diffusers loads without this package. It
+            is written to the folder for temporary files first.
         private (`bool`, *optional*): visibility of a new repository.
         token (`str`, *optional*): default: the stored one.
         revision (`str`, *optional*): branch to push to, made if it does not exist, or `refs/pr/N`.
