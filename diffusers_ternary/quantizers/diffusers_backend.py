@@ -3,6 +3,7 @@
 
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         self.checkpoint: PackedCheckpoint | None = None
         self.records: dict[str, LayerRecord] = {}
         self.kept: dict[str, str] = {}
+        # Parameters whose float values are packed while loading.
+        self.to_pack: set[str] = set()
         self.packing = PackingRecord()
         self.progress: Any = None
         self.input_hook: Any = None
@@ -123,6 +126,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         plan = plan_conversion(model, self.quantization_config)
         insert_placeholders(model, plan, self.quantization_config)
         self.kept = plan.kept
+        self.to_pack = {f"{name}.weight" for name in plan.kinds}
         self.progress = tqdm(total=len(plan.kinds), desc="Packing layers", leave=False)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -143,18 +147,24 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         """Turns the packed tensors of a shard into their memory layout, checking every tensor on the way."""
         if self.checkpoint is None:
             _refuse_packed_single_file(state_dict)
-            return state_dict
+            # Kept tensors are copied out of the mapped file: one that stays would keep the whole of it mapped.
+            return {name: tensor if name in self.to_pack else tensor.clone() for name, tensor in state_dict.items()}
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # checksums and conversions release the GIL
+            return dict(zip(state_dict, pool.map(self._read_tensor, state_dict, state_dict.values()), strict=True))
+
+    def _read_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        assert self.checkpoint is not None
         layout = self.checkpoint.layout
-        converted = {}
-        for name, tensor in state_dict.items():
-            source = self.checkpoint.tensors[name].file if name in self.checkpoint.tensors else "checkpoint"
-            check_crc(name, tensor, layout, source=source)
-            part = owner(name, layout.layers)
-            if part is not None:
-                layer, suffix = part
-                tensor = to_memory(name, suffix, tensor, layout.layers[layer], source=source)
-            converted[name] = tensor
-        return converted
+        source = self.checkpoint.tensors[name].file if name in self.checkpoint.tensors else "checkpoint"
+        check_crc(name, tensor, layout, source=source)
+        part = owner(name, layout.layers)
+        if part is not None:
+            layer, suffix = part
+            converted = to_memory(name, suffix, tensor, layout.layers[layer], source=source)
+            if converted.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+                return converted
+            tensor = converted
+        return tensor.clone()  # out of the mapped file: one tensor that stays would keep the whole of it mapped
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Any, param_name: str, state_dict: dict[str, Any], **kwargs: Any
