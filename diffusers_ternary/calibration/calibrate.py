@@ -1,41 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """`calibrate`: ternarizes a pipeline with codes that fit what its layers see while it draws."""
 
-import dataclasses
-import gc
 import importlib.metadata
-import logging
 import os
 import platform
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.logging import tqdm
 from torch import nn
 
 from ..config import TernaryConfig
-from ..format import LayerSpec
-from ..layers import QuantizedLinear, TernaryLinear
-from ..quantizers import (
-    ConversionPlan,
-    bits_per_weight,
-    packed_layers,
-    plan_pipeline,
-    replace_layers,
-)
+from ..format import TernarySpec
+from ..quantizers import ConversionPlan, bits_per_weight, plan_pipeline, replace_layers
 from ..rollouts import Rollouts, fingerprint, make_rollouts, weights_sha256
+from .allocation import Allocation, apply_choices, layer_sensitivities
+from .budget import SizeBudget
+from .candidates import Candidate, candidates_for
 from .config import CalibrationConfig
-from .hessian import InputMoments
 from .report import CalibrationReport, LayerReport
-from .solver import SolvedLayer, solve_layer
-from .statistics import GroupFinder, InputGroup, MomentCollector, split_passes
+from .run import CalibrationRun, SolvedCandidates, solved_on
+from .sensitivity import Sensitivities, TeacherStates, measure_sensitivities, record_states
 from .store import FinishedLayer, LayerStore
 
 
-logger = logging.getLogger(__name__)
 _VERSIONED = ("diffusers-ternary", "diffusers", "transformers", "torch")
 
 
@@ -93,101 +81,69 @@ def calibrate(
     plans = plan_pipeline(pipeline, config)
     weights = weights_sha256({name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)})
     store = LayerStore(work_dir, _fingerprint(pipeline, config, calibration, weights, rollouts))
-    run = _Run(pipeline, config, calibration, rollouts, store)
-    finished = {component: run.solve(component, plan) for component, plan in plans.items()}
-    for component, plan in plans.items():
-        _install(pipeline.components[component], plan, config, finished[component])
-    return _report(pipeline, plans, finished, run, weights)
-
-
-@dataclasses.dataclass
-class _Run:
-    """The part that needs statistics: pass after pass over the prompts, solving what each pass measured."""
-
-    pipeline: DiffusionPipeline
-    config: TernaryConfig
-    calibration: CalibrationConfig
-    rollouts: Rollouts
-    store: LayerStore
-    passes: int = 0
-    statistics_bytes: int = 0
-    seconds_statistics: float = 0.0
-
-    def solve(self, component: str, plan: ConversionPlan) -> dict[str, FinishedLayer]:
-        """Solves the ternary layers of one component; int8 layers need no statistics."""
-        model = self.pipeline.components[component]
-        names = [name for name, kind in plan.kinds.items() if kind == "ternary"]
-        stored = {name: self.store.load(f"{component}.{name}") for name in names}
-        finished = {name: layer for name, layer in stored.items() if layer is not None}
-        missing = [name for name in names if name not in finished]
-        if not missing:
-            return finished
-        if finished:
-            logger.info("%s: %d of %d layers were finished already.", component, len(finished), len(names))
-        dtype = self.calibration.dtype
-        with _explained_memory(self.calibration):
-            groups = self._groups(model, missing)
-            for part in split_passes(groups, limit=self.calibration.memory_limit_bytes, dtype=dtype):
-                moments = self._collect(model, part)
-                for group in tqdm(part, desc=f"Solving {component}", leave=False):
-                    self._solve_group(component, group, moments.pop(group.layers[0]), finished)
-        return {name: finished[name] for name in names}
-
-    def _groups(self, model: nn.Module, names: Sequence[str]) -> list[InputGroup]:
-        first = dataclasses.replace(self.rollouts, prompts=self.rollouts.prompts[:1])
-        with GroupFinder(model, names) as finder:
-            first.run(self.pipeline, description="Finding shared inputs")
-        return finder.groups()
-
-    def _collect(self, model: nn.Module, groups: Sequence[InputGroup]) -> dict[str, InputMoments]:
-        start = time.perf_counter()
-        with MomentCollector(model, groups, dtype=self.calibration.dtype) as collector:
-            self.rollouts.run(self.pipeline, description=f"Gathering statistics (pass {self.passes + 1})")
-        self.passes += 1
-        self.statistics_bytes = max(self.statistics_bytes, sum(g.bytes(self.calibration.dtype) for g in groups))
-        moments = collector.moments()
-        self.seconds_statistics += time.perf_counter() - start
-        return moments
-
-    def _solve_group(
-        self, component: str, group: InputGroup, moments: InputMoments, finished: dict[str, FinishedLayer]
-    ) -> None:
-        for name in group.layers:
-            module = self.pipeline.components[component].get_submodule(name)
-            start = time.perf_counter()
-            solved = solve_layer(
-                module.weight.detach(),
-                moments,
-                group_size=self.config.group_size,
-                scales=self.config.scales,
-                config=self.calibration.solver,
-                correct_bias=self.calibration.correct_bias and module.bias is not None,
-                name=f"{component}.{name}",
+    models = {component: pipeline.components[component] for component in plans}
+    candidates = {
+        component: {
+            name: candidates_for(models[component].get_parameter(f"{name}.weight"), config, calibration)
+            for name, kind in plan.kinds.items()
+            if kind == "ternary"
+        }
+        for component, plan in plans.items()
+    }
+    allocation = Allocation(models, plans, candidates, config)
+    budget = None if calibration.size_budget is None else SizeBudget.parse(calibration.size_budget)
+    if budget is not None:
+        allocation.check(budget)
+    run = CalibrationRun(pipeline, config, calibration, rollouts, store)
+    solved = {component: run.solve(component, wanted) for component, wanted in candidates.items()}
+    states: dict[str, TeacherStates] = {}
+    sensitivities: dict[str, Sensitivities] = {}
+    if calibration.sensitivity is not None:
+        for component, wanted in candidates.items():
+            states[component] = record_states(pipeline, component, rollouts, calibration.sensitivity)
+            sensitivities[component] = measure_sensitivities(
+                pipeline, component, states[component], wanted, solved[component], store
             )
-            layer = FinishedLayer(_to(solved, "cpu"), moments.count, time.perf_counter() - start)
-            self.store.save(f"{component}.{name}", layer)
-            finished[name] = layer
-
-
-def _to(solved: SolvedLayer, device: torch.device | str) -> SolvedLayer:
-    weight = dataclasses.replace(
-        solved.weight,
-        packed=solved.weight.packed.to(device),
-        scale=solved.weight.scale.to(device),
-        multiplier=None if solved.weight.multiplier is None else solved.weight.multiplier.to(device),
+    if budget is not None:
+        choices = allocation.spend(budget, sensitivities)
+    else:
+        choices = {c: {name: wanted[0] for name, wanted in layers.items()} for c, layers in candidates.items()}
+    ranking = layer_sensitivities(models, sensitivities, choices, config)
+    bits = allocation.bits_per_weight(choices)
+    finished = {component: _chosen(solved[component], choices[component]) for component in plans}
+    for component, plan in plans.items():
+        _install(models[component], *apply_choices(plan, config, choices[component]), finished[component])
+    rows = tuple(_rows(finished))
+    return CalibrationReport(
+        layers=rows,
+        bits_per_weight=bits,
+        prompts=len(rollouts.prompts),
+        prompts_sha256=rollouts.sha256(),
+        weights_sha256=weights,
+        passes=run.passes,
+        statistics_bytes=run.statistics_bytes,
+        seconds_statistics=run.seconds_statistics,
+        seconds_solver=sum(row.seconds for row in rows if not row.resumed),
+        config=config.to_dict(),
+        calibration=calibration.to_dict(),
+        versions=_versions(pipeline),
+        sensitivity=ranking,
+        velocity_nmse={component: held.error(models[component]) for component, held in states.items()},
     )
-    change = None if solved.bias_change is None else solved.bias_change.to(device)
-    return dataclasses.replace(solved, weight=weight, bias_change=change)
+
+
+def _chosen(solved: SolvedCandidates, choices: Mapping[str, Candidate]) -> dict[str, FinishedLayer]:
+    return {name: solved[name][choice] for name, choice in choices.items() if choice.kind == "ternary"}
 
 
 def _install(
     model: nn.Module, plan: ConversionPlan, config: TernaryConfig, finished: Mapping[str, FinishedLayer]
 ) -> None:
-    def fill(name: str, layer: QuantizedLinear, module: nn.Linear) -> None:
-        if not isinstance(layer, TernaryLinear):
+    def fill(name: str, layer: Any, module: Any) -> None:
+        if not isinstance(layer.spec, TernarySpec):
             layer.pack(module.weight.detach(), name=name)
             return
-        solved = _to(finished[name].solved, module.weight.device)
+        solved = solved_on(finished[name].solved, module.weight.device)
         layer.install_weight(solved.weight)
         if solved.bias_change is not None:
             bias = module.bias.detach()
@@ -204,7 +160,8 @@ def _fingerprint(
     rollouts: Rollouts,
 ) -> str:
     settings = calibration.to_dict()
-    settings.pop("memory_limit")  # changes the order of work, not the result
+    for name in ("memory_limit", "size_budget", "sensitivity"):
+        settings.pop(name)  # change the order and the choice of the work, not its results
     return fingerprint(
         pipeline=type(pipeline).__name__,
         scheduler=dict(getattr(getattr(pipeline, "scheduler", None), "config", {})),
@@ -216,55 +173,9 @@ def _fingerprint(
     )
 
 
-class _explained_memory:  # noqa: N801 - reads as a function
-    """Says which option lowers the need when memory runs out."""
-
-    def __init__(self, calibration: CalibrationConfig) -> None:
-        self._calibration = calibration
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-        if not allocator and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            return
-        gc.collect()
-        limit = self._calibration.memory_limit
-        raise MemoryError(
-            f"Out of memory while calibrating (memory_limit={limit!r}, batch_size={self._calibration.batch_size}). "
-            "Set a smaller memory_limit (statistics are then gathered in more passes), lower batch_size, or enable "
-            "pipeline.enable_model_cpu_offload(). Finished layers are kept if work_dir was given."
-        ) from error
-
-
-def _report(
-    pipeline: DiffusionPipeline,
-    plans: Mapping[str, ConversionPlan],
-    finished: Mapping[str, Mapping[str, FinishedLayer]],
-    run: _Run,
-    weights: str,
-) -> CalibrationReport:
-    specs: dict[str, LayerSpec] = {}
-    for component in plans:
-        layers = packed_layers(pipeline.components[component])
-        specs.update({f"{component}.{name}": layer.spec for name, layer in layers.items()})
-    rows = tuple(_rows(finished))
+def _versions(pipeline: DiffusionPipeline) -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
-    return CalibrationReport(
-        layers=rows,
-        bits_per_weight=bits_per_weight(specs),
-        prompts=len(run.rollouts.prompts),
-        prompts_sha256=run.rollouts.sha256(),
-        weights_sha256=weights,
-        passes=run.passes,
-        statistics_bytes=run.statistics_bytes,
-        seconds_statistics=run.seconds_statistics,
-        seconds_solver=sum(row.seconds for row in rows if not row.resumed),
-        config=run.config.to_dict(),
-        calibration=run.calibration.to_dict(),
-        versions={**versions, "python": platform.python_version(), "device": str(pipeline.device)},
-    )
+    return {**versions, "python": platform.python_version(), "device": str(pipeline.device)}
 
 
 def _rows(finished: Mapping[str, Mapping[str, FinishedLayer]]) -> Iterator[LayerReport]:

@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from torch import nn
+import torch
 
 from ..config import TernaryConfig
 from ..format import Int8Spec, LayerSpec, TernarySpec, normalize_group_size
@@ -34,9 +34,9 @@ class Candidate:
         group = "row" if self.group_size is None else f"g{self.group_size}"
         return f"{group}-r{self.rank}" if self.rank else group
 
-    def spec(self, module: nn.Linear, scales: str) -> LayerSpec | None:
-        """What is stored for a layer; `None` if it is kept."""
-        rows, columns = module.out_features, module.in_features
+    def spec(self, weight: torch.Tensor, scales: str) -> LayerSpec | None:
+        """What is stored for a float weight `[N, ...]`; `None` if it is kept."""
+        rows, columns = weight.flatten(1).shape
         if self.kind == "keep":
             return None
         if self.kind == "int8":
@@ -46,10 +46,10 @@ class Candidate:
             rows, columns, size, scale_layout(scales, columns, size), rank=min(self.rank, rows, columns)
         )
 
-    def bytes(self, module: nn.Linear, scales: str) -> int:
-        """Bytes of the layer's weight in a file."""
-        spec = self.spec(module, scales)
-        return module.weight.numel() * module.weight.element_size() if spec is None else file_bytes(spec)
+    def bytes(self, weight: torch.Tensor, scales: str) -> int:
+        """Bytes that stand for a float weight `[N, ...]` in a file."""
+        spec = self.spec(weight, scales)
+        return weight.numel() * weight.element_size() if spec is None else file_bytes(spec)
 
 
 def base_candidate(config: TernaryConfig) -> Candidate:
@@ -57,7 +57,9 @@ def base_candidate(config: TernaryConfig) -> Candidate:
     return Candidate(group_size=config.group_size, rank=config.rank)
 
 
-def candidates_for(module: nn.Linear, config: TernaryConfig, calibration: CalibrationConfig) -> tuple[Candidate, ...]:
+def candidates_for(
+    weight: torch.Tensor, config: TernaryConfig, calibration: CalibrationConfig
+) -> tuple[Candidate, ...]:
     """The candidates of a layer, the config's own first; those that store the same as an earlier one are left out."""
     base = base_candidate(config)
     settings = calibration.sensitivity
@@ -68,10 +70,10 @@ def candidates_for(module: nn.Linear, config: TernaryConfig, calibration: Calibr
     found += [dataclasses.replace(base, rank=base.rank + rank) for rank in settings.ranks]
     found += [Candidate("int8")] if settings.int8 else []
     unique: dict[LayerSpec | None, Candidate] = {}
-    least = base.bytes(module, config.scales)
+    least = base.bytes(weight, config.scales)
     for candidate in found:
         # A group size above the config's own would be smaller, but not what was asked for.
-        if candidate.bytes(module, config.scales) >= least:
-            unique.setdefault(candidate.spec(module, config.scales), candidate)
+        if candidate.bytes(weight, config.scales) >= least:
+            unique.setdefault(candidate.spec(weight, config.scales), candidate)
     keep = Candidate("keep")
     return (*unique.values(), keep)

@@ -43,12 +43,37 @@ class LayerReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerSensitivity:
+    """How much the denoiser's output loses by each way to store a layer, everything else in full precision.
+
+    Args:
+        name (`str`): component and module.
+        shape (`tuple[int, int]`): [N, K].
+        bytes (`Mapping[str, int]`): candidate → bytes of the weight in a file.
+        nmse (`Mapping[str, float]`): candidate → mean |v - v_teacher|² / mean |v_teacher|² on held states.
+        chosen (`str`): the candidate that was taken.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bytes: Mapping[str, int]
+    nmse: Mapping[str, float]
+    chosen: str
+
+    @property
+    def worst(self) -> float:
+        """The error of the config's own candidate, the first."""
+        return next(iter(self.nmse.values()))
+
+
+@dataclasses.dataclass(frozen=True)
 class CalibrationReport:
     """The whole calibration.
 
     Args:
         layers (`tuple[LayerReport, ...]`): in the order of the model.
-        bits_per_weight (`float`): stored bits per converted weight of all components, int8 layers included.
+        bits_per_weight (`float`): stored bits per weight of all components' layers that the config converts: int8
+            layers, and those that a size budget keeps, included.
         prompts (`int`): how many.
         prompts_sha256 (`str`): hash of the prompts, in order.
         weights_sha256 (`str`): hash of the float pipeline's weights.
@@ -59,6 +84,9 @@ class CalibrationReport:
         config (`Mapping[str, Any]`): the [`TernaryConfig`].
         calibration (`Mapping[str, Any]`): the [`CalibrationConfig`], with the seed.
         versions (`Mapping[str, str]`): of the libraries, and the device.
+        sensitivity (`tuple[LayerSensitivity, ...]`): the most sensitive layer first; empty if it was not measured.
+        velocity_nmse (`Mapping[str, float]`): component → error of the whole calibrated denoiser on the states that
+            the sensitivity was measured on; empty if it was not measured.
     """
 
     layers: tuple[LayerReport, ...]
@@ -73,6 +101,8 @@ class CalibrationReport:
     config: Mapping[str, Any]
     calibration: Mapping[str, Any]
     versions: Mapping[str, str]
+    sensitivity: tuple[LayerSensitivity, ...] = ()
+    velocity_nmse: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dictionary."""

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -102,6 +103,25 @@ class LayerStore:
         errors = OutputErrors(**record["errors"])
         solved = SolvedLayer(weight, tensors.get("bias_change"), errors, record["damping"])
         return FinishedLayer(solved, record["tokens"], record["seconds"], resumed=True)
+
+    def save_numbers(self, name: str, numbers: Mapping[str, float]) -> None:
+        """Stores measurements under a name of their own."""
+        if self._folder is None:
+            return
+        path = self._folder / f"{name}.json"
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps({"fingerprint": self._fingerprint, "numbers": dict(numbers)}), "utf-8")
+        os.replace(temporary, path)
+
+    def load_numbers(self, name: str) -> dict[str, float]:
+        """Measurements of an earlier run with the same fingerprint; else none."""
+        if self._folder is None:
+            return {}
+        try:
+            content = json.loads((self._folder / f"{name}.json").read_text("utf-8"))
+            return dict(content["numbers"]) if content["fingerprint"] == self._fingerprint else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
     def _path(self, name: str) -> pathlib.Path | None:
         return None if self._folder is None else self._folder / f"{name}.safetensors"

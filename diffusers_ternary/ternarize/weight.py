@@ -54,6 +54,17 @@ class TernaryWeight:
         dense = rotate(self.codes() * scales, self.spec.hadamard)
         return (dense if self.low_rank is None else dense + self.low_rank.dense()).to(dtype)
 
+    def to(self, device: torch.device | str) -> "TernaryWeight":
+        """The same weight on a device."""
+        low_rank = self.low_rank
+        return TernaryWeight(
+            self.spec,
+            self.packed.to(device),
+            self.scale.to(device),
+            None if self.multiplier is None else self.multiplier.to(device),
+            None if low_rank is None else LowRank(low_rank.up.to(device), low_rank.down.to(device)),
+        )
+
 
 def check_finite(weight: torch.Tensor, *, name: str) -> None:
     """Raises if a weight holds NaN or Inf.

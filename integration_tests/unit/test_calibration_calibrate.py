@@ -11,7 +11,7 @@ from torch import nn
 
 from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
 from diffusers_ternary.calibration import CalibrationConfig, CalibrationReport, SolverConfig, calibrate, store
-from diffusers_ternary.calibration import calibrate as calibrate_module
+from diffusers_ternary.calibration.run import CalibrationRun
 from diffusers_ternary.layers import Int8Linear
 
 
@@ -203,7 +203,7 @@ def test_running_out_of_memory_names_the_options(monkeypatch):
     def exhausted(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(calibrate_module.__globals__["_Run"], "_collect", exhausted)
+    monkeypatch.setattr(CalibrationRun, "_collect", exhausted)
     pipeline = PIPELINES["flux"].build()
     with pytest.raises(MemoryError, match=r"smaller memory_limit .* lower batch_size"):
         calibrate(pipeline, PROMPTS, calibration=settings("flux"))

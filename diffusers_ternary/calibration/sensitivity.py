@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each layer's candidates do to the denoiser's output, one layer at a time, on recorded calls of the teacher."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.logging import tqdm
+from torch import nn
+
+from ..rollouts import DenoiserCall, Rollouts, recorded_calls, replay
+from ..rollouts.rollouts import prepared
+from ..ternarize import quantize_int8
+from .candidates import Candidate
+from .config import SensitivityConfig
+from .run import SolvedCandidates
+from .solver import SolvedLayer
+from .store import LayerStore
+
+
+# Module name → the error of the denoiser's output with each candidate in that layer alone.
+Sensitivities = dict[str, dict[Candidate, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherStates:
+    """Recorded calls of a float denoiser that no statistics were taken from.
+
+    Args:
+        calls (`tuple[DenoiserCall, ...]`): on the CPU.
+        energy (`float`): sum of the squared outputs.
+    """
+
+    calls: tuple[DenoiserCall, ...]
+    energy: float
+
+    @torch.no_grad()
+    def error(self, denoiser: nn.Module) -> float:
+        """mean |v - v_teacher|² / mean |v_teacher|² of the denoiser as it is now."""
+        squares = [float((replay(call, denoiser) - call.output).double().square().sum()) for call in self.calls]
+        return sum(squares) / self.energy if self.energy else 0.0
+
+
+def record_states(
+    pipeline: DiffusionPipeline, component: str, rollouts: Rollouts, settings: SensitivityConfig
+) -> TeacherStates:
+    """Runs the first prompts of the calibration with other noise, and keeps a few steps of each.
+
+    Raises:
+        ValueError: if the denoiser is called without a timestep.
+    """
+    held = dataclasses.replace(
+        rollouts, prompts=rollouts.prompts[: settings.prompts], seed=rollouts.seed + len(rollouts.prompts)
+    )
+    kept: list[DenoiserCall] = []
+    with prepared(pipeline):
+        for batch in held.batches():
+            with recorded_calls(pipeline.components[component]) as calls:
+                held.draw(pipeline, batch)
+            count = calls[-1].step + 1 if calls else 0
+            steps = {math.floor((i + 0.5) * count / settings.steps) for i in range(settings.steps)}
+            kept += [call for call in calls if call.step in steps]
+    return TeacherStates(tuple(kept), sum(float(call.output.double().square().sum()) for call in kept))
+
+
+def measure_sensitivities(
+    pipeline: DiffusionPipeline,
+    component: str,
+    states: TeacherStates,
+    wanted: Mapping[str, Sequence[Candidate]],
+    solved: SolvedCandidates,
+    store: LayerStore,
+) -> Sensitivities:
+    """Puts every candidate of every layer into the float denoiser alone, and replays the calls.
+
+    Nothing is changed afterwards. Finished layers are stored, and taken from there by a rerun.
+
+    Args:
+        pipeline (`DiffusionPipeline`): the float pipeline.
+        component (`str`): its denoiser.
+        states ([`TeacherStates`]): of that denoiser.
+        wanted (`Mapping[str, Sequence[Candidate]]`): module name → candidates.
+        solved (`SolvedCandidates`): the ternary ones.
+        store ([`LayerStore`]): for the results.
+
+    Raises:
+        ValueError: if an output is not finite.
+    """
+    denoiser = pipeline.components[component]
+    result: Sensitivities = {}
+    with prepared(pipeline):
+        for name, candidates in tqdm(wanted.items(), desc=f"Sensitivity of {component}", leave=False):
+            key = f"{component}.{name}@sensitivity-{len(states.calls)}"
+            known = store.load_numbers(key)
+            for candidate in candidates:
+                if candidate.label in known:
+                    continue
+                layer = solved[name].get(candidate)
+                with _substituted(denoiser, name, candidate, None if layer is None else layer.solved):
+                    # A kept layer changes nothing.
+                    error = 0.0 if candidate.kind == "keep" else states.error(denoiser)
+                if not math.isfinite(error):
+                    raise ValueError(
+                        f"{component}.{name}: with {candidate.label} weights the denoiser's output holds NaN or Inf. "
+                        "Load the pipeline in bfloat16 or float32 instead of float16, or keep the layer."
+                    )
+                known[candidate.label] = error
+            store.save_numbers(key, known)
+            result[name] = {candidate: known[candidate.label] for candidate in candidates}
+    pipeline.maybe_free_model_hooks()  # an offloaded denoiser goes back to where it was
+    return result
+
+
+@contextlib.contextmanager
+def _substituted(denoiser: nn.Module, name: str, candidate: Candidate, solved: SolvedLayer | None) -> Iterator[None]:
+    """The denoiser with the weight and bias of one candidate in one layer, until the block ends."""
+    module: Any = denoiser.get_submodule(name)
+    weight, bias = module.weight.data, None if module.bias is None else module.bias.data
+    try:
+        if candidate.kind == "int8":
+            dense = quantize_int8(weight.flatten(1), name=name).dequantize(weight.dtype)
+            module.weight.data = dense.view_as(weight)
+        elif solved is not None:
+            dense = solved.weight.to(weight.device).dequantize(weight.dtype)
+            module.weight.data = dense.view_as(weight)
+            if solved.bias_change is not None and bias is not None:
+                module.bias.data = (bias.float() + solved.bias_change.to(bias.device)).to(bias.dtype)
+        yield
+    finally:
+        module.weight.data = weight
+        if bias is not None:
+            module.bias.data = bias
