@@ -39,7 +39,7 @@ from diffusers_ternary.quantizers import plan_pipeline
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 32
-VELOCITY_PROMPTS = 64
+VELOCITY_PROMPTS = 32
 SHOWN = 8  # images of each method on the contact sheet
 
 
@@ -299,8 +299,8 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
-    parser.add_argument("--images", type=int, default=512, help="held-out prompts, one image each")
-    parser.add_argument("--prompts", type=int, default=256, help="calibration prompts")
+    parser.add_argument("--images", type=int, default=192, help="held-out prompts, one image each")
+    parser.add_argument("--prompts", type=int, default=128, help="calibration prompts")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--output", type=Path, default=RESULTS / "quality.csv")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
