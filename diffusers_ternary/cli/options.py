@@ -3,7 +3,6 @@
 
 import json
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,31 +19,13 @@ DEMO = "demo"
 
 
 def read_prompts(source: str, limit: int | None = None) -> list[str]:
-    """Reads prompts, one a line; blank lines are skipped.
+    """`--prompts`: a file, - for stdin, `template:N` or `datasets:NAME`; see `distillation.prompts.read_prompts`."""
+    from ..distillation import prompts
 
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it is not UTF-8, or holds no prompt.
-    """
-    name = "stdin" if source == "-" else source
-    if source == "-":
-        data = sys.stdin.buffer.read()
-    else:
-        path = pathlib.Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"--prompts {source}: there is no such file. Give a text file, or - for stdin.")
-        data = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{name} is not UTF-8 (line {line}: {error.reason}). Save it as UTF-8 text.") from error
-    # Not splitlines(): it also breaks at characters that belong into a prompt.
-    lines = [line.strip() for line in text.replace("\r\n", "\n").split("\n")]
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise ValueError(f"{name} holds no prompts. Write one per line.")
-    return prompts[:limit]
+        return prompts.read_prompts(source, limit=limit)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
 
 
 def load_pipeline(source: str, dtype: torch.dtype) -> Any:
