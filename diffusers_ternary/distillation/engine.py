@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: on one device, DDP or FSDP2, whatever `accelerate launch` says."""
+
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.utils.logging import tqdm
+from torch import nn
+
+from .blocks import BlockRecorder, block_names
+from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, new_folder, save_checkpoint
+from .config import DistillConfig
+from .guard import DivergenceGuard
+from .held_out import HeldOutError, float_dtype
+from .inputs import InputMaker
+from .loss import StudentNetwork, TeacherNetwork
+from .optimizer import MAX_GRADIENT_NORM, make_optimizer, parameter_groups, rate_factor
+from .phases import Phase, plan_phases
+from .progress import Progress
+from .trainable import whole
+from .trainee import make_trainee, ternary_layers, train_others, write_back
+
+
+CHECKPOINTED_WEIGHTS = 500_000_000  # gradient checkpointing from here on, where the user does not say
+
+
+class Trainer:
+    """Runs the phases of a distillation, and goes on from the latest checkpoint in its folder.
+
+    Args:
+        accelerator (`Accelerator`): device, processes, precision and trackers.
+        teacher (`nn.Module`): float denoiser on the accelerator's device.
+        student (`nn.Module`): packed denoiser, there too; holds the result.
+        inputs ([`InputMaker`]): of this process.
+        held_out ([`HeldOutError`]): the evaluation.
+        config ([`DistillConfig`]): how.
+        folder (`pathlib.Path`): of the run: `checkpoints/`, `phases/` and `best/` are written there.
+        show_progress (`bool`): a progress bar on stderr.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        teacher: nn.Module,
+        student: nn.Module,
+        *,
+        inputs: InputMaker,
+        held_out: HeldOutError,
+        config: DistillConfig,
+        folder: pathlib.Path,
+        show_progress: bool = True,
+    ) -> None:
+        self.accelerator = accelerator
+        self.teacher = teacher
+        self.student = student
+        self.inputs = inputs
+        self.held_out = held_out
+        self.config = config
+        self.folder = folder
+        self.blocks = block_names(ternary_layers(student))
+        self.progress = Progress()
+        total = config.steps
+        self._bar = tqdm(total=total, desc="Distilling", disable=not (show_progress and accelerator.is_main_process))
+
+    def run(self) -> Progress:
+        """Trains; the student is then the best one that the held-out evaluation saw."""
+        layers = list(ternary_layers(self.student))
+        phases = plan_phases(self.config, layers, self._blocks_in_order())
+        checkpoint = latest_checkpoint(self.folder / "checkpoints")
+        if checkpoint is not None:
+            self.progress = Progress.from_dict(checkpoint.progress)
+            self._bar.update(self.progress.step)
+        else:
+            self._evaluate()
+        for number, phase in enumerate(phases):
+            if self.progress.stopped or number < self.progress.phase:
+                continue
+            if number > 0:
+                self._load(self.folder / "phases" / str(number))
+            resumed = checkpoint if checkpoint is not None and self.progress.phase == number else None
+            self._run_phase(phase, number, resumed if self.progress.phase_step else None)
+            self.accelerator.free_memory()
+            self.progress = dataclasses.replace(self.progress, phase=number + 1, phase_step=0, guard=DivergenceGuard())
+        self._bar.close()
+        self._load(self.folder / "best")
+        return self.progress
+
+    def _run_phase(self, phase: Phase, number: int, checkpoint: Checkpoint | None) -> None:
+        trainee = make_trainee(self.student, self.teacher, phase.training)
+        train_others(trainee, phase.train_other)
+        self._enable_gradient_checkpointing(trainee)
+        blocks = [phase.block] if phase.block else list(self.blocks) if self.config.block_weight else []
+        trained = {phase.name: sum(p.numel() for p in trainee.parameters() if p.requires_grad)}
+        self.progress = dataclasses.replace(self.progress, trained={**self.progress.trained, **trained})
+        groups = parameter_groups(trainee, self.config, steps=phase.steps)
+        optimizer = make_optimizer(groups, self.config, self.accelerator.device)
+        network: Any = StudentNetwork(trainee, blocks, block_weight=self.config.block_weight, stop_after=phase.block)
+        self._name_blocks_for_fsdp(trainee)
+        network, optimizer = self.accelerator.prepare(network, optimizer)
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, network, optimizer.optimizer)
+        teacher = TeacherNetwork(self.teacher, blocks, stop_after=phase.block)
+        try:
+            for step in range(self.progress.phase_step, phase.steps):
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * rate_factor(step, phase.steps)
+                fault = self._step(network, teacher, optimizer)
+                if fault is not None:
+                    self.progress = dataclasses.replace(self.progress, stopped=f"step {self.progress.step}: {fault}")
+                    return
+                self._after_step(trainee, network, optimizer, last=step + 1 == phase.steps)
+        finally:
+            teacher.close()
+        write_back(trainee, self.student)
+        self._save_student(self.folder / "phases" / str(number + 1))
+
+    def _step(self, network: nn.Module, teacher: TeacherNetwork, optimizer: Any) -> str | None:
+        """One update; returns why there must not be another."""
+        start = time.perf_counter(), time.process_time()
+        total = 0.0
+        for forward in range(self.config.gradient_accumulation):
+            made = self.inputs.make(self.progress.step, forward)
+            inputs = made.to(self.accelerator.device, float_dtype(self.teacher))
+            targets = teacher(inputs)
+            with self.accelerator.accumulate(network):
+                loss = network(made.to(self.accelerator.device, float_dtype(self.student)), targets)
+                total += float(self.accelerator.reduce(loss.detach(), "mean")) / self.config.gradient_accumulation
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+                    fault = self.progress.guard.update(total if bool(torch.isfinite(whole(norm))) else float("nan"))
+                    if fault is not None:
+                        return fault
+                optimizer.step()
+                optimizer.zero_grad()
+        self.progress = self.progress.advanced(
+            seconds=time.perf_counter() - start[0], cpu_seconds=time.process_time() - start[1], loss=total
+        )
+        return None
+
+    def _after_step(self, trainee: nn.Module, network: nn.Module, optimizer: Any, *, last: bool) -> None:
+        step = self.progress.step
+        self._bar.update()
+        if step % self.config.evaluation_interval == 0 or last:
+            write_back(trainee, self.student)
+            self._evaluate()
+        self._bar.set_postfix(loss=f"{self.progress.loss:.4g}", held_out=f"{self.progress.history[-1].held_out:.4g}")
+        self.accelerator.log({"loss": self.progress.loss}, step=step)
+        if step % self.config.checkpoint_interval == 0 and not last:
+            save_checkpoint(
+                self.folder / "checkpoints",
+                step,
+                network,
+                optimizer.optimizer,
+                self.progress.to_dict(),
+                main_process=self.accelerator.is_main_process,
+            )
+
+    def _evaluate(self) -> None:
+        """Held-out error of the packed student; the best one is kept."""
+        error = self.held_out.of(self.student)
+        better = error < self.progress.best_error
+        self.progress = self.progress.evaluated(error)
+        self.accelerator.log({"held_out_error": error}, step=self.progress.step)
+        if better or not (self.folder / "best").exists():
+            self._save_student(self.folder / "best")
+
+    def _save_student(self, target: pathlib.Path) -> None:
+        if self.accelerator.is_main_process:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with new_folder(target) as temporary:
+                self.student.save_pretrained(temporary)  # type: ignore[operator]
+        self.accelerator.wait_for_everyone()
+
+    def _load(self, folder: pathlib.Path) -> None:
+        stored = type(self.student).from_pretrained(folder, dtype=float_dtype(self.student))  # type: ignore[attr-defined]
+        self.student = stored.to(self.accelerator.device)
+
+    def _enable_gradient_checkpointing(self, trainee: nn.Module) -> None:
+        wanted = self.config.gradient_checkpointing
+        if wanted is None:
+            wanted = sum(layer.spec.weights for layer in ternary_layers(self.student).values()) > CHECKPOINTED_WEIGHTS
+        if wanted and getattr(trainee, "_supports_gradient_checkpointing", False):
+            trainee.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def _blocks_in_order(self) -> list[str]:
+        """Blocks as they run, which is not always the order in which they are defined."""
+        recorder = BlockRecorder(self.teacher, self.blocks)
+        with torch.no_grad(), recorder:
+            self.inputs.make(0, 0).to(self.accelerator.device, float_dtype(self.teacher)).call(self.teacher)
+        recorder.close()
+        return list(recorder.outputs)
+
+    def _name_blocks_for_fsdp(self, trainee: nn.Module) -> None:
+        """FSDP wraps what is named here, with `--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP`."""
+        plugin = self.accelerator.state.fsdp_plugin if self.accelerator.is_fsdp2 else None
+        if plugin is not None and not plugin.transformer_cls_names_to_wrap:
+            classes = {type(trainee.get_submodule(name)).__name__ for name in self.blocks}
+            plugin.transformer_cls_names_to_wrap = sorted(classes)

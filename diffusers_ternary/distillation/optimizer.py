@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is optimised, how fast, and by what."""
+
+import dataclasses
+import importlib.util
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import DistillConfig
+from .trainable import TrainableTernaryLinear, whole
+
+
+logger = logging.getLogger(__name__)
+BETAS = (0.9, 0.99)
+MAX_GRADIENT_NORM = 1.0
+WARMUP = 0.05
+FINAL_RATE = 0.05
+# Of the latents' rate: scales that move with their codes are to move less than these, scales alone much more.
+_SCALE_FACTOR_WITH_LATENTS = 0.5
+_SCALE_FACTOR_ALONE = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a peak learning rate."""
+
+    parameters: list[nn.Parameter]
+    learning_rate: float
+
+
+def parameter_groups(trainee: nn.Module, config: DistillConfig, *, steps: int) -> list[ParameterGroup]:
+    """Everything that takes a gradient, by peak learning rate.
+
+    Args:
+        trainee (`nn.Module`): from [`make_trainee`].
+        config ([`DistillConfig`]): rates, where they are given.
+        steps (`int`): of the phase; short ones may move faster.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    divisor = min(max(steps / 2, 200), 2500)
+    ternary: set[int] = set()
+    for module in trainee.modules():
+        if not isinstance(module, TrainableTernaryLinear):
+            continue
+        ternary.update(id(parameter) for parameter in module.parameters())
+        mean_scale = float(whole(module.scale).mean())
+        latent = config.latent_lr or mean_scale / divisor
+        factor = _SCALE_FACTOR_ALONE if module.latent is None else _SCALE_FACTOR_WITH_LATENTS
+        rates = {
+            "latent": latent,
+            "scale": config.scale_lr or latent * factor,
+            "bias": config.other_lr,
+            "low_rank_up": config.low_rank_lr,
+            "low_rank_down": config.low_rank_lr,
+        }
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(rates[name], []).append(parameter)
+    for parameter in trainee.parameters():
+        if parameter.requires_grad and id(parameter) not in ternary:
+            groups.setdefault(config.other_lr, []).append(parameter)
+    return [ParameterGroup(parameters, rate) for rate, parameters in groups.items()]
+
+
+def make_optimizer(groups: list[ParameterGroup], config: DistillConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW without weight decay: decay would pull every latent towards code 0.
+
+    Raises:
+        ImportError: for `optimizer="adamw8bit"` without bitsandbytes.
+    """
+    found = importlib.util.find_spec("bitsandbytes") is not None
+    if config.optimizer == "adamw8bit" and not found:
+        raise ImportError("optimizer='adamw8bit' needs bitsandbytes: pip install bitsandbytes")
+    eight_bits = config.optimizer == "adamw8bit" or (
+        config.optimizer == "auto" and config.mode == "full" and device.type == "cuda" and found
+    )
+    parameters: list[dict[str, Any]] = [{"params": group.parameters, "lr": group.learning_rate} for group in groups]
+    if eight_bits:
+        import bitsandbytes
+
+        logger.info("Optimiser: AdamW with 8-bit states (bitsandbytes).")
+        return bitsandbytes.optim.AdamW8bit(parameters, betas=BETAS, weight_decay=0.0)
+    logger.info("Optimiser: AdamW with float32 states.")
+    return torch.optim.AdamW(parameters, betas=BETAS, weight_decay=0.0)
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Share of the peak learning rate at a step: 5 % linear warm-up, then a cosine down to 5 %."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a distillation did."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from .progress import Evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillReport:
+    """The whole distillation. Errors are mean |v_s - v_t|^2 / mean |v_t|^2 of the packed student's prediction.
+
+    Args:
+        start_error (`float`): held-out error before training.
+        best_error (`float`): held-out error of the student that was kept.
+        best_step (`int`): updates after which it was reached.
+        steps (`int`): updates done.
+        stopped (`str`, *optional*): why the run ended early; `None` if it did not.
+        history (`tuple[Evaluation, ...]`): held-out evaluations.
+        bits_per_weight (`float`): stored bits per converted weight.
+        trained_parameters (`Mapping[str, int]`): phase → parameters that were trained.
+        training_prompts_sha256, held_out_prompts_sha256 (`str`): hashes of the lists, in order.
+        teacher_sha256 (`str`): hash of the teacher's weights.
+        seconds, cpu_seconds (`float`): of the updates alone, wall time and CPU time of the main process.
+        processes (`int`): that trained together.
+        config (`Mapping[str, Any]`): the [`TernaryConfig`].
+        distill_config (`Mapping[str, Any]`): the [`DistillConfig`].
+        versions (`Mapping[str, str]`): of the libraries, and the device.
+    """
+
+    start_error: float
+    best_error: float
+    best_step: int
+    steps: int
+    stopped: str | None
+    history: tuple[Evaluation, ...]
+    bits_per_weight: float
+    trained_parameters: Mapping[str, int]
+    training_prompts_sha256: str
+    held_out_prompts_sha256: str
+    teacher_sha256: str
+    seconds: float
+    cpu_seconds: float
+    processes: int
+    config: Mapping[str, Any]
+    distill_config: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-safe dictionary: numbers that are not finite become `None`."""
+
+        def finite(value: Any) -> Any:
+            if isinstance(value, float) and not math.isfinite(value):
+                return None
+            if isinstance(value, dict):
+                return {key: finite(item) for key, item in value.items()}
+            if isinstance(value, (list, tuple)):
+                return [finite(item) for item in value]
+            return value
+
+        return {key: finite(value) for key, value in dataclasses.asdict(self).items()}
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes [`~DistillReport.to_dict`] to a file."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load_json(cls, path: str | os.PathLike[str]) -> "DistillReport":
+        """Reads what `save_json` wrote."""
+        values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        history = tuple(Evaluation(**entry) for entry in values.pop("history"))
+        return cls(**values, history=history)

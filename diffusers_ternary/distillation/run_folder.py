@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: whose it is, and that nobody else writes there."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from .checkpoint import write_json
+
+
+_IDENTITY = "run.json"
+
+
+def check_run(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
+    """Checks that a folder is empty or holds a run of the same identity. Nothing is written.
+
+    Args:
+        folder (`pathlib.Path`): the output folder.
+        identity (`Mapping[str, Any]`): JSON values that the result depends on.
+
+    Raises:
+        ValueError: if it holds another run; names what differs.
+        FileExistsError: if it holds something else.
+    """
+    path = folder / _IDENTITY
+    if not path.is_file():
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise FileExistsError(f"{folder} exists and holds no distillation run. Choose another output folder.")
+        return
+    with open(path, encoding="utf-8") as file:
+        known = json.load(file)
+    differences = [
+        f"{name}: {_brief(known.get(name))} there, {_brief(identity.get(name))} now"
+        for name in sorted(known.keys() | identity.keys())
+        if known.get(name) != identity.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} holds the checkpoints of another run ({'; '.join(differences)}). Nothing was changed. Choose "
+            "another output folder, delete this one, or repeat the settings it was started with."
+        )
+
+
+def start_run(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
+    """Marks the folder as this run's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / _IDENTITY, identity)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested JSON settings as one level with dotted names, so that differences can be named."""
+    found: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(dict(settings))).items():
+        if isinstance(value, dict) and value:
+            found.update(flat(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
