@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moments of the inputs of linear layers, gathered by hooks while the pipeline runs."""
+"""Moments of the inputs of layers, gathered by hooks while the pipeline runs."""
 
 import contextlib
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers import FLOAT_TYPES, FloatLayer, input_rows, matrix_shape
 from .hessian import InputMoments
 
 
@@ -19,7 +20,7 @@ class InputGroup:
 
     Args:
         layers (`tuple[str, ...]`): module names, in the order of their calls.
-        in_features (`int`): K.
+        in_features (`int`): K, of the layer's matrix.
     """
 
     layers: tuple[str, ...]
@@ -38,7 +39,7 @@ class GroupFinder:
 
     Args:
         model (`nn.Module`): the denoiser.
-        layers (`Sequence[str]`): linear layers to watch.
+        layers (`Sequence[str]`): linear layers and convolutions to watch.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
@@ -60,7 +61,9 @@ class GroupFinder:
 
     def _observer(self, name: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._seen.setdefault(name, []).append(self._identify(args[0]))
+            # Convolutions stand alone: the same image under another kernel is another input.
+            number = self._identify(args[0]) if isinstance(module, nn.Linear) else self._new_number()
+            self._seen.setdefault(name, []).append(number)
 
         return observe
 
@@ -70,7 +73,11 @@ class GroupFinder:
         for reference, known, number in self._live:
             if reference() is x and known == version:
                 return number
-        self._live.append((weakref.ref(x), version, self._numbers))
+        number = self._new_number()
+        self._live.append((weakref.ref(x), version, number))
+        return number
+
+    def _new_number(self) -> int:
         self._numbers += 1
         return self._numbers - 1
 
@@ -80,18 +87,19 @@ class GroupFinder:
         for name, inputs in self._seen.items():
             members.setdefault(tuple(inputs), []).append(name)
         names = [*members.values(), *([name] for name in self._layers if name not in self._seen)]
-        return [InputGroup(tuple(part), self._linear(part[0]).in_features) for part in names]
+        return [InputGroup(tuple(part), matrix_shape(self._layer(part[0]))[1]) for part in names]
 
-    def _linear(self, name: str) -> nn.Linear:
+    def _layer(self, name: str) -> FloatLayer:
         module = self._model.get_submodule(name)
-        assert isinstance(module, nn.Linear)
+        assert isinstance(module, FLOAT_TYPES)
         return module
 
 
 class MomentCollector:
     """Context manager: sums x xᵀ and x over every call of the layers, on the layers' device.
 
-    Image and text tokens, all steps and all guidance branches count alike, one per row of x.
+    Image and text tokens, all steps and all guidance branches count alike, one per row of x; so does every patch
+    under the kernel of a convolution.
 
     Args:
         model (`nn.Module`): the denoiser; its calls are counted as steps for messages.
@@ -123,13 +131,14 @@ class MomentCollector:
 
     def _observer(self, name: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._add(name, args[0])
+            assert isinstance(module, FLOAT_TYPES)
+            self._add(name, input_rows(module, args[0].detach()))
 
         return observe
 
     @torch.no_grad()
-    def _add(self, name: str, x: torch.Tensor) -> None:
-        rows = x.detach().reshape(-1, x.shape[-1]).to(self._dtype)  # [M, K]
+    def _add(self, name: str, rows: torch.Tensor) -> None:
+        rows = rows.to(self._dtype)  # [M, K]
         if name not in self._second:
             size = rows.shape[1]
             self._second[name] = torch.zeros(size, size, dtype=self._dtype, device=rows.device)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which modules of which architectures stay in high precision, and why.
 
-The rule for every architecture, known or not: linear layers inside repeated blocks are ternary, everything outside
-the blocks is kept. Outside are the patch, text, time and guidance embedders, the final norm's modulation and the
-final projection: 0.2 to 3 % of the weights, and by far the most sensitive ones per weight (x_embedder 241, final
-projection 112, time MLP 1.8, against 0.04 to 0.13 for the linears of a block, in velocity error per share of the
-parameters). On top of that:
+The rule for every architecture, known or not: linear layers and convolutions inside repeated blocks are ternary,
+depthwise and grouped convolutions (1 % of the weights of SANA) and everything outside the blocks is kept. Outside are
+the patch, text, time and guidance embedders, the final norm's modulation and the final projection: 0.2 to 3 % of the
+weights, and by far the most sensitive ones per weight (x_embedder 241, final projection 112, time MLP 1.8, against
+0.04 to 0.13 for the linears of a block, in velocity error per share of the parameters). On top of that:
 
 - *adaLN modulation inside the blocks* is 27 to 33 % of FLUX.1, Stable Diffusion 3 and Qwen-Image, so keeping it in
   16 bits would cap the size ratio at about 3.4x: it is ternary there, and in every other architecture where it is
@@ -18,8 +18,7 @@ The shares are asserted on the real architectures in `integration_tests/unit/tes
 import dataclasses
 import re
 
-from torch import nn
-
+from ..layers import FloatLayer, matrix_shape
 from .patterns import matches_any
 
 
@@ -37,9 +36,10 @@ class KeepRule:
     reason: str
     narrowing: bool = False
 
-    def applies(self, name: str, module: nn.Linear) -> bool:
+    def applies(self, name: str, module: FloatLayer) -> bool:
         """Whether the rule keeps this layer."""
-        return matches_any(self.patterns, name) and not (self.narrowing and module.out_features >= module.in_features)
+        rows, columns = matrix_shape(module)
+        return matches_any(self.patterns, name) and not (self.narrowing and rows >= columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ArchitecturePolicy:
     outside: str = "outside the repeated blocks (embedders, final norm and projection)"
     ignore_keep_in_fp32: tuple[str, ...] = ()
 
-    def reason_to_keep(self, name: str, module: nn.Linear) -> str | None:
+    def reason_to_keep(self, name: str, module: FloatLayer) -> str | None:
         """Why the layer `module` of this name stays in high precision, or `None` if it is to be converted."""
         if not is_in_block(name):
             return self.outside

@@ -2,13 +2,16 @@
 """`nn.Linear` and `nn.Conv2d` subclasses that hold packed weights."""
 
 from .base import QuantizedLayer
-from .conv import QuantizedConv2d, why_not_convertible
+from .conv import QuantizedConv2d
 from .int8 import Int8Conv2d, Int8Layer, Int8Linear
 from .linear import QuantizedLinear
+from .shapes import FLOAT_TYPES, FloatLayer, input_rows, matrix_shape, reason_not_to_pack
 from .ternary import TernaryConv2d, TernaryLayer, TernaryLinear
 
 
 __all__ = [
+    "FLOAT_TYPES",
+    "FloatLayer",
     "Int8Conv2d",
     "Int8Layer",
     "Int8Linear",
@@ -18,5 +21,7 @@ __all__ = [
     "TernaryConv2d",
     "TernaryLayer",
     "TernaryLinear",
-    "why_not_convertible",
+    "input_rows",
+    "matrix_shape",
+    "reason_not_to_pack",
 ]

@@ -2,12 +2,15 @@
 """What all packed layers share: their tensors, the float placeholder that loaders fill, and `dequantize`."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from ..format import LOW_RANK_NAMES, LayerSpec
+
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class QuantizedLayer(nn.Module):
@@ -126,9 +129,22 @@ class QuantizedLayer(nn.Module):
         """`[..., K]` times the matrix, plus the bias: `[..., N]`."""
         raise NotImplementedError
 
+    def float_module(self, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+        """The float module that the layer stands for, around a weight of shape `weight_shape` and a bias."""
+        raise NotImplementedError
+
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The float module with the dequantized weight and the same bias."""
-        raise NotImplementedError
+        dense = self.dequantize(dtype)
+        bias = self._active_bias
+        return self.float_module(dense, None if bias is None else bias.detach().to(dense.dtype))
+
+    def _fill_float(self, module: ModuleT, weight: torch.Tensor, bias: torch.Tensor | None) -> ModuleT:
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=False)
+        module.train(self.training)
+        return module
 
     @property
     def scales(self) -> torch.Tensor:

@@ -77,9 +77,8 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         """Name of the kernel that serves the layer where it is now."""
         return super().kernel if self.is_pointwise else "unpacked, torch conv2d"
 
-    def to_float(self, dtype: torch.dtype | None = None) -> nn.Conv2d:
-        """A float `nn.Conv2d` with the dequantized weight and the same bias."""
-        dense = self.dequantize(dtype)
+    def float_module(self, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
+        """`nn.Conv2d` around a weight `[N, C, kh, kw]` and a bias."""
         conv = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -90,11 +89,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
             bias=False,
             device="meta",
         )
-        conv.weight = nn.Parameter(dense, requires_grad=False)
-        bias = self._active_bias
-        if bias is not None:
-            conv.bias = nn.Parameter(bias.detach().to(dense.dtype), requires_grad=False)
-        return conv
+        return self._fill_float(conv, weight, bias)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         return self._multiply_pixels(x) if self.is_pointwise else self._convolve(x)

@@ -39,15 +39,10 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         self.out_features = spec.out_features
         self._become_placeholder(spec, bias, activation_dtype, compute_dtype, device, dtype)
 
-    def to_float(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A float `nn.Linear` with the dequantized weight and the same bias."""
-        dense = self.dequantize(dtype)
+    def float_module(self, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+        """`nn.Linear` around a weight `[N, K]` and a bias."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(dense, requires_grad=False)
-        bias = self._active_bias
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.detach().to(dense.dtype), requires_grad=False)
-        return linear
+        return self._fill_float(linear, weight, bias)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         return self.multiply_rows(x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replaces linear layers by packed ones that a loader will fill."""
+"""Replaces float layers by packed ones that a loader will fill."""
 
 from typing import Any
 
@@ -8,21 +8,33 @@ from torch import nn
 
 from ..config import TernaryConfig
 from ..format import Int8Spec, LayerSpec
-from ..layers import Int8Linear, QuantizedLinear, TernaryLinear
+from ..layers import (
+    FLOAT_TYPES,
+    FloatLayer,
+    Int8Conv2d,
+    Int8Linear,
+    QuantizedLayer,
+    TernaryConv2d,
+    TernaryLinear,
+    matrix_shape,
+)
 from .plan import ConversionPlan, layer_spec
 
 
-def placeholder_for(module: nn.Linear, spec: LayerSpec, config: TernaryConfig) -> QuantizedLinear:
+def placeholder_for(module: FloatLayer, spec: LayerSpec, config: TernaryConfig) -> QuantizedLayer:
     """A packed layer in the place of `module`, not yet filled; it takes over the bias parameter."""
-    cls = Int8Linear if isinstance(spec, Int8Spec) else TernaryLinear
-    layer = cls(
-        spec,
-        bias=False,
-        activation_dtype=config.activation_dtype,
-        compute_dtype=config.torch_compute_dtype,
-        device="meta",
-        dtype=module.weight.dtype,
-    )
+    options: dict[str, Any] = {
+        "bias": False,
+        "activation_dtype": config.activation_dtype,
+        "compute_dtype": config.torch_compute_dtype,
+        "device": "meta",
+        "dtype": module.weight.dtype,
+    }
+    layer: QuantizedLayer
+    if isinstance(module, nn.Conv2d):
+        layer = (Int8Conv2d if isinstance(spec, Int8Spec) else TernaryConv2d)(spec, module, **options)
+    else:
+        layer = (Int8Linear if isinstance(spec, Int8Spec) else TernaryLinear)(spec, **options)
     layer.bias = module.bias
     layer.train(module.training)
     return layer
@@ -42,7 +54,7 @@ def insert_placeholders(model: nn.Module, plan: ConversionPlan, config: TernaryC
     """Swaps the layers of the plan for placeholders, whose float weight a loader will hand over."""
     for name, kind in plan.kinds.items():
         module = model.get_submodule(name)
-        assert isinstance(module, nn.Linear)
+        assert isinstance(module, FLOAT_TYPES)
         model.set_submodule(name, placeholder_for(module, layer_spec(kind, module, config), config))
 
 
@@ -57,23 +69,23 @@ def insert_packed(
     """Swaps layers for packed ones without values, as a checkpoint describes them.
 
     Raises:
-        ValueError: if the model has no such linear layer, or one of another shape.
+        ValueError: if the model has no such layer, or one of another shape.
     """
     for name, spec in layers.items():
         try:
             module = model.get_submodule(name)
         except AttributeError:
             module = None
-        if type(module) is not nn.Linear:
+        if type(module) not in FLOAT_TYPES:
             raise ValueError(
-                f"{source} holds the packed layer {name}, which is no linear layer of {type(model).__name__}. "
-                "The weights belong to another architecture; check config.json."
+                f"{source} holds the packed layer {name}, which is no linear layer or convolution of "
+                f"{type(model).__name__}. The weights belong to another architecture; check config.json."
             )
-        assert isinstance(module, nn.Linear)
-        if (module.out_features, module.in_features) != (spec.out_features, spec.in_features):
+        assert isinstance(module, FLOAT_TYPES)
+        if matrix_shape(module) != (spec.out_features, spec.in_features):
             raise ValueError(
                 f"{source}: {name} is packed as {[spec.out_features, spec.in_features]}, but {type(model).__name__} "
-                f"expects {[module.out_features, module.in_features]}. config.json does not fit the weights."
+                f"expects {list(matrix_shape(module))}. config.json does not fit the weights."
             )
         layer = placeholder_for(module, spec, config)
         layer.install_empty(scale_dtypes[name])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed layers back to `nn.Linear`."""
+"""Packed layers back to float ones."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from .summary import packed_layers
 
 
 def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replaces every packed layer of `model` by a float `nn.Linear`, one at a time.
+    """Replaces every packed layer of `model` by the float module it stands for, one at a time.
 
     Args:
         model (`nn.Module`): changed in place.
@@ -19,6 +19,5 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> Non
     fallback = next(floating, torch.float32)
     for name, layer in packed_layers(model).items():
         own = fallback if layer.bias is None else layer.bias.dtype
-        linear = layer.to_float(dtype or layer.compute_dtype or own)
-        linear.train(layer.training)
-        model.set_submodule(name, linear)
+        module = layer.to_float(dtype or layer.compute_dtype or own)
+        model.set_submodule(name, module)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ..compat import DiffusersQuantizer, drop_config_entries
 from ..config import TernaryConfig, TernaryMethod
-from ..layers import QuantizedLinear
+from ..layers import QuantizedLayer
 from .checkpoint import (
     LayerRecord,
     PackedCheckpoint,
@@ -174,7 +174,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         if self.pre_quantized or name != "weight":
             return False
         module = model.get_submodule(layer)
-        return isinstance(module, QuantizedLinear) and not module.is_packed
+        return isinstance(module, QuantizedLayer) and not module.is_packed
 
     def create_quantized_param(
         self,
@@ -189,7 +189,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         """Packs one layer on the device it will live on."""
         name = param_name.rpartition(".")[0]
         module = model.get_submodule(name)
-        assert isinstance(module, QuantizedLinear)
+        assert isinstance(module, QuantizedLayer)
         # The loader has cast param_value to the model's dtype already; the checkpoint's own precision is better.
         weight = param_value if state_dict is None else state_dict[param_name]
         weight = weight.to(target_device)

@@ -9,7 +9,7 @@ from diffusers.utils.logging import tqdm
 from torch import nn
 
 from ..config import RECOVER, TernaryConfig
-from ..layers import QuantizedLinear
+from ..layers import FLOAT_TYPES, FloatLayer, QuantizedLayer
 from ..ternarize import check_finite, find_group_size, ternary_fit
 from .convert import placeholder_for
 from .diffusers_backend import TernaryDiffusersQuantizer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT")
 # Fills a placeholder: (module name, placeholder, the float layer it replaces).
-LayerFiller = Callable[[str, QuantizedLinear, nn.Linear], None]
+LayerFiller = Callable[[str, QuantizedLayer, FloatLayer], None]
 
 
 def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> ModelT:
@@ -116,7 +116,7 @@ def replace_layers(
     fill = fill or _rounding_filler(config, record)
     for name, kind in tqdm(plan.kinds.items(), desc="Packing layers", leave=False):
         module = model.get_submodule(name)
-        assert isinstance(module, nn.Linear)
+        assert isinstance(module, FLOAT_TYPES)
         layer = placeholder_for(module, layer_spec(kind, module, config), config)
         fill(name, layer, module)
         model.set_submodule(name, layer)
@@ -126,7 +126,7 @@ def replace_layers(
 
 
 def _rounding_filler(config: TernaryConfig, record: PackingRecord) -> LayerFiller:
-    def fill(name: str, layer: QuantizedLinear, module: nn.Linear) -> None:
+    def fill(name: str, layer: QuantizedLayer, module: FloatLayer) -> None:
         pack_layer(layer, module.weight.detach(), name=name, config=config, record=record)
 
     return fill
@@ -135,7 +135,7 @@ def _rounding_filler(config: TernaryConfig, record: PackingRecord) -> LayerFille
 def _check_quantizable(model: nn.Module) -> None:
     name = type(model).__name__
     method = getattr(model, "quantization_method", None)
-    if method is not None or any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if method is not None or any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise ValueError(
             f"{name} is quantized already ({getattr(method, 'value', method) or 'packed layers'}). "
             "Load the float weights, or call its dequantize() first."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which linear layers of a model are converted, to what, and why the others are not."""
+"""Which layers of a model are converted, to what, and why the others are not."""
 
 import dataclasses
 import logging
@@ -10,6 +10,7 @@ from torch import nn
 from ..compat import keep_in_fp32_names
 from ..config import TernaryConfig, matches, matches_any, policy_for
 from ..format import Int8Spec, LayerSpec, TernarySpec, normalize_group_size
+from ..layers import FLOAT_TYPES, FloatLayer, matrix_shape, reason_not_to_pack
 
 
 logger = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ConversionPlan:
-    """What happens to each linear layer of a model.
+    """What happens to each linear layer and 2-d convolution of a model.
 
     Args:
         kinds (`dict[str, str]`): module name → `"ternary"` or `"int8"`.
@@ -28,17 +29,18 @@ class ConversionPlan:
     kept: dict[str, str]
 
 
-def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Plain `nn.Linear` modules by name. Subclasses are left alone: their forward may be more than a product."""
+def float_layers(model: nn.Module) -> Iterator[tuple[str, FloatLayer]]:
+    """Plain `nn.Linear` and `nn.Conv2d` modules by name."""
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and name:
+        if type(module) in FLOAT_TYPES and name:
+            assert isinstance(module, FLOAT_TYPES)
             yield name, module
 
 
 def plan_conversion(
     model: nn.Module, config: TernaryConfig, *, keep_in_fp32: Iterable[str] | None = None
 ) -> ConversionPlan:
-    """Decides for every linear layer: overrides first, then the user's list, float32 modules, and the policy.
+    """Decides for every layer that can be packed: overrides, the user's list, float32 modules, then the policy.
 
     Args:
         model (`nn.Module`): the model; tensors may be on the meta device.
@@ -56,37 +58,41 @@ def plan_conversion(
     used: set[str] = set()
     kinds: dict[str, str] = {}
     kept: dict[str, str] = {}
-    for name, module in linear_layers(model):
+    for name, module in float_layers(model):
         override = next((pattern for pattern in overrides if matches(pattern, name)), None)
         used.update(pattern for pattern in skipped if matches(pattern, name))
         if override is not None:
             used.add(override)
             if overrides[override] == "keep":
                 kept[name] = f"overrides[{override!r}]"
+            elif (reason := reason_not_to_pack(module)) is not None:
+                kept[name] = reason
             else:
                 kinds[name] = overrides[override]
         elif matches_any(skipped, name):
             kept[name] = "listed in modules_to_not_convert"
         elif float32.intersection(name.split(".")):
             kept[name] = "kept in float32 by the model class"
-        elif (reason := policy.reason_to_keep(name, module)) is not None:
+        elif (reason := policy.reason_to_keep(name, module) or reason_not_to_pack(module)) is not None:
             kept[name] = reason
         else:
             kinds[name] = "ternary"
     for pattern in [*overrides, *skipped]:
         if pattern not in used:
-            logger.warning("%r in the TernaryConfig names no linear layer of %s.", pattern, type(model).__name__)
+            logger.warning(
+                "%r in the TernaryConfig names no linear layer or convolution of %s.", pattern, type(model).__name__
+            )
     if not kinds:
         raise ValueError(
-            f"{type(model).__name__} has no linear layer to convert ({len(kept)} linear layers, all kept). "
+            f"{type(model).__name__} has no layer to convert ({len(kept)} linear layers and convolutions, all kept). "
             "Name layers in overrides, e.g. overrides={'*': 'ternary'}, or leave this component out."
         )
     return ConversionPlan(kinds, kept)
 
 
-def layer_spec(kind: str, module: nn.Linear, config: TernaryConfig) -> LayerSpec:
+def layer_spec(kind: str, module: FloatLayer, config: TernaryConfig) -> LayerSpec:
     """Spec of the layer that replaces `module`; the scale layout of a ternary one is settled when it is packed."""
+    rows, columns = matrix_shape(module)
     if kind == "int8":
-        return Int8Spec(module.out_features, module.in_features)
-    group_size = normalize_group_size(config.group_size, module.in_features)
-    return TernarySpec(module.out_features, module.in_features, group_size)
+        return Int8Spec(rows, columns)
+    return TernarySpec(rows, columns, normalize_group_size(config.group_size, columns))

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..format import Int8Spec, LayerSpec, TensorSpec, TernarySpec
-from ..layers import QuantizedLinear
+from ..layers import QuantizedConv2d, QuantizedLayer
 
 
-def packed_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+def packed_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The packed layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
 def file_bytes(spec: LayerSpec) -> int:
@@ -34,13 +34,15 @@ def bits_per_weight(specs: Mapping[str, LayerSpec]) -> float:
 
 def summarize(model: nn.Module, kept: Mapping[str, str]) -> str:
     """One paragraph: what was converted, what was kept and why, and the bits per weight reached."""
-    specs = {name: layer.spec for name, layer in packed_layers(model).items()}
+    layers = packed_layers(model)
+    specs = {name: layer.spec for name, layer in layers.items()}
+    convolutions = sum(isinstance(layer, QuantizedConv2d) for layer in layers.values())
     ternary = sum(isinstance(spec, TernarySpec) for spec in specs.values())
     int8 = sum(isinstance(spec, Int8Spec) for spec in specs.values())
     reasons = collections.Counter(kept.values())
     kept_text = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
     kinds = f"{ternary} ternary" + (f", {int8} int8" if int8 else "")
     return (
-        f"{type(model).__name__}: {kinds} linear layers at {bits_per_weight(specs):.3f} bits per weight; "
-        f"linear layers kept: {kept_text}."
+        f"{type(model).__name__}: {kinds} layers{f' ({convolutions} convolutions)' if convolutions else ''} at "
+        f"{bits_per_weight(specs):.3f} bits per weight; layers kept: {kept_text}."
     )

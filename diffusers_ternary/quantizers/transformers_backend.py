@@ -9,7 +9,7 @@ import torch
 
 from ..compat import ConversionOps, HfQuantizer, WeightConverter, forget_weight_conversions
 from ..config import TernaryConfig, TernaryMethod
-from ..layers import QuantizedLinear, TernaryLinear
+from ..layers import QuantizedLayer, TernaryLinear
 from .checkpoint import (
     LayerRecord,
     PackedCheckpoint,
@@ -155,7 +155,7 @@ class TernaryTransformersQuantizer(HfQuantizer):
         if name != "weight":
             return False
         module = model.get_submodule(layer)
-        return isinstance(module, QuantizedLinear) and not module.is_packed
+        return isinstance(module, QuantizedLayer) and not module.is_packed
 
     def get_quantize_ops(self) -> ConversionOps:
         """Packs on the fly."""

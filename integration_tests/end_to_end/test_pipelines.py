@@ -13,7 +13,7 @@ from support.fresh_process import run_python
 from support.pipelines import PIPELINES, draw, quiet
 
 from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
-from diffusers_ternary.layers import QuantizedLinear
+from diffusers_ternary.layers import QuantizedLayer, TernaryLayer
 
 
 ON_THE_FLY = TernaryConfig(overrides={"*transformer_blocks.0.attn1.to_q": "int8"})
@@ -57,7 +57,7 @@ def reloaded(drawn):
         import json, sys
         import torch, diffusers_ternary
         from diffusers import DiffusionPipeline
-        from diffusers_ternary.layers import QuantizedLinear
+        from diffusers_ternary.layers import QuantizedLayer
         from support.pipelines import PIPELINES, draw
 
         torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def reloaded(drawn):
             results[name] = {
                 "latents": draw(name, pipeline).flatten().tolist(),
                 "dtype": str(denoiser.dtype),
-                "packed": sum(isinstance(module, QuantizedLinear) for module in denoiser.modules()),
+                "packed": sum(isinstance(module, QuantizedLayer) for module in denoiser.modules()),
             }
         print(json.dumps(results))
         """,
@@ -105,7 +105,7 @@ def test_only_the_denoiser_is_quantized(name, drawn):
     pipeline = DiffusionPipeline.from_pretrained(drawn[0] / name)
     for component, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
-            packed = any(isinstance(part, QuantizedLinear) for part in module.modules())
+            packed = any(isinstance(part, QuantizedLayer) for part in module.modules())
             assert packed == (component == PIPELINES[name].denoiser), component
 
 
@@ -114,11 +114,11 @@ def test_dequantized_pipelines_draw_the_same(name, drawn):
     pipeline = DiffusionPipeline.from_pretrained(drawn[0] / name)
     denoiser = getattr(pipeline, PIPELINES[name].denoiser)
     for module in denoiser.modules():
-        if isinstance(module, TernaryLinear):
+        if isinstance(module, TernaryLayer):
             module.activation_dtype = "none"  # a float layer does not round its activations either
     latents = draw(name, pipeline)
     denoiser.dequantize()
-    assert not any(isinstance(module, QuantizedLinear) for module in denoiser.modules())
+    assert not any(isinstance(module, QuantizedLayer) for module in denoiser.modules())
     assert "quantization_config" not in denoiser.config
     torch.testing.assert_close(draw(name, pipeline), latents, rtol=1e-3, atol=1e-3 * latents.std().item())
 
@@ -212,8 +212,8 @@ class TestSize:
     def test_the_log_says_what_was_done(self, caplog):
         caplog.set_level("INFO", logger="diffusers_ternary")
         quantize(denoisers.flux(), TernaryConfig(overrides={"*.norm1.linear": "int8"}))
-        (line,) = [record.message for record in caplog.records if "linear layers" in record.message]
-        assert line.startswith("FluxTransformer2DModel: 19 ternary, 1 int8 linear layers at ")
+        (line,) = [record.message for record in caplog.records if "layers at" in record.message]
+        assert line.startswith("FluxTransformer2DModel: 19 ternary, 1 int8 layers at ")
         assert re.search(r"\d\.\d{3} bits per weight", line)
         assert "outside the repeated blocks" in line
 

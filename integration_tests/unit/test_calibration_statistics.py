@@ -21,6 +21,15 @@ def rollouts_for(tiny: TinyPipeline, pipeline, *, prompts=PROMPTS, batch_size=2,
     return make_rollouts(pipeline, prompts, seed=3, batch_size=batch_size, call_kwargs=kwargs)
 
 
+def rows_of(module, x):
+    if isinstance(module, nn.Linear):
+        return x.reshape(-1, x.shape[-1])
+    # Every patch, cut out by a convolution with the unit matrix.
+    size = module.weight[0].numel()
+    eye = torch.eye(size, dtype=x.dtype).view(size, *module.weight.shape[1:])
+    return nn.functional.conv2d(x, eye, None, module.stride, module.padding).movedim(1, -1).reshape(-1, size)
+
+
 @pytest.mark.parametrize("name", ["flux", "sd3", "sdxl"])
 def test_moments_are_those_of_the_inputs(name):
     tiny = PIPELINES[name]
@@ -31,7 +40,7 @@ def test_moments_are_those_of_the_inputs(name):
     recorded: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
 
     def recorder(layer):
-        return lambda module, args: recorded[layer].append(args[0].reshape(-1, args[0].shape[-1]).double().numpy())
+        return lambda module, args: recorded[layer].append(rows_of(module, args[0].double()).numpy())
 
     with GroupFinder(model, layers) as finder:
         rollouts.run(pipeline, description="")

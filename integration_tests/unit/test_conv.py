@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffusers_ternary.format import Int8Spec, TernarySpec
-from diffusers_ternary.layers import Int8Conv2d, TernaryConv2d, conv
+from diffusers_ternary.layers import Int8Conv2d, TernaryConv2d, conv, input_rows
 
 
 CASES = {
@@ -147,3 +147,13 @@ def test_what_cannot_be_packed_says_why(options, reason):
 def test_spec_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="is not the matrix"):
         TernaryConv2d(TernarySpec(8, 71, 8), nn.Conv2d(8, 8, 3))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_of_the_input_times_the_matrix_are_the_output(case):
+    torch.manual_seed(6)
+    float_conv = nn.Conv2d(**CASES[case]).double()
+    x = torch.randn(2, float_conv.in_channels, 9, 7, dtype=torch.float64)
+    rows = input_rows(float_conv, x) @ float_conv.weight.flatten(1).T
+    expected = float_conv(x) - (0 if float_conv.bias is None else float_conv.bias[:, None, None])
+    torch.testing.assert_close(rows, expected.movedim(1, -1).flatten(0, -2), atol=1e-12, rtol=1e-12)

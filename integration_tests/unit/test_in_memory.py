@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.embeddings import ImageProjection
 from peft import LoraConfig
 from support import denoisers
 from support.pipelines import PIPELINES
@@ -130,8 +130,8 @@ class TestRefusals:
             quantize(PIPELINES["flux"].build(), TernaryConfig(components=["prior"]))
 
     def test_a_model_without_blocks(self):
-        vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, mid_block_add_attention=False)
-        before = state_of(vae)
-        with pytest.raises(ValueError, match="AutoencoderKL has no linear layer to convert"):
-            quantize(vae)
-        assert_untouched(vae, before)
+        adapter = ImageProjection(image_embed_dim=8, cross_attention_dim=8)
+        before = state_of(adapter)
+        with pytest.raises(ValueError, match="ImageProjection has no layer to convert"):
+            quantize(adapter)
+        assert_untouched(adapter, before)

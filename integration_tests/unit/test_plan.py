@@ -45,10 +45,10 @@ def test_the_first_matching_override_decides(pixart):
     assert "transformer_blocks.0.attn1.to_q" in other.kept
 
 
-def test_every_linear_layer_is_in_the_plan_once(pixart):
+def test_every_layer_is_in_the_plan_once(pixart):
     result = plan(pixart, overrides={"*.attn2.*": "int8"})
-    linear = {name for name, module in pixart.named_modules() if type(module) is nn.Linear}
-    assert result.kinds.keys() | result.kept.keys() == linear
+    layers = {name for name, module in pixart.named_modules() if type(module) in (nn.Linear, nn.Conv2d)}
+    assert result.kinds.keys() | result.kept.keys() == layers
     assert not result.kinds.keys() & result.kept.keys()
 
 
@@ -61,17 +61,15 @@ def test_patterns_that_name_nothing_are_reported(pixart, caplog):
     with caplog.at_level(logging.WARNING, logger="diffusers_ternary"):
         plan(pixart, modules_to_not_convert=["attn9", "attn1"], overrides={"*.typo": "int8"})
     assert [record.message for record in caplog.records] == [
-        "'*.typo' in the TernaryConfig names no linear layer of PixArtTransformer2DModel.",
-        "'attn9' in the TernaryConfig names no linear layer of PixArtTransformer2DModel.",
+        "'*.typo' in the TernaryConfig names no linear layer or convolution of PixArtTransformer2DModel.",
+        "'attn9' in the TernaryConfig names no linear layer or convolution of PixArtTransformer2DModel.",
     ]
 
 
 def test_nothing_to_convert_is_an_error(pixart):
-    with pytest.raises(
-        ValueError, match=r"PixArtTransformer2DModel has no linear layer to convert \(\d+ linear .*'\*'"
-    ):
+    with pytest.raises(ValueError, match=r"PixArtTransformer2DModel has no layer to convert \(\d+ linear .*'\*'"):
         plan(pixart, overrides={"*": "keep"})
-    with pytest.raises(ValueError, match=r"Conv2d has no linear layer to convert \(0 linear"):
+    with pytest.raises(ValueError, match=r"Conv2d has no layer to convert \(0 linear"):
         plan(nn.Conv2d(3, 3, 3))
 
 

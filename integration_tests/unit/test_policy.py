@@ -63,6 +63,7 @@ LAYERS = {
         time_text_embed.timestep_embedder.{linear_1 linear_2}
         time_text_embed.text_embedder.{linear_1 linear_2}
         {context_embedder proj_out}
+        pos_embed.proj
         norm_out.linear
         """,
     ),
@@ -70,8 +71,11 @@ LAYERS = {
         """
         transformer_blocks.#.attn1.{to_q to_k to_v to_out.#}
         transformer_blocks.#.attn2.{to_q to_k to_v to_out.#}
+        transformer_blocks.#.ff.{conv_inverted conv_point}
         """,
         """
+        patch_embed.proj
+        transformer_blocks.#.ff.conv_depth
         time_embed.emb.timestep_embedder.{linear_1 linear_2}
         time_embed.linear
         caption_projection.{linear_1 linear_2}
@@ -86,6 +90,7 @@ LAYERS = {
         """,
         """
         proj_out
+        pos_embed.proj
         adaln_single.emb.timestep_embedder.{linear_1 linear_2}
         adaln_single.linear
         caption_projection.{linear_1 linear_2}
@@ -138,8 +143,14 @@ LAYERS = {
         mid_block.attentions.#.transformer_blocks.#.attn1.{to_q to_k to_v to_out.#}
         mid_block.attentions.#.transformer_blocks.#.attn2.{to_q to_k to_v to_out.#}
         mid_block.attentions.#.transformer_blocks.#.ff.{net.#.proj net.#}
+        down_blocks.#.resnets.#.{conv1 conv2 conv_shortcut}
+        up_blocks.#.resnets.#.{conv1 conv2 conv_shortcut}
+        mid_block.resnets.#.{conv1 conv2}
+        down_blocks.#.downsamplers.#.conv
+        up_blocks.#.upsamplers.#.conv
         """,
         """
+        {conv_in conv_out}
         time_embedding.{linear_1 linear_2}
         add_embedding.{linear_1 linear_2}
         down_blocks.#.resnets.#.time_emb_proj
@@ -164,7 +175,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_linear_layer_of_the_tiny_models(name):
+def test_every_layer_of_the_tiny_models(name):
     converted, kept = LAYERS[name]
     plan = plan_conversion(getattr(denoisers, name)(), TernaryConfig())
     assert collapse(plan.kinds) == expand(converted)
@@ -200,7 +211,7 @@ SHAPES = {
 }
 
 # Class → billions of parameters, percent converted. FLUX.1: 99.5 % is the figure of the 1.58-bit FLUX paper.
-# SANA and the UNets have the rest of their weights in convolutions, Kandinsky 5 keeps its modulation in float32.
+# Kandinsky 5 keeps its modulation in float32.
 SHARES = {
     "FluxTransformer2DModel": (11.89, 99.5),
     "SD3Transformer2DModel": (2.03, 99.0),
@@ -208,7 +219,7 @@ SHARES = {
     "Flux2Transformer2DModel": (32.22, 97.5),
     "ZImageTransformer2DModel": (6.15, 97.7),
     "PixArtTransformer2DModel": (0.61, 97.3),
-    "SanaTransformer2DModel": (1.60, 50.0),
+    "SanaTransformer2DModel": (1.60, 96.9),
     "WanTransformer3DModel": (14.29, 98.3),
     "Lumina2Transformer2DModel": (2.61, 99.7),
     "HiDreamImageTransformer2DModel": (17.1, 96.8),
@@ -220,7 +231,7 @@ SHARES = {
     "Krea2Transformer2DModel": (12.82, 97.5),
     "BriaFibo2Transformer2DModel": (8.13, 97.9),
     "Kandinsky5Transformer3DModel": (2.15, 84.8),
-    "UNet2DConditionModel": (0.87, 29.2),
+    "UNet2DConditionModel": (0.87, 96.8),
 }
 
 EMBEDDERS = re.compile(
