@@ -15,14 +15,14 @@ from torch import nn
 
 from ..config import TernaryConfig
 from ..quantizers import bits_per_weight, packed_layers
-from ..rollouts import RolloutBatch, Rollouts, make_rollouts, prepared, recorded_calls, weights_sha256
+from ..rollouts import Rollouts, make_rollouts, weights_sha256
 from .cache import TeacherCache
 from .checkpoint import new_folder
 from .config import DistillConfig
 from .engine import Trainer
 from .held_out import HeldOutError, check_disjoint, float_dtype
 from .inputs import InputMaker
-from .noise import NoiseProcess, noise_process
+from .noise import observe_noise
 from .progress import Progress
 from .report import DistillReport
 from .run_folder import check_run, flat, start_run
@@ -122,7 +122,13 @@ def distill(
     caches = pathlib.Path(cache_dir) if cache_dir is not None else folder / "cache"
     data = _cache(teacher_pipeline, training, caches / "training", component, accelerator)
     unseen = _cache(teacher_pipeline, held_out, caches / "held_out", component, accelerator)
-    noise = _observe_noise(teacher_pipeline, teacher, held_out, distill_config)
+    noise = observe_noise(
+        teacher_pipeline,
+        teacher,
+        held_out,
+        timesteps=distill_config.timesteps,
+        uniform_fraction=distill_config.uniform_fraction,
+    )
     if distill_config.trackers:
         accelerator.init_trackers("diffusers-ternary", config=flat(distill_config.to_dict()))
     trainer = Trainer(
@@ -245,21 +251,6 @@ def _cache(
     )
     accelerator.wait_for_everyone()
     return cache
-
-
-def _observe_noise(
-    pipeline: DiffusionPipeline, teacher: nn.Module, rollouts: Rollouts, config: DistillConfig
-) -> NoiseProcess:
-    """Runs one trajectory to see which timesteps the denoiser receives."""
-    with prepared(pipeline), recorded_calls(teacher) as calls:
-        rollouts.draw(pipeline, RolloutBatch(rollouts.prompts[:1], (rollouts.seed,)))
-    received = {call.step: call.timestep for call in calls}
-    return noise_process(
-        pipeline.scheduler,
-        [received[step] for step in sorted(received)],
-        timesteps=config.timesteps,
-        uniform_fraction=config.uniform_fraction,
-    )
 
 
 def _report(

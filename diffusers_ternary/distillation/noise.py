@@ -16,6 +16,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ..rollouts import RolloutBatch, Rollouts, prepared, recorded_calls
 
 
 FLOW = "flow"
@@ -24,6 +28,7 @@ VARIANCE_PRESERVING = "variance_preserving"
 _TOLERANCE = 2**-7
 _SMALLEST_LEVEL = 1e-3
 FEW_STEPS = 4
+_SHIFTS = (0.1, 20.0)  # beyond these, a schedule is none of the shifted family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +78,18 @@ class NoiseProcess:
 
     @property
     def shift(self) -> float:
-        """By how much the pipeline's schedule is shifted: the odds of its middle level against those of 1 - i / n."""
-        count = len(self.schedule.levels)
-        middle = count // 2
-        level, plain = self.schedule.levels[middle], 1 - middle / count
-        if middle == 0 or not 0 < level < 1:
+        """By how much the pipeline's schedule is shifted, which resolution-dependent ones decide while they run.
+
+        The shift s maps u to s u / (1 + (s - 1) u), and so multiplies the odds u / (1 - u) by s. Step i of a plain
+        schedule is at u = 1 - c i, c near 1 / n: the odds are (s / c) / i - s, a line in 1 / i.
+        """
+        levels = torch.tensor(self.schedule.levels[1:], dtype=torch.float64)
+        if len(levels) < 2 or not bool(((levels > 0) & (levels < 1)).all()):
             return 1.0
-        return (level / (1 - level)) / (plain / (1 - plain))
+        odds, inverse = levels / (1 - levels), 1 / torch.arange(1, len(levels) + 1, dtype=torch.float64)
+        centred = inverse - inverse.mean()
+        slope = (centred * odds).sum() / centred.square().sum()
+        return min(max(float(slope * inverse.mean() - odds.mean()), _SHIFTS[0]), _SHIFTS[1])
 
     def mix(self, sample: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         """x_t float32 `[B, ...]` of clean latents and noise at the levels `[B]`."""
@@ -149,3 +159,33 @@ def noise_process(
             f"the noise levels {[round(level, 4) for level in levels]} of {name}: this pipeline cannot be distilled."
         )
     return process
+
+
+def observe_noise(
+    pipeline: DiffusionPipeline,
+    denoiser: nn.Module,
+    rollouts: Rollouts,
+    *,
+    timesteps: str = "auto",
+    uniform_fraction: float = 0.2,
+) -> NoiseProcess:
+    """The noise process of a pipeline, from the trajectory of its first prompt.
+
+    Args:
+        pipeline (`DiffusionPipeline`): run once.
+        denoiser (`nn.Module`): of the pipeline.
+        rollouts ([`Rollouts`]): prompts and call arguments.
+        timesteps (`str`), uniform_fraction (`float`): see [`DistillConfig`].
+
+    Raises:
+        ValueError: see [`noise_process`].
+    """
+    with prepared(pipeline), recorded_calls(denoiser) as calls:
+        rollouts.draw(pipeline, RolloutBatch(rollouts.prompts[:1], (rollouts.seed,)))
+    received = {call.step: call.timestep for call in calls}
+    return noise_process(
+        pipeline.scheduler,
+        [received[step] for step in sorted(received)],
+        timesteps=timesteps,
+        uniform_fraction=uniform_fraction,
+    )
