@@ -21,7 +21,7 @@ WARMUP = 0.05
 FINAL_RATE = 0.05
 # Of the latents' rate: scales that move with their codes are to move less than these, scales alone much more.
 _SCALE_FACTOR_WITH_LATENTS = 0.5
-_SCALE_FACTOR_ALONE = 1.0
+_SCALE_FACTOR_ALONE = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
