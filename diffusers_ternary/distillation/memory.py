@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory a mode needs, told from shapes before anything is allocated, and what fits instead."""
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+
+import psutil
+import torch
+from torch import nn
+
+from ..config import TernaryConfig
+from ..format import normalize_group_size
+from ..quantizers import plan_conversion
+from .blocks import block_names
+from .config import MODES, DistillConfig
+
+
+FLOAT32 = 4
+_ADAM, _ADAM_8BIT = 8, 2  # bytes a parameter: two moments
+_PACKED = 1.75 / 8  # bytes a weight: codes and scales
+# float32 temporaries of the largest layer while it is fake-quantized: weight over scale, codes, product.
+_TEMPORARIES = 3
+# Allocators keep more than they hand out.
+_HEADROOM = 1.1
+# These see one vector a row, not the tokens: their inputs and outputs are nothing beside the others'.
+_MODULATION = re.compile(r"(^|\.)(norm\w*\.linear|norm\w*\.linear_\w+|\w*mod\w*(\.\d+)?|adaLN_modulation(\.\d+)?)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one process needs at the peak of a run.
+
+    Args:
+        mode (`str`): of [`DistillConfig`].
+        teacher (`int`): the float denoiser.
+        student (`int`): the packed student, and the parts of it that stay float, twice: stored and trained.
+        trained (`int`): float32 parameters that are trained (the latents, in mode `"full"`).
+        gradients (`int`): of these.
+        optimizer (`int`): its two moments.
+        weights (`int`): dequantized weights that the backward pass needs, and temporaries of one layer.
+        activations (`int`): what else the backward pass needs, and the blocks' outputs that are compared.
+    """
+
+    mode: str
+    teacher: int
+    student: int
+    trained: int
+    gradients: int
+    optimizer: int
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Everything, with a tenth for what allocators hold back."""
+        return int(_HEADROOM * sum(self.parts().values()))
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "mode"}
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in self.parts().items())
+        return f"mode={self.mode!r}: {self.total / 1e9:.2f} GB ({listed})"
+
+
+def estimate_memory(
+    denoiser: nn.Module,
+    config: TernaryConfig,
+    distill_config: DistillConfig,
+    *,
+    tokens: int,
+    dtype: torch.dtype | None = None,
+    eight_bit_optimizer: bool | None = None,
+    shards: int = 1,
+) -> MemoryEstimate:
+    """Estimates the peak memory of a run from shapes; the denoiser may be on the meta device.
+
+    Args:
+        denoiser (`nn.Module`): the float teacher.
+        config ([`TernaryConfig`]): what is ternarized of it.
+        distill_config ([`DistillConfig`]): mode, batch size, gradient checkpointing, ...
+        tokens (`int`): that a row has inside the blocks, image and text together (FLUX at 1024 pixels: 4096 + 512).
+        dtype (`torch.dtype`, *optional*): of the computation and of what is not trained; default: the denoiser's.
+        eight_bit_optimizer (`bool`, *optional*): default: as `distill_config` says, as if on a GPU.
+        shards (`int`, *optional*, defaults to 1): processes that FSDP divides what is trained among.
+
+    Returns:
+        [`MemoryEstimate`]
+    """
+    model = _Shapes.of(denoiser, config)
+    dtype = dtype or next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), torch.float32)
+    size = dtype.itemsize
+    if eight_bit_optimizer is None:
+        eight_bit_optimizer = _uses_8_bits(distill_config)
+    checkpointing = distill_config.gradient_checkpointing
+    if checkpointing is None:
+        checkpointing = model.ternary > 500_000_000
+    trained = model.trained(distill_config)
+    blockwise = distill_config.mode == "blockwise"
+    # What one block needs in the backward pass; without checkpointing, all of them at once.
+    frozen_codes = 0 if distill_config.mode in ("full", "blockwise") else 1
+    kept = (size + frozen_codes) * (max(model.blocks.values()) if blockwise or checkpointing else model.ternary)
+    rows = tokens * distill_config.batch_size * size
+    widest = max(model.block_widths.values())
+    inside = rows * (widest if blockwise or checkpointing else sum(model.block_widths.values()))
+    # Between blocks: inputs that are recomputed from, and outputs of student and teacher that are compared.
+    copies = int(checkpointing) + 2 * bool(distill_config.block_weight)
+    between = rows * model.hidden * (1 if blockwise else copies * len(model.blocks))
+    return MemoryEstimate(
+        mode=distill_config.mode,
+        teacher=model.total * size,
+        student=int(2 * _PACKED * model.ternary + 2 * size * (model.total - model.ternary)),
+        trained=FLOAT32 * trained // shards,
+        gradients=FLOAT32 * trained // shards,
+        optimizer=(_ADAM_8BIT if eight_bit_optimizer else _ADAM) * trained // shards,
+        weights=kept + _TEMPORARIES * FLOAT32 * model.largest_layer,
+        activations=inside + between,
+    )
+
+
+def check_memory(
+    denoiser: nn.Module,
+    config: TernaryConfig,
+    distill_config: DistillConfig,
+    *,
+    tokens: int,
+    available: int,
+    dtype: torch.dtype | None = None,
+    eight_bit_optimizer: bool | None = None,
+    shards: int = 1,
+) -> MemoryEstimate:
+    """Refuses a run that cannot fit, before it starts.
+
+    Args:
+        available (`int`): bytes, counting what the teacher's denoiser takes already; see [`available_memory`].
+        denoiser, config, distill_config, tokens, dtype, eight_bit_optimizer, shards: see [`estimate_memory`].
+
+    Raises:
+        MemoryError: says what it needs, which modes fit, and which options lower the need.
+    """
+
+    def estimate(changed: DistillConfig) -> MemoryEstimate:
+        return estimate_memory(
+            denoiser,
+            config,
+            changed,
+            tokens=tokens,
+            dtype=dtype,
+            eight_bit_optimizer=eight_bit_optimizer,
+            shards=shards,
+        )
+
+    needed = estimate(distill_config)
+    if needed.total <= available:
+        return needed
+    others = [estimate(changed) for changed in _alternatives(distill_config)]
+    advice = [
+        f"{_describe(changed)} ({found.total / 1e9:.1f} GB)"
+        for changed, found in zip(_alternatives(distill_config), others, strict=True)
+        if found.total <= available
+    ]
+    remedy = f"What fits: {'; '.join(advice)}." if advice else "No mode fits, not even with one row at a time."
+    raise MemoryError(
+        f"{needed}, and {available / 1e9:.1f} GB are there. {remedy} FSDP over more processes divides what is "
+        "trained; fewer pixels or a smaller batch_size with gradient_accumulation lower the activations."
+    )
+
+
+def available_memory(device: torch.device, denoiser: nn.Module) -> int:
+    """Bytes that a run may take on a device: what is free, and what the denoiser itself holds there."""
+    held = sum(p.numel() * p.element_size() for p in denoiser.parameters() if p.device.type == device.type)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + held
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory() + held
+    return psutil.virtual_memory().available + held
+
+
+def _alternatives(config: DistillConfig) -> Iterator[DistillConfig]:
+    """What to try instead, best first: the same mode leaner, then the other modes by quality."""
+    leaner = dataclasses.replace(config, gradient_checkpointing=True)
+    single = dataclasses.replace(leaner, batch_size=1, gradient_accumulation=config.batch_size)
+    rows = [leaner] if config.gradient_checkpointing is not True else []
+    rows += [single] if config.batch_size > 1 else []
+    yield from (changed for changed in rows if changed != config)
+    for mode in ("full", "blockwise", "lora", "scales"):
+        if mode != config.mode:
+            yield dataclasses.replace(leaner, mode=mode)
+            if config.batch_size > 1:
+                yield dataclasses.replace(single, mode=mode)
+
+
+def _describe(config: DistillConfig) -> str:
+    return f"mode={config.mode!r}, gradient_checkpointing=True, batch_size={config.batch_size}"
+
+
+def _uses_8_bits(config: DistillConfig) -> bool:
+    found = importlib.util.find_spec("bitsandbytes") is not None
+    return config.optimizer == "adamw8bit" or (config.optimizer == "auto" and config.mode == "full" and found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shapes:
+    """What the estimate needs to know of a denoiser.
+
+    Args:
+        shapes (`Mapping[str, tuple[int, int]]`): ternary layer → outputs, inputs.
+        blocks (`Mapping[str, int]`): block → its ternary weights.
+        block_widths (`Mapping[str, int]`): block → inputs and outputs of all layers, of one token.
+        scales (`int`): group scales of all ternary layers.
+        total (`int`): all parameters.
+        vectors (`int`): biases and norms of the whole model.
+        hidden (`int`): width between blocks.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    blocks: Mapping[str, int]
+    block_widths: Mapping[str, int]
+    scales: int
+    total: int
+    vectors: int
+    hidden: int
+
+    @classmethod
+    def of(cls, denoiser: nn.Module, config: TernaryConfig) -> "_Shapes":
+        plan = plan_conversion(denoiser, config)
+        names = [name for name, kind in plan.kinds.items() if kind == "ternary"]
+        shapes = {}
+        scales = 0
+        for name in names:
+            weight = denoiser.get_parameter(f"{name}.weight")
+            rows, columns = weight.shape[0], weight.numel() // weight.shape[0]
+            shapes[name] = rows, columns
+            scales += rows * -(-columns // normalize_group_size(config.group_size, columns))
+        blocks: dict[str, int] = {}
+        widths: dict[str, int] = {}
+        inputs: dict[int, int] = {}
+        for name, (rows, columns) in shapes.items():
+            block = block_names([name])[0] if block_names([name]) else name
+            blocks[block] = blocks.get(block, 0) + rows * columns
+            if not _MODULATION.search(name):
+                widths[block] = widths.get(block, 0) + rows + columns
+                inputs[columns] = inputs.get(columns, 0) + 1
+        parameters = list(denoiser.parameters())
+        return cls(
+            shapes=shapes,
+            blocks=blocks,
+            block_widths=widths,
+            scales=scales,
+            total=sum(p.numel() for p in parameters),
+            vectors=sum(p.numel() for p in parameters if p.dim() == 1),
+            hidden=max(inputs, key=lambda width: inputs[width]),
+        )
+
+    @property
+    def ternary(self) -> int:
+        """Ternary weights."""
+        return sum(self.blocks.values())
+
+    @property
+    def largest_layer(self) -> int:
+        """Weights of the largest layer."""
+        return max(rows * columns for rows, columns in self.shapes.values())
+
+    def trained(self, config: DistillConfig) -> int:
+        """Parameters that take a gradient at a time."""
+        others = {"none": 0, "vectors": self.vectors, "all": self.total - self.ternary}[config.train_other]
+        scales = self.scales if config.train_scales else 0
+        if config.mode == "full":
+            return self.ternary + scales + others
+        if config.mode == "lora":
+            return sum(min(config.rank, *shape) * sum(shape) for shape in self.shapes.values()) + scales + others
+        if config.mode == "blockwise":
+            # One block's latents at a time, and all scales at the end.
+            return max(max(self.blocks.values()), scales + others)
+        assert config.mode in MODES
+        return scales + others
