@@ -108,9 +108,11 @@ def choose(offers: Sequence[Sequence[Offer]], capacity: int) -> list[int]:
     room = capacity - sum(smallest)
     if room < 0:
         raise ValueError(f"The smallest offers take {sum(smallest)} bytes, more than {capacity}.")
-    largest = sum(max(offer.bytes for offer in layer) for layer in offers) - sum(smallest)
-    step = max(1, math.ceil(min(room, largest) / _STEPS))
-    width = min(room, largest) // step + 1
+    wanted = [min(range(len(layer)), key=lambda i: (layer[i].error, layer[i].bytes)) for layer in offers]
+    if sum(layer[index].bytes for layer, index in zip(offers, wanted, strict=True)) <= capacity:
+        return wanted
+    step = max(1, math.ceil(room / _STEPS))
+    width = room // step + 1
     best = torch.zeros(width, dtype=torch.float64)  # least error of the layers so far, by steps they may take
     taken = []
     for layer, least in zip(offers, smallest, strict=True):
