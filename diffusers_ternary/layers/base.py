@@ -205,14 +205,14 @@ class QuantizedLayer(nn.Module):
         parameters = (getattr(self, name) for name in self.packed_names)
         return sum(p.numel() * p.element_size() for p in parameters if p is not None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """What the float module computes, in the dtype that it would return."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
             # Autocast does not see custom operators, and the float module would have been cast (unless in float64).
-            return self._product(x.to(torch.get_autocast_dtype(x.device.type)))
+            return self._product(input.to(torch.get_autocast_dtype(input.device.type)))
         if self.compute_dtype is None:
-            return self._product(x)
-        return self._product(x.to(self.compute_dtype)).to(x.dtype)
+            return self._product(input)
+        return self._product(input.to(self.compute_dtype)).to(input.dtype)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self.fused_weight is None:
