@@ -9,6 +9,7 @@ import typer
 
 from .calibrate import calibrate_command
 from .console import console
+from .convert import convert_command
 from .demo import demo_command
 from .evaluate import evaluate_command
 from .inspect import inspect_command
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command("demo")(demo_command)
 app.command("quantize")(quantize_command)
 app.command("calibrate")(calibrate_command)
+app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)
 app.command("evaluate")(evaluate_command)
 app.command("push")(push_command)

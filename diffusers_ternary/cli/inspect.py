@@ -10,17 +10,17 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..inspection import Component, Row, inspect_path
+from ..inspection import UNPACKED, Component, Row, inspect_path
 from .console import console, escape, explained_errors, format_bytes
 
 
 def inspect_command(
-    path: Annotated[pathlib.Path, typer.Argument(help="Pipeline folder, model folder, or safetensors file.")],
+    path: Annotated[pathlib.Path, typer.Argument(help="Pipeline folder, model folder, safetensors or GGUF file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Shows what a folder or file of weights holds: layers, shapes, bits per weight, bytes.
 
-    Reads headers only, so a file of gigabytes takes a second.
+    Also in the formats of others that `convert` reads. Reads headers only, so a file of gigabytes takes a second.
 
     Example: diffusers-ternary inspect out/transformer
     """
@@ -39,6 +39,10 @@ def _table(component: Component) -> Table:
     title = component.name
     if component.format_version is not None:
         title += f"  (packed, format version {component.format_version})"
+    elif component.format == UNPACKED:
+        title += "  (holds ternary values: `diffusers-ternary convert` packs it without loss)"
+    elif component.format is not None:
+        title += f"  ({component.format})"
     bits = component.packed_bits_per_weight
     caption = _ratio("size", component.bytes, component.bytes_16bit)
     if bits is not None:

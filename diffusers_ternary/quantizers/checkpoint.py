@@ -2,6 +2,7 @@
 """Between a packed checkpoint and tensors in memory: reads headers, checks, converts both ways."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -29,6 +30,7 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
 }
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16}
 _DAMAGED = "The file is damaged or incomplete: download it again, or write it again with diffusers-ternary."
 
 
@@ -39,6 +41,12 @@ class StoredTensor:
     file: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its data."""
+        # Unknown dtypes (8-bit floats, say) are all one byte wide today.
+        return math.prod(self.shape) * _BITS.get(self.dtype, 8) // 8
 
 
 @dataclasses.dataclass(frozen=True)

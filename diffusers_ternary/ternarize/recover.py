@@ -16,6 +16,7 @@ from .weight import TernaryWeight
 
 
 MIN_GROUP_SIZE = 32
+_MIN_COLUMNS = 8
 RECOVERABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Enough rows to tell: a weight that is not ternary betrays itself in the first one.
 _SAMPLE_ROWS = 8
@@ -50,7 +51,8 @@ def recover(weight: torch.Tensor) -> TernaryWeight | None:
     """Packs a dense weight whose groups hold only {-s, 0, +s}; the result dequantizes to equal values.
 
     Args:
-        weight (`torch.Tensor`): `[N, K]`, bfloat16, float16 or float32; any group size from 32 up to the whole row.
+        weight (`torch.Tensor`): `[N, K]`, bfloat16, float16 or float32, K >= 8; any group size from 32 up to the whole
+            row.
 
     Returns:
         [`TernaryWeight`] with scales in the dtype of `weight` (float32 scales in 16 bits where that is exact), or
@@ -73,7 +75,7 @@ def find_group_size(weight: torch.Tensor) -> int | None:
 
     A weight that is not ternary costs a look at a few rows; a ternary one is read completely.
     """
-    if weight.dim() != 2 or weight.dtype not in RECOVERABLE_DTYPES or weight.numel() == 0:
+    if not _can_be_ternary(weight):
         return None
     rows, columns = weight.shape
     sizes = torch.arange(min(MIN_GROUP_SIZE, columns), columns + 1, device=weight.device)
@@ -90,7 +92,7 @@ def find_group_size(weight: torch.Tensor) -> int | None:
 
 def looks_ternary(weight: torch.Tensor) -> bool:
     """The cheap half of the test: whether a few rows are ternary."""
-    if weight.dim() != 2 or weight.dtype not in RECOVERABLE_DTYPES or weight.numel() == 0:
+    if not _can_be_ternary(weight):
         return False
     rows, columns = weight.shape
     sizes = torch.arange(min(MIN_GROUP_SIZE, columns), columns + 1, device=weight.device)
@@ -113,6 +115,16 @@ def ternary_fit(weight: torch.Tensor) -> TernaryFit:
     # Smaller groups always fit better: the largest that comes close to the best is the one they were made with.
     best = max(fit.fraction for fit in fits)
     return next(fit for fit in fits if fit.fraction >= 0.9 * best)
+
+
+def _can_be_ternary(weight: torch.Tensor) -> bool:
+    # Of rows of a value or two nothing can be told, and nothing would be saved.
+    return (
+        weight.dim() == 2
+        and weight.dtype in RECOVERABLE_DTYPES
+        and weight.shape[0] > 0
+        and weight.shape[1] >= _MIN_COLUMNS
+    )
 
 
 def _row_chunks(weight: torch.Tensor) -> list[torch.Tensor]:

@@ -26,7 +26,10 @@ LAYERS = (
     {"quantizers"},
     {"rollouts"},
     {"calibration", "distillation", "lora"},
-    {"inspection", "sources", "hub", "evaluation", "interop"},
+    {"sources"},
+    {"interop"},
+    {"inspection"},
+    {"hub", "evaluation"},
     {"demo"},
     {"cli"},
 )

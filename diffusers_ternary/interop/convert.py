@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`convert`: ternary models of others, in whatever form they were published, to packed folders. Nothing is rounded."""
+
+import collections
+import dataclasses
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from diffusers.utils.logging import tqdm
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import safe_open
+from torch import nn
+
+from ..config import RECOVER, TernaryConfig
+from ..format import LayerSpec, TernarySpec, expand_scales, unpack_base3
+from ..layers import reason_not_to_pack
+from ..quantizers import read_headers
+from ..quantizers.plan import float_layers
+from ..sources import save_atomically
+from ..ternarize import TernaryFit, looks_ternary, recover, ternary_fit
+from .open import open_foreign, pipeline_components
+from .report import ConversionReport
+from .source import ForeignModel, check_names, empty_model
+from .writer import PackedFolderWriter
+
+
+logger = logging.getLogger(__name__)
+# Rows that say how much of an ordinary weight is ternary; ternary ones are read completely.
+_SAMPLE_ROWS = 64
+_WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".gguf")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A model to convert and the folder it goes to, relative to the destination."""
+
+    folder: str
+    model: ForeignModel
+    layers: dict[str, str]  # tensor name → module name
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    components: Sequence[str] | None = None,
+    config: str | os.PathLike[str] | None = None,
+    variant: str | None = None,
+    max_shard_size: int = 10_000_000_000,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> list[ConversionReport]:
+    """Packs a ternary model that somebody else published; the result loads with `from_pretrained`.
+
+    Reads "unpacked" (dequantized) checkpoints of diffusers and transformers, whole pipelines of them, Clark-style
+    packs of Sana, 2-bit state dicts of gemlite and HQQ, and GGUF files of Flux and Stable Diffusion 3. Group sizes are
+    found, not asked for. Layers that are not ternary are kept as they are, to the bit; nothing is ever rounded.
+
+    Memory holds one tensor at a time. The destination appears only when it is complete.
+
+    Args:
+        source (`str` or `PathLike`): a folder, a file, or a Hub id.
+        destination (`str` or `PathLike`): folder to write.
+        components (`Sequence[str]`, *optional*): of a pipeline; default: those that denoise.
+        config (`str` or `PathLike`, *optional*): a config.json, or the folder it is in, for formats without one.
+        variant (`str`, *optional*): of the source's files, e.g. `"fp16"`.
+        max_shard_size (`int`, *optional*): bytes per file.
+        verify (`bool`, *optional*, defaults to `True`): read what was written again and compare all of it with
+            the source.
+        overwrite (`bool`, *optional*): replace the destination.
+
+    Returns:
+        `list[ConversionReport]`, one for each model.
+
+    Raises:
+        ValueError: if the source is no such model, is damaged, belongs to another architecture, or holds no ternary
+            layer.
+        FileNotFoundError: if there is no such source.
+        FileExistsError: if the destination exists.
+    """
+    root = _local(source)
+    names = pipeline_components(root, components) if (root / "model_index.json").is_file() else [""]
+    # Everything that headers can tell is checked here, before the destination is touched.
+    parts = [_open_part(root, name, config=config, variant=variant) for name in names]
+    with save_atomically(destination, overwrite=overwrite) as folder:
+        _copy_rest(root, folder, {part.folder for part in parts})
+        reports = [_convert_part(part, folder / part.folder, max_shard_size, verify) for part in parts]
+        if not any(report.layers for report in reports):
+            raise ValueError(_nothing_ternary(root, reports))
+    for report in reports:
+        for name, fit in report.almost.items():
+            logger.warning("%s is almost ternary (%s): kept.", name, fit)
+    return reports
+
+
+def _local(source: str | os.PathLike[str]) -> pathlib.Path:
+    path = pathlib.Path(source)
+    if path.exists():
+        return path
+    text = os.fspath(source)
+    if text.count("/") != 1 or path.suffix in (".gguf", ".safetensors"):
+        raise FileNotFoundError(f"{source} does not exist. Give a folder, a file, or a Hub id (owner/name).")
+    try:
+        return pathlib.Path(snapshot_download(text))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(f"{source} is no local path, and the Hub does not give it: {error}") from error
+
+
+def _open_part(root: pathlib.Path, name: str, *, config: str | os.PathLike[str] | None, variant: str | None) -> _Part:
+    path = root / name
+    model = open_foreign(path, config=None if config is None else pathlib.Path(config), variant=variant)
+    empty = empty_model(model.config, source=str(path))
+    check_names(empty, model.shapes, source=str(path))
+    layers = {f"{module}.weight": module for module, _ in _packable(empty)}
+    return _Part(name, model, {tensor: module for tensor, module in layers.items() if tensor in model.shapes})
+
+
+def _packable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in float_layers(model):
+        if reason_not_to_pack(module) is None:
+            yield name, module
+
+
+def _convert_part(part: _Part, folder: pathlib.Path, max_shard_size: int, verify: bool) -> ConversionReport:
+    folder.mkdir(exist_ok=True)
+    writer = PackedFolderWriter(folder, weights_name=part.model.weights_name, max_shard_size=max_shard_size)
+    misfits: dict[str, TernaryFit] = {}
+    source_bytes = 0
+    for name, tensor in tqdm(part.model.items(), total=len(part.model.shapes), desc="Packing", leave=False):
+        source_bytes += tensor.numel() * tensor.element_size()
+        module = part.layers.get(name)
+        matrix = tensor.flatten(1) if module is not None else tensor
+        packed = recover(matrix) if module is not None else None
+        if packed is not None and module is not None:
+            writer.add_layer(module, packed)
+            continue
+        if module is not None:
+            misfits[module] = _fit(matrix)
+        writer.add_tensor(name, tensor)
+    size = writer.finish(part.model.config, _config_of(writer.layers) if writer.layers else None)
+    if verify and writer.layers:
+        _prove(part.model, folder, writer.layers)
+    return ConversionReport(
+        name=part.folder,
+        format=part.model.format,
+        layers=writer.layers,
+        misfits=misfits,
+        source_bytes=source_bytes,
+        bytes=size,
+        verified=verify,
+    )
+
+
+def _fit(matrix: torch.Tensor) -> TernaryFit:
+    if looks_ternary(matrix):
+        return ternary_fit(matrix)
+    rows = torch.linspace(0, matrix.shape[0] - 1, min(matrix.shape[0], _SAMPLE_ROWS)).long()
+    return ternary_fit(matrix[rows])
+
+
+def _config_of(layers: Mapping[str, LayerSpec]) -> TernaryConfig:
+    sizes = collections.Counter(spec.group_size for spec in layers.values() if isinstance(spec, TernarySpec))
+    return TernaryConfig(rounding=RECOVER, group_size=sizes.most_common(1)[0][0], scales="group")
+
+
+def _nothing_ternary(root: pathlib.Path, reports: Sequence[ConversionReport]) -> str:
+    fits = {name: fit for report in reports for name, fit in report.misfits.items()}
+    nearest = max(fits.items(), key=lambda item: item[1].fraction, default=None)
+    hint = f" The nearest is {nearest[0]}: {nearest[1]}." if nearest else ""
+    return (
+        f"{root} has no ternary layer ({len(fits)} looked at).{hint} convert never rounds: use `diffusers-ternary "
+        "quantize` or `calibrate` to make a ternary model of it."
+    )
+
+
+def _prove(model: ForeignModel, folder: pathlib.Path, layers: Mapping[str, LayerSpec]) -> None:
+    """Reads the written files and compares every tensor with the source.
+
+    Raises:
+        RuntimeError: if one differs, which would be a bug.
+    """
+    _, stored = read_headers(sorted(folder.glob("*.safetensors")))
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(stored[name].file, framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    for name, tensor in tqdm(model.items(), total=len(model.shapes), desc="Comparing", leave=False):
+        spec = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if isinstance(spec, TernarySpec):
+            layer = name.removesuffix(".weight")
+            codes = unpack_base3(read(name), (spec.out_features, spec.in_features))
+            scales = expand_scales(read(f"{layer}.weight_scale").float(), spec.group_size, spec.in_features)
+            equal = torch.equal((codes * scales).to(tensor.dtype), tensor.flatten(1))
+        else:
+            equal = _same_bits(read(name), tensor)
+        if not equal:
+            raise RuntimeError(f"{name} differs from the source after packing. This is a bug; please report it.")
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def _copy_rest(root: pathlib.Path, folder: pathlib.Path, converted: set[str]) -> None:
+    """Everything that is no weight of a converted model: other components, tokenizers, schedulers, licences."""
+    if root.is_file():
+        return
+
+    def written_here(directory: str, names: list[str]) -> set[str]:
+        place = pathlib.Path(directory).relative_to(root).as_posix()
+        hidden = {name for name in names if name.startswith(".")}
+        if ("" if place == "." else place) not in converted:
+            return hidden
+        return hidden | {name for name in names if name == "config.json" or name.endswith(_WEIGHT_FILES)}
+
+    shutil.copytree(root, folder, ignore=written_here, dirs_exist_ok=True)

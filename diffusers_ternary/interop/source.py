@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a reader of somebody else's format hands over, and the checks that all formats share."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+# A tensor and its name in the host library; ternary weights are dense here, and found again by their structure.
+Item = tuple[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignModel:
+    """One model in a format that this package does not write.
+
+    Args:
+        format (`str`): for people, e.g. `"GGUF"`.
+        config (`dict`): config.json of the model in diffusers' or transformers' form.
+        shapes (`dict[str, tuple[int, ...]]`): tensor name in the host library → shape, from headers alone.
+        items (`Callable`): reads the tensors, one at a time and as often as it is called.
+        weights_name (`str`): file name without its ending.
+    """
+
+    format: str
+    config: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    items: Callable[[], Iterator[Item]]
+    weights_name: str = "diffusion_pytorch_model"
+
+
+def empty_model(config: Mapping[str, Any], *, source: str) -> nn.Module:
+    """The model of a config.json on the meta device: its modules, names and shapes, no weights.
+
+    Raises:
+        ValueError: if no installed library has the class.
+    """
+    import diffusers
+    import transformers
+    from accelerate import init_empty_weights
+
+    if "_class_name" in config:
+        cls = getattr(diffusers, config["_class_name"], None)
+        if cls is None:
+            raise ValueError(
+                f"{source}: this diffusers has no model class {config['_class_name']}. Upgrade diffusers."
+            )
+        with init_empty_weights():
+            return cls.from_config(dict(config))
+    architectures = config.get("architectures") or []
+    cls = getattr(transformers, architectures[0], None) if architectures else None
+    if cls is None or "model_type" not in config:
+        raise ValueError(f"{source}: config.json names no model class that diffusers or transformers has.")
+    with init_empty_weights():
+        return cls(cls.config_class.from_dict(dict(config)))
+
+
+def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, source: str) -> None:
+    """Checks that a checkpoint has the tensors that the model expects, before anything is read.
+
+    Raises:
+        ValueError: names what is missing, unexpected or of another shape.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    missing = sorted(expected.keys() - shapes.keys() - tied)
+    unexpected = sorted(shapes.keys() - expected.keys())
+    name = type(model).__name__
+    if missing or unexpected:
+        raise ValueError(
+            f"{source} is no {name}: {_some(missing)} missing, {_some(unexpected)} unexpected. The weights belong to "
+            "another architecture, or the file is incomplete."
+        )
+    for tensor, shape in shapes.items():
+        if shape != expected[tensor]:
+            raise ValueError(
+                f"{source}: {tensor} is {list(shape)}, but {name} with this config.json has {list(expected[tensor])}. "
+                "The config belongs to another model."
+            )
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} tensors ({', '.join(names[:2])}{' ...' if len(names) > 2 else ''})" if names else "none"

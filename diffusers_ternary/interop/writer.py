@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a packed model folder tensor by tensor: memory holds one tensor at a time, whatever the model's size."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import IO, Any
+
+import torch
+
+from ..config import TernaryConfig
+from ..format import FileLayout, LayerSpec, crc32
+from ..layers.base import scale_to_bits
+from ..quantizers.checkpoint import to_file
+from ..ternarize import TernaryWeight
+
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies in the spool of its shard."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclasses.dataclass
+class _Shard:
+    spool: pathlib.Path
+    file: IO[bytes]
+    tensors: list[_Stored] = dataclasses.field(default_factory=list)
+    size: int = 0
+
+
+class PackedFolderWriter:
+    """A model folder in the making: `add_layer` and `add_tensor` in any order, then `finish`.
+
+    The header of a safetensors file comes first and names everything that follows, and with packed models it also
+    describes the whole checkpoint; so the data is spooled beside the target and the files are made at the end.
+
+    Args:
+        folder (`Path`): existing, empty folder.
+        weights_name (`str`): file name without its ending, as the host library expects it.
+        max_shard_size (`int`): bytes of tensors per file; a larger tensor gets a file of its own.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, weights_name: str, max_shard_size: int) -> None:
+        self.folder = folder
+        self.weights_name = weights_name
+        self.max_shard_size = max_shard_size
+        self.layers: dict[str, LayerSpec] = {}
+        self.checksums: dict[str, int] = {}
+        self._shards: list[_Shard] = []
+
+    def add_layer(self, name: str, weight: TernaryWeight) -> None:
+        """Stores the packed weight of a module."""
+        self.layers[name] = weight.spec
+        for suffix, tensor in _file_tensors(weight).items():
+            self.add_tensor(f"{name}.{suffix}", tensor)
+
+    def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Stores a tensor as it is.
+
+        Raises:
+            ValueError: if the name is taken, or safetensors does not know the dtype.
+        """
+        if name in self.checksums:
+            raise ValueError(f"The source holds {name} twice. Delete one of them.")
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise ValueError(
+                f"{name} is {tensor.dtype}, which safetensors files cannot hold. Convert it to float first."
+            )
+        data = tensor.detach().cpu().contiguous()
+        size = data.numel() * data.element_size()
+        shard = self._shard_for(size)
+        shard.file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        shard.tensors.append(_Stored(name, data.dtype, tuple(data.shape), shard.size, size))
+        shard.size += size
+        self.checksums[name] = crc32(data)
+
+    def _shard_for(self, size: int) -> _Shard:
+        if not self._shards or (self._shards[-1].size and self._shards[-1].size + size > self.max_shard_size):
+            spool = self.folder / f".spool-{len(self._shards)}"
+            self._shards.append(_Shard(spool, spool.open("wb")))
+        return self._shards[-1]
+
+    def finish(self, config: Mapping[str, Any], quantization: TernaryConfig | None) -> int:
+        """Writes the safetensors files, their index if there are several, and config.json.
+
+        Args:
+            config (`Mapping`): config.json of the model.
+            quantization ([`TernaryConfig`], *optional*): what it is to say of the packed layers; `None` without any.
+
+        Returns:
+            `int`: bytes of all tensors.
+        """
+        metadata = {"format": "pt"}
+        if quantization is not None:
+            metadata |= FileLayout(self.layers, self.checksums).to_metadata()
+            config = {**config, "quantization_config": quantization.to_dict()}
+        total = sum(shard.size for shard in self._shards)
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(self._shards, start=1):
+            part = "" if count == 1 else f"-{number:05}-of-{count:05}"
+            file = f"{self.weights_name}{part}.safetensors"
+            shard.file.close()
+            _write_safetensors(self.folder / file, shard, metadata)
+            shard.spool.unlink()
+            weight_map.update({tensor.name: file for tensor in shard.tensors})
+        if count > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(self.folder / f"{self.weights_name}.safetensors.index.json", index)
+        _write_json(self.folder / "config.json", config)
+        return total
+
+
+def _file_tensors(weight: TernaryWeight) -> dict[str, torch.Tensor]:
+    """The tensors of a layer as a file holds them."""
+    memory = {"weight": weight.packed, "weight_scale": scale_to_bits(weight.scale)}
+    return {name: to_file(name, tensor, weight.spec, weight.scale.dtype) for name, tensor in memory.items()}
+
+
+def _write_safetensors(path: pathlib.Path, shard: _Shard, metadata: Mapping[str, str]) -> None:
+    # Wide dtypes first, as the library's own writer does: readers map tensors in place and need them aligned.
+    order = sorted(shard.tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for tensor in order:
+        offsets = [position, position + tensor.size]
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+        position += tensor.size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as target, shard.spool.open("rb") as source:
+        target.write(len(encoded).to_bytes(8, "little"))
+        target.write(encoded)
+        for tensor in order:
+            source.seek(tensor.start)
+            _copy(source, target, tensor.size)
+
+
+def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
+    step = 1 << 24
+    for start in range(0, size, step):
+        target.write(source.read(min(step, size - start)))
+
+
+def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
