@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Triton kernel compiled for GPUs that need not be there: spills, matrix instruction, shared memory.
+"""What is launched on GPUs, compiled for them without one: spills, matrix instruction, shared memory, loop length.
 
-The interpreter accepts what GPUs reject; these checks read what the compiler made of the plans that dispatch trusts.
+The interpreter accepts what GPUs reject. Here the host code itself runs, on fake tensors, with the plans that dispatch
+trusts; every kernel it launches is specialised and compiled as on that GPU.
 """
 
 import dataclasses
-import os
 import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,266 +17,189 @@ triton: Any = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("compile checks need Triton without its interpreter", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from support.gpu_compiler import TARGETS, Compiled, launches_on, matrix_loops  # noqa: E402
 
-from diffusers_ternary.kernels.triton.activations import quantize_kernel  # noqa: E402
-from diffusers_ternary.kernels.triton.dense import dense_kernel  # noqa: E402
-from diffusers_ternary.kernels.triton.dispatch import Plan, Request, Target, candidates  # noqa: E402
-from diffusers_ternary.kernels.triton.epilogue import epilogue_kernel  # noqa: E402
-from diffusers_ternary.kernels.triton.fused import fused_kernel  # noqa: E402
-from diffusers_ternary.kernels.triton.gemv import gemv_kernel  # noqa: E402
-from diffusers_ternary.kernels.triton.unpack import derive_multipliers_kernel, unpack_kernel  # noqa: E402
+from diffusers_ternary.kernels.triton import launch, product  # noqa: E402
+from diffusers_ternary.kernels.triton.dispatch import Plan, Request, candidates  # noqa: E402
+from diffusers_ternary.kernels.triton.weights import PackedWeight  # noqa: E402
 
 
-# Bytes of shared memory per program, from the vendors' programming guides.
-TARGETS = {
-    "sm_80": Target("cuda", 80, 163 * 1024),
-    "sm_86": Target("cuda", 86, 99 * 1024),
-    "sm_89": Target("cuda", 89, 99 * 1024),
-    "sm_90": Target("cuda", 90, 227 * 1024),
-    "gfx942": Target("hip", "gfx942", 64 * 1024),
-}
-KINDS = {"none": "float", "int8": "int8", "float8_e4m3fn": "fp8"}
-POINTERS = {
-    "weight_ptr": "*i8",
-    "scale_ptr": "*fp16",
-    "multiplier_ptr": "*i8",
-    "row_scale_ptr": "*fp32",
-    "x_scale_ptr": "*fp32",
-    "bias_ptr": "*bf16",
-    "y_ptr": "*bf16",
-    "acc_ptr": "*i32",
-    "out_ptr": "*i8",
-}
-MATRIX_INSTRUCTIONS = {
-    ("sm_80", "float"): r"mma\.sync\.aligned\.m16n8k16\S*bf16",
-    ("sm_80", "int8"): r"mma\.sync\.aligned\.m16n8k32\S*s8",
-    ("sm_89", "fp8"): r"mma\.sync\.aligned\.m16n8k32\S*e4m3",
-    ("sm_90", "float"): r"wgmma\.mma_async\S*bf16",
-    ("sm_90", "int8"): r"wgmma\.mma_async\S*s8",
-    ("sm_90", "fp8"): r"wgmma\.mma_async\S*e4m3",
-    ("gfx942", "float"): r"v_mfma_f32_\S*bf16",
-    ("gfx942", "int8"): r"v_mfma_i32_\S*i8",
-}
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+OPERAND = {"none": r"bf16", "int8": r"s8", "float8_e4m3fn": r"e4m3"}
 
 
-def matrix_instruction(name: str, kind: str) -> str:
-    """The instruction to expect; sm_86 and sm_89 share those of sm_80."""
-    return MATRIX_INSTRUCTIONS.get((name, kind)) or MATRIX_INSTRUCTIONS["sm_80", kind]
+def matrix_instruction(name: str, activation_dtype: str) -> str:
+    """The matrix instruction to expect of a large tile."""
+    if name == "gfx942":
+        return {"none": r"v_mfma_f32_\S*bf16", "int8": r"v_mfma_i32_\S*i8"}[activation_dtype]
+    if name == "sm_90":
+        return rf"wgmma\.mma_async\S*{OPERAND[activation_dtype]}"
+    shape = "m16n8k16" if activation_dtype == "none" else "m16n8k32"
+    return rf"mma\.sync\.aligned\.{shape}\S*{OPERAND[activation_dtype]}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiler says of a kernel."""
+class Case:
+    """A product on a target: the first plan of a path that dispatch offers."""
 
-    text: str
-    shared: int
-    spills: int
+    name: str
+    path: str
+    activation_dtype: str
+    rows: int
+    group_size: int | None = 128
+    in_features: int = 3072
+    hadamard: int = 0
+    dtype: torch.dtype = torch.bfloat16
 
-
-def compile_kernel(
-    name: str, kernel: Any, constants: dict[str, Any], *, pointers: dict[str, str] | None = None, **options: int
-) -> Compiled:
-    """Compiles for a named target, with 16-byte aligned pointers and sizes as real layers have."""
-    types = {**POINTERS, **(pointers or {})}
-    signature, attributes = {}, {}
-    for position, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-            continue
-        signature[argument] = "fp32" if argument == "factor" else types.get(argument, "i32")
-        if argument != "factor":
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    if name.startswith("gfx"):
-        target = GPUTarget("hip", name, 64)
-    else:
-        target = GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
-    if name.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
-        spills = sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", text))
-    else:
-        text = compiled.asm["ptx"]
-        spills = local_bytes(compiled.asm["cubin"])
-    return Compiled(text, compiled.metadata.shared, spills)
+    def __str__(self) -> str:
+        scales = f"g{self.group_size}" if self.group_size else "row"
+        rotated = f"-h{self.hadamard}" if self.hadamard else ""
+        return f"{self.name}-{self.path}-{self.activation_dtype}-m{self.rows}-k{self.in_features}-{scales}{rotated}"
 
 
-def local_bytes(cubin: bytes) -> int:
-    """Bytes of stack and local memory per thread, which spilled registers take."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"ternary-{os.getpid()}.cubin"
-    path.write_bytes(cubin)
-    try:
-        report = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    finally:
-        path.unlink()
-    return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", report))
+def fake_weight(case: Case, out_features: int = 3072) -> PackedWeight:
+    def empty(columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(out_features, columns, dtype=dtype, device="cuda")
+
+    size = case.group_size or case.in_features
+    multiplier = empty(-(-case.in_features // size), torch.int8) if case.group_size else None
+    packed, scale = empty(-(-case.in_features // 4), torch.int8), empty(1, torch.float16)
+    return PackedWeight(packed, scale, multiplier, case.in_features, size, case.hadamard)
 
 
-def request(rows: int, activation_dtype: str, groups: int = 0) -> Request:
-    """A product whose scales are one per row (0), per row and block (1), or per element (2)."""
-    in_features = 2240 if groups == 2 else 3072
-    group_size = in_features if groups == 0 else 128
-    return Request(rows, 3072, in_features, group_size, groups == 0, torch.bfloat16, activation_dtype)
+def plan_of(case: Case) -> Plan:
+    size = case.group_size or case.in_features
+    request = Request(
+        case.rows, 3072, case.in_features, size, case.group_size is None, case.dtype, case.activation_dtype
+    )
+    offered = candidates(TARGETS[case.name], request, case.activation_dtype)
+    return next(plan for plan in offered if plan.path == case.path)
 
 
-def plan_of(name: str, path: str, rows: int, activation_dtype: str, groups: int = 0) -> Plan:
-    """The first plan of a path that dispatch offers."""
-    offered = candidates(TARGETS[name], request(rows, activation_dtype, groups), activation_dtype)
-    return next(plan for plan in offered if plan.path == path)
-
-
-def product_constants(name: str, plan: Plan, kind: str, groups: int) -> dict[str, Any]:
-    constants = {
-        "KIND": kind,
-        "GROUPS": groups,
-        "EVEN_K": True,
-        "ASM": TARGETS[name].inline_ptx,
-        "BLOCK_M": plan.block_m,
-        "BLOCK_N": plan.block_n,
-        "BLOCK_K": plan.block_k,
-    }
-    if plan.path == "fused":
-        constants |= {"WEIGHT_LEFT": plan.weight_left, "GROUP_M": 8}
-    if kind == "float":
-        constants["x_scale_ptr"] = None
-    if groups == 0:
-        constants["multiplier_ptr"] = None
-    elif kind == "float":
-        constants["row_scale_ptr"] = None
-    return constants
-
-
-def check(name: str, compiled: Compiled, instruction: str | None = None) -> None:
-    assert compiled.spills == 0
-    assert compiled.shared <= TARGETS[name].shared_memory
-    if instruction is not None:
-        assert re.search(instruction, compiled.text), f"no {instruction}"
+def compile_product(case: Case) -> dict[str, Compiled]:
+    """Every kernel of a product, by name."""
+    target = TARGETS[case.name]
+    with launches_on(case.name) as launches:
+        x = torch.empty(case.rows, case.in_features, dtype=case.dtype, device="cuda")
+        bias = torch.empty(3072, dtype=case.dtype, device="cuda")
+        y = product.run(plan_of(case), x, fake_weight(case), bias, case.activation_dtype, target)
+        assert (y.shape, y.dtype) == ((case.rows, 3072), case.dtype)
+    for launched in launches:
+        assert launched.spills == 0, f"{launched.name} spills {launched.spills} bytes"
+        assert launched.shared <= target.shared_memory, launched.name
+    return {launched.name: launched for launched in launches}
 
 
 FUSED = [
-    ("sm_80", "none", 0),
-    ("sm_80", "int8", 0),
-    ("sm_86", "int8", 0),
-    ("sm_89", "int8", 0),
-    ("sm_89", "float8_e4m3fn", 0),
-    ("sm_90", "none", 1),
-    ("sm_90", "float8_e4m3fn", 0),
-    ("sm_90", "int8", 1),
-    ("gfx942", "none", 0),
-    ("gfx942", "int8", 0),
+    Case("sm_80", "fused", "none", 1024),
+    Case("sm_80", "fused", "int8", 1024, None),
+    Case("sm_80", "fused", "int8", 40),
+    Case("sm_86", "fused", "int8", 1024, hadamard=128),
+    Case("sm_89", "fused", "int8", 1024, None),
+    Case("sm_89", "fused", "float8_e4m3fn", 300),
+    Case("sm_90", "fused", "none", 1024),
+    Case("sm_90", "fused", "none", 300, None),
+    Case("sm_90", "fused", "float8_e4m3fn", 1024, None),
+    Case("sm_90", "fused", "float8_e4m3fn", 512),
+    Case("sm_90", "fused", "int8", 1024),
+    Case("sm_120", "fused", "int8", 1024),
+    Case("gfx942", "fused", "none", 1024, None),
+    Case("gfx942", "fused", "int8", 1024),
 ]
 
 
-@pytest.mark.parametrize(("name", "activation_dtype", "groups"), FUSED)
-def test_fused(name, activation_dtype, groups):
-    plan = plan_of(name, "fused", 1024, activation_dtype, groups)
-    kind = KINDS[activation_dtype]
-    x = "*bf16" if kind == "float" else "*i8"
-    compiled = compile_kernel(
-        name,
-        fused_kernel,
-        product_constants(name, plan, kind, groups),
-        pointers={"x_ptr": x},
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-    )
-    check(name, compiled, matrix_instruction(name, kind))
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_fused(case):
+    name = "sm_80" if case.name.startswith("sm_8") or case.name == "sm_120" else case.name
+    instruction = matrix_instruction(name, case.activation_dtype)
+    assert re.search(instruction, compile_product(case)["fused_kernel"].text), f"no {instruction}"
 
 
-@pytest.mark.parametrize(
-    ("name", "groups"), [("sm_80", 0), ("sm_86", 1), ("sm_89", 0), ("sm_90", 1), ("sm_90", 2), ("gfx942", 0)]
-)
-def test_gemv(name, groups):
-    plan = plan_of(name, "gemv", 1, "none", groups)
-    compiled = compile_kernel(
-        name,
-        gemv_kernel,
-        product_constants(name, plan, "float", groups),
-        pointers={"x_ptr": "*bf16"},
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-    )
+GEMV = [
+    Case("sm_80", "gemv", "none", 1, None),
+    Case("sm_86", "gemv", "none", 16),
+    Case("sm_89", "gemv", "none", 1, hadamard=128),
+    Case("sm_90", "gemv", "none", 1),
+    Case("sm_90", "gemv", "none", 2, in_features=2240),
+    Case("sm_90", "gemv", "float8_e4m3fn", 4),
+    Case("gfx942", "gemv", "none", 1, None),
+]
+
+
+@pytest.mark.parametrize("case", GEMV, ids=str)
+def test_gemv(case):
     # sm_90 uses the instruction of sm_80 unless the program has the four warps that wgmma takes.
-    check(name, compiled, r"wgmma\.mma_async|mma\.sync\.aligned\.m16n8k16" if name.startswith("sm") else r"v_mfma_f32")
+    instruction = r"v_mfma_f32" if case.name == "gfx942" else r"wgmma\.mma_async|mma\.sync\.aligned\.m16n8k(16|32)"
+    assert re.search(instruction, compile_product(case)["gemv_kernel"].text)
 
 
 def test_gemv_in_float32():
-    plan = candidates(TARGETS["sm_80"], dataclasses.replace(request(1, "none"), dtype=torch.float32), "none")[0]
-    compiled = compile_kernel(
-        "sm_80",
-        gemv_kernel,
-        product_constants("sm_80", plan, "float", 0),
-        pointers={"x_ptr": "*fp32", "y_ptr": "*fp32"},
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-    )
-    check("sm_80", compiled)
+    compile_product(Case("sm_80", "gemv", "none", 1, None, dtype=torch.float32))
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("sm_80", "int8"), ("sm_86", "int8"), ("sm_89", "int8"), ("sm_90", "fp8"), ("gfx942", "int8")]
-)
-def test_dense(name, kind):
-    plan = plan_of(name, "dense", 4096, "float8_e4m3fn" if kind == "fp8" else "int8")
-    constants = {
-        "KIND": kind,
-        "EVEN_K": True,
-        "NO_PREFETCH": TARGETS[name].register_operands,
-        "BLOCK_M": plan.block_m,
-        "BLOCK_N": plan.block_n,
-        "BLOCK_K": plan.block_k,
-        "GROUP_M": 8,
-    }
-    compiled = compile_kernel(
-        name,
-        dense_kernel,
-        constants,
-        pointers={"x_ptr": "*i8"},
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-    )
-    check(name, compiled, matrix_instruction(name, kind))
-
-
-UNPACK = [
-    ("sm_80", "int8", 1),
-    ("sm_86", "exact", 1),
-    ("sm_89", "int8", 0),
-    ("sm_90", "fp8", 2),
-    ("sm_90", "exact", 2),
-    ("gfx942", "int8", 1),
+DENSE = [
+    Case("sm_80", "dense", "int8", 4096, hadamard=128),
+    Case("sm_86", "dense", "int8", 4096, None, in_features=15360, hadamard=256),
+    Case("sm_89", "dense", "int8", 4096),
+    Case("sm_90", "dense", "float8_e4m3fn", 4096, hadamard=128),
+    Case("sm_90", "dense", "float8_e4m3fn", 4096, in_features=2240),
+    Case("gfx942", "dense", "int8", 4096, in_features=15360, hadamard=256),
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "groups"), UNPACK)
-def test_unpack(name, kind, groups):
-    constants = {
-        "KIND": kind,
-        "GROUPS": groups,
-        "ASM": TARGETS[name].inline_ptx,
-        "BLOCK_N": 16,
-        "BLOCK_K": 128,
-    }
-    if groups == 0:
-        constants["multiplier_ptr"] = None
-    if kind == "exact":
-        constants["row_scale_ptr"] = None
-    out = "*bf16" if kind == "exact" else "*i8"
-    check(name, compile_kernel(name, unpack_kernel, constants, pointers={"out_ptr": out}, num_warps=4))
+@pytest.mark.parametrize("case", DENSE, ids=str)
+def test_unpacked_first(case):
+    """The quantization of activations, with their rotation, the unpacking, and the dense product."""
+    kernels = compile_product(case)
+    name = "sm_80" if case.name.startswith("sm_8") else case.name
+    assert re.search(matrix_instruction(name, case.activation_dtype), kernels["dense_kernel"].text)
+    assert {"quantize_kernel", "unpack_kernel"} < kernels.keys()
 
 
 @pytest.mark.parametrize(
-    ("name", "fp8"), [("sm_80", False), ("sm_86", False), ("sm_89", True), ("sm_90", True), ("gfx942", False)]
+    "case", [Case("sm_80", "library", "int8", 4096), Case("sm_90", "library", "none", 4096)], ids=str
 )
-def test_quantize(name, fp8):
-    constants = {"FP8": fp8, "ONE_BLOCK": True, "BLOCK_K": 16384}
-    check(name, compile_kernel(name, quantize_kernel, constants, pointers={"x_ptr": "*bf16"}, num_warps=16))
+def test_library_products(case):
+    assert {"unpack_kernel"} < compile_product(dataclasses.replace(case, hadamard=128)).keys()
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_small_kernels(name):
-    check(name, compile_kernel(name, epilogue_kernel, {"BLOCK_M": 16, "BLOCK_N": 256}, num_warps=4))
-    check(name, compile_kernel(name, derive_multipliers_kernel, {"BLOCK_G": 128}, num_warps=1))
+@pytest.mark.parametrize("in_features", [3072, 2240])
+def test_dequantized_weights(name, in_features):
+    """With one scale for a block, and with scales of single elements."""
+    with launches_on(name) as launches:
+        weight = fake_weight(Case(name, "", "none", 1, in_features=in_features))
+        launch.unpack_float(weight, torch.bfloat16, inline_ptx=TARGETS[name].inline_ptx)
+        launch.derive_multipliers(weight)
+    assert [launched.name for launched in launches] == ["unpack_kernel", "derive_multipliers_kernel"]
+    assert not any(launched.spills for launched in launches)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_rotation(name):
+    with launches_on(name) as launches:
+        launch.rotate(torch.empty(4096, 3072, dtype=torch.bfloat16, device="cuda"), 128)
+        launch.rotate(torch.empty(16, 3072, dtype=torch.float32, device="cuda"), 256)
+    assert [launched.grid for launched in launches] == [(4096, 2), (16, 2)]
+    for launched in launches:
+        assert launched.spills == 0
+        assert launched.shared <= TARGETS[name].shared_memory
+
+
+def test_decoding_leaves_the_tensor_cores_busy():
+    """Instructions of a step of the int8 loop on sm_80, against the plain int8 product of the same tile.
+
+    A step is 64 matrix instructions a warp, of 8 cycles each on an A100 (512 multiply-adds a cycle and quarter of a
+    multiprocessor): 512 cycles, in which 2 warps share the issue of one instruction a cycle.
+    """
+    fused_case = Case("sm_80", "fused", "int8", 1024, None)
+    dense_case = Case("sm_80", "dense", "int8", 4096, None)
+    tiles = [(p.block_m, p.block_n, p.block_k, p.num_warps) for p in (plan_of(fused_case), plan_of(dense_case))]
+    assert tiles[0] == tiles[1]
+    fused = matrix_loops(compile_product(fused_case)["fused_kernel"].cubin)
+    (dense,) = matrix_loops(compile_product(dense_case)["dense_kernel"].cubin)
+    assert len(fused) == 4  # planes
+    assert {loop.matrix_instructions for loop in fused} == {dense.matrix_instructions} == {64}
+    # A mask, and a shift for all planes but one, of 32 words: 171 and 205 instructions against 139.
+    assert max(loop.instructions for loop in fused) - dense.instructions <= 70
+    assert max(loop.instructions for loop in fused) * 2 < 64 * 8
