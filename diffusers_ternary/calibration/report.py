@@ -8,6 +8,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from rich.table import Table
+
+from .report_plot import plot_report
+from .report_table import report_table
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
@@ -114,31 +119,12 @@ class CalibrationReport:
         pathlib.Path(path).write_text(text, encoding="utf-8")
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws every layer's error before and after, on a logarithmic axis, to an image file.
+        """Draws every layer's error before and after, and the sensitivity ranking, to an image file.
 
         Raises:
             ImportError: without matplotlib; says what to install.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                f"matplotlib cannot be imported ({error}). Install it with: pip install diffusers-ternary[evaluate]"
-            ) from error
-        figure = Figure(figsize=(8, 1.5 + 0.18 * len(self.layers)), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        rows = range(len(self.layers))
-        axes.hlines(rows, [x.error for x in self.layers], [x.error_rounded for x in self.layers], color="0.8")
-        axes.plot([x.error_rounded for x in self.layers], rows, "o", color="tab:gray", label="rounded")
-        axes.plot([x.error_gptq for x in self.layers], rows, "o", color="tab:orange", markersize=3, label="GPTQ")
-        axes.plot([x.error for x in self.layers], rows, "o", color="tab:blue", label="calibrated")
-        axes.set_yticks(rows, [x.name for x in self.layers], fontsize=6)
-        axes.set_ylim(len(self.layers) - 0.5, -0.5)
-        if any(x.error > 0 for x in self.layers):
-            axes.set_xscale("log")
-        axes.set_xlabel("relative squared error of the layer's output")
-        axes.set_title(f"{self.bits_per_weight:.3f} bits per weight, {self.prompts} prompts")
-        axes.legend(loc="upper right", fontsize=7)
-        figure.savefig(path, dpi=120)
+        plot_report(self, path)
+
+    def __rich__(self) -> Table:
+        return report_table(self)

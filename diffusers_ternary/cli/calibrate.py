@@ -24,6 +24,7 @@ from .options import (
 
 
 REPORT = "calibration.json"
+PLOT = "calibration.png"
 
 
 def calibrate_command(
@@ -62,6 +63,16 @@ def calibrate_command(
     memory_limit: Annotated[
         str | None, typer.Option(help="What statistics may take, e.g. 8GB; the rest needs further passes.")
     ] = None,
+    size_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Size to keep to, spent on the layers that need it most: '2.0 bits' per weight, or e.g. 400MB of all "
+            "weights of the denoisers."
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Measure what each layer does to the denoiser's output.")
+    ] = False,
     work_dir: Annotated[
         pathlib.Path | None,
         typer.Option(help="Where finished layers are kept for a rerun. Default: a hidden folder beside DST."),
@@ -75,12 +86,14 @@ def calibrate_command(
     """Chooses ternary weights with the pipeline's own rollouts on a few prompts, and saves it packed.
 
     No images and no training; the same size as after quantize, at a fraction of its error. An interrupted run goes
-    on from the layers it had finished when it is started again. DST also gets calibration.json, the error of every
-    layer before and after.
+    on from the layers it had finished when it is started again. DST also gets calibration.json and .png: the
+    error of every layer before and after, and the sensitivity of the denoiser's output to every layer if it was
+    measured. With a size budget each layer is stored as ternary codes, with smaller groups or a low-rank correction,
+    as int8, or as it is.
 
     Example: diffusers-ternary calibrate black-forest-labs/FLUX.1-dev flux-ternary --prompts prompts.txt --steps 28
     """
-    from ..calibration import CalibrationConfig, SolverConfig, calibrate
+    from ..calibration import CalibrationConfig, SensitivityConfig, SolverConfig, calibrate
     from .quiet import hide_loading_bars
 
     with explained_errors():
@@ -107,6 +120,8 @@ def calibrate_command(
             batch_size=batch_size,
             call_kwargs=call_kwargs,
             memory_limit=memory_limit,
+            size_budget=size_budget,
+            sensitivity=SensitivityConfig() if sensitivity else None,
         )
         kept = work_dir or destination.parent / f".{destination.name}.calibration"
         with save_atomically(destination, overwrite=overwrite) as folder:
@@ -121,6 +136,10 @@ def calibrate_command(
                 raise ValueError(str(error)) from error
             pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
             report.save_json(folder / REPORT)
+            try:
+                report.plot(folder / PLOT)
+            except ImportError as error:
+                console.print(f"{PLOT} is left out: {error}", soft_wrap=True, markup=False)
         if work_dir is None:
             shutil.rmtree(kept)
         components = [part for part in inspect_path(destination) if part.format_version is not None]
@@ -130,6 +149,7 @@ def calibrate_command(
             f"{format_bytes(part.bytes)} ({part.bytes_16bit / part.bytes:.2f}x smaller than 16 bits)",
             soft_wrap=True,
         )
+    console.print(report)
     errors = [(layer.error_rounded, layer.error) for layer in report.layers]
     before, after = (sum(values) / len(errors) for values in zip(*errors, strict=True))
     console.print(f"mean relative error of the layers' outputs: {before:.4f} rounded, {after:.4f} calibrated")

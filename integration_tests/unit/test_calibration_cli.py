@@ -49,11 +49,26 @@ def test_writes_a_packed_pipeline_and_a_report(source, prompts, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.txt"], "no work directory is left"
 
 
+def test_a_size_budget_is_kept_and_its_ranking_shown(source, prompts, tmp_path):
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "out"
+    result = run(source, target, "--prompts", prompts, "--group-size", 16, "--size-budget", "4 bits")
+    assert result.exit_code == ExitCode.OK, result.output
+    assert "Sensitivity of the denoiser's output" in result.output
+    assert "int8" in result.output
+    report = json.loads((target / "calibration.json").read_text(encoding="utf-8"))
+    assert report["bits_per_weight"] <= 4
+    assert {row["chosen"] for row in report["sensitivity"]} > {"int8"}
+    assert (target / "calibration.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--set", "steps=3"], "FluxPipeline takes no steps"),
         (["--memory-limit", "1kB"], "Raise memory_limit"),
+        (["--size-budget", "small"], "no positive size such as '2.0 bits' or '400MB'"),
+        (["--size-budget", "1 bits"], "below the smallest possible"),
         (["--damping", "0"], "damping=0.0 is not a positive number"),
         (["--component", "unet"], "has no component unet"),
         (["--override", "x"], "is not PATTERN=KIND"),
