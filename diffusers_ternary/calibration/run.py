@@ -102,10 +102,12 @@ class CalibrationRun:
         module = self.pipeline.components[component].get_submodule(name)
         start = time.perf_counter()
         solved = solve_layer(
-            module.weight.detach(),
+            module.weight.detach().flatten(1),
             moments,
             group_size=candidate.group_size,
             scales=self.config.scales,
+            hadamard=self.config.hadamard,
+            rank=candidate.rank,
             config=self.calibration.solver,
             correct_bias=self.calibration.correct_bias and module.bias is not None,
             name=f"{component}.{name}",

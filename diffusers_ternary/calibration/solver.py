@@ -5,26 +5,17 @@ import dataclasses
 
 import torch
 
-from ..format import (
-    TernarySpec,
-    double_quantize,
-    group_scales,
-    normalize_group_size,
-    pack_planes,
-    storage_dtype,
-)
-from ..ternarize import TernaryWeight, check_finite, ternarize
+from ..format import TernarySpec, normalize_group_size
+from ..ternarize import LowRank, TernaryWeight, check_finite, low_rank_residual, rotate, ternarize
 from ..ternarize.weight import scale_layout
+from .codes import SolvedCodes, row_errors, solve_codes
 from .config import SolverConfig
-from .descent import coordinate_descent, expand
-from .gptq import Coding, gptq
 from .hessian import DampedHessian, InputMoments, damp
-from .refit import refit_scales
 
 
-# A row of many groups averages the choice between starts away: the error falls by 10 % with 1 group a row, 3 % with
-# 4, 2 % with 8 and 1 % with 32 (random weights, correlated inputs), which is not worth a multiple of the time.
-MAX_GROUPS_FOR_STARTS = 8
+# Codes and low-rank factors are fitted in turn, each to what the other leaves: the second turn takes off 2 to 4 % of the
+# error and the third 1 % (rank 16, Gaussian and heavy-tailed weights of 256 to 1024 columns).
+LOW_RANK_TURNS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +56,24 @@ def solve_layer(
     *,
     group_size: int | None = 128,
     scales: str = "auto",
+    hadamard: int = 0,
+    rank: int = 0,
     config: SolverConfig | None = None,
     correct_bias: bool = False,
     name: str = "layer",
 ) -> SolvedLayer:
     """Chooses codes and scales that keep the layer's output on the inputs that the moments describe.
 
-    GPTQ, then coordinate descent and the joint refit of the scales in turn, then the scales are rounded to their
-    storage and the codes descend once more against the rounded scales, so that what is packed is what was optimised.
-
     Args:
         weight (`torch.Tensor`): float `[N, K]`.
         moments ([`InputMoments`]): of the inputs, on the device to work on; their dtype is the working precision.
         group_size (`int`, *optional*, defaults to 128): columns per scale; `None` = one per row.
         scales (`str`, *optional*, defaults to `"auto"`): scale layout (see [`ternarize`]).
-        config ([`SolverConfig`], *optional*): which stages run.
+        hadamard (`int`, *optional*, defaults to 0): also solve for inputs that are rotated in blocks of this size, and
+            keep the better of both; 0 = never rotate.
+        rank (`int`, *optional*, defaults to 0): rank of a correction that is stored beside the codes, the best for
+            the inputs (SVD of the residual times a root of H); codes and correction are fitted in turn.
+        config ([`SolverConfig`], *optional*): which stages run (see [`solve_codes`]).
         correct_bias (`bool`, *optional*, defaults to `False`): let the bias take over the mean of the error; then
             only the covariance of the inputs counts. For layers that have a bias.
         name (`str`): layer name for messages.
@@ -100,107 +94,87 @@ def solve_layer(
     hessian = moments.covariance() if correct_bias else moments.second
     damped = damp(hessian, config.damping, name=name)
     target = weight.to(hessian).T.contiguous()  # [K, N]
-    projected = damped.matrix @ target  # H Wᵀ, [K, N]
-    start = _initial(weight, target, damped, spec, config)
-    coding = _search(target, damped, projected, start, size, config)
-    packed, coding = _store(target, damped.matrix, coding, spec, config)
+    found = _Solution(target, damped, spec, config, name).best(hadamard, min(rank, rows, columns))
 
-    energy = _energy(target, projected, damped, hessian, moments.mean if correct_bias else None)
+    energy = _quadratic(target, hessian)
+    if correct_bias:
+        energy += float((moments.mean @ target).square().sum(dtype=torch.float64))
     rounded = ternarize(weight, group_size=size, scales=scales, name=name).dequantize().to(target).T
     errors = OutputErrors(
         rounded=_ratio(_quadratic(target - rounded, moments.second), energy),
-        gptq=_ratio(_quadratic(target - expand(start, size), hessian), energy),
-        solved=_ratio(_quadratic(target - expand(coding, size), hessian), energy),
+        gptq=_ratio(_quadratic(target - found.first, hessian), energy),
+        solved=_ratio(_quadratic(target - found.dense, hessian), energy),
     )
-    change = None
-    if correct_bias:
-        change = (moments.mean @ (target - expand(coding, size))).float()
-    return SolvedLayer(packed, change, errors, damped.damping)
+    change = (moments.mean @ (target - found.dense)).float() if correct_bias else None
+    return SolvedLayer(found.weight, change, errors, damped.damping)
 
 
-def _initial(
-    weight: torch.Tensor, target: torch.Tensor, damped: DampedHessian, spec: TernarySpec, config: SolverConfig
-) -> Coding:
-    if config.gptq:
-        return gptq(target, damped.upper, group_size=spec.group_size, rounding=config.rounding)
-    rounded = ternarize(weight, group_size=spec.group_size, rounding=config.rounding, scales="group")
-    return Coding(rounded.codes().T.contiguous(), rounded.scale.to(target).T.contiguous())
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A packed weight, what it stands for, and what the first stage had found (`[K, N]`, inputs not rotated)."""
+
+    weight: TernaryWeight
+    dense: torch.Tensor
+    first: torch.Tensor
+    error: float
 
 
-def _search(
-    target: torch.Tensor,
-    damped: DampedHessian,
-    projected: torch.Tensor,
-    start: Coding,
-    group_size: int,
-    config: SolverConfig,
-) -> Coding:
-    """Follows every start for one pass, keeps the best for each row, and follows that to the end."""
-    stretches = config.stretches if config.gptq else ()
-    if not stretches or len(start.scales) > MAX_GROUPS_FOR_STARTS:
-        return _improve(target, damped.matrix, projected, start, group_size, config)
-    first = dataclasses.replace(config, descent_passes=min(config.descent_passes, 1))
-    best = _improve(target, damped.matrix, projected, start, group_size, first)
-    errors = _row_errors(target - expand(best, group_size), damped.matrix)
-    for stretch in stretches:
-        other = gptq(target, damped.upper, group_size=group_size, rounding=config.rounding, stretch=stretch)
-        other = _improve(target, damped.matrix, projected, other, group_size, first)
-        found = _row_errors(target - expand(other, group_size), damped.matrix)
-        better = found < errors  # [N]
-        best = Coding(torch.where(better, other.codes, best.codes), torch.where(better, other.scales, best.scales))
-        errors = torch.where(better, found, errors)
-    return _improve(target, damped.matrix, projected, best, group_size, config)
+@dataclasses.dataclass(frozen=True)
+class _Solution:
+    target: torch.Tensor  # [K, N]
+    damped: DampedHessian
+    spec: TernarySpec
+    config: SolverConfig
+    name: str
+
+    def best(self, hadamard: int, rank: int) -> _Found:
+        """The better of plain and rotated inputs. The low-rank factors see the inputs as they are in both."""
+        found = self._solve(0, rank)
+        if hadamard and hadamard <= self.spec.in_features:
+            rotated = self._solve(hadamard, rank)
+            if rotated.error < found.error:
+                return rotated
+        return found
+
+    def _solve(self, block: int, rank: int) -> _Found:
+        hessian = _rotated(self.damped, block, self.name)
+        codes = solve_codes(_rotate_columns(self.target, block), hessian, self.spec, self.config)
+        first = _rotate_columns(codes.first, block)
+        if not rank:
+            return self._found(codes, block, None, first)
+        turns = []
+        for _ in range(LOW_RANK_TURNS):
+            left = self.target - _rotate_columns(codes.dense, block)
+            low_rank = low_rank_residual(left.T, rank, whitening=self.damped.upper)
+            turns.append(self._found(codes, block, low_rank, first))
+            remaining = _rotate_columns(self.target - low_rank.dense().to(self.target).T, block)
+            codes = solve_codes(remaining, hessian, self.spec, self.config, start=codes.coding)
+        return min(turns, key=lambda turn: turn.error)
+
+    def _found(self, codes: SolvedCodes, block: int, low_rank: LowRank | None, first: torch.Tensor) -> _Found:
+        dense = _rotate_columns(codes.dense, block)
+        rank = 0
+        if low_rank is not None:
+            dense = dense + low_rank.dense().to(dense).T
+            rank = low_rank.down.shape[0]
+        spec = dataclasses.replace(codes.weight.spec, hadamard=block, rank=rank)
+        weight = dataclasses.replace(codes.weight, spec=spec, low_rank=low_rank)
+        error = float(row_errors(self.target - dense, self.damped.matrix).sum(dtype=torch.float64))
+        return _Found(weight, dense, first, error)
 
 
-def _improve(
-    target: torch.Tensor,
-    hessian: torch.Tensor,
-    projected: torch.Tensor,
-    coding: Coding,
-    group_size: int,
-    config: SolverConfig,
-) -> Coding:
-    for turn in range(config.descent_passes + 1):
-        if turn:
-            coding, changed = coordinate_descent(target, hessian, coding, group_size=group_size)
-            if not changed:
-                break
-        if config.refit:
-            coding = refit_scales(projected, hessian, coding.codes, group_size=group_size)
-    return coding
+def _rotate_columns(matrix: torch.Tensor, block: int) -> torch.Tensor:
+    """R M for M `[K, N]`."""
+    return rotate(matrix.T, block).T.contiguous() if block else matrix
 
 
-def _store(
-    target: torch.Tensor, hessian: torch.Tensor, coding: Coding, spec: TernarySpec, config: SolverConfig
-) -> tuple[TernaryWeight, Coding]:
-    exact = coding.scales.T.float()  # [N, G]
-    multiplier = None
-    if spec.scales == "double":
-        scale, multiplier = double_quantize(exact)
-    else:
-        scale = exact.to(storage_dtype(exact))
-    stored = Coding(coding.codes, group_scales(scale, multiplier).to(target).T.contiguous())
-    if config.descent_passes:
-        stored, _ = coordinate_descent(target, hessian, stored, group_size=spec.group_size)
-    return TernaryWeight(spec, pack_planes(stored.codes.T.contiguous()), scale, multiplier), stored
-
-
-def _energy(
-    target: torch.Tensor,
-    projected: torch.Tensor,
-    damped: DampedHessian,
-    hessian: torch.Tensor,
-    mean: torch.Tensor | None,
-) -> float:
-    """E|W x|² from H Wᵀ, without another product: minus what damping added, plus what the covariance leaves out."""
-    energy = float((projected * target).sum(dtype=torch.float64))
-    added = float(damped.matrix.diagonal().double().mean() - hessian.diagonal().double().mean())
-    energy -= added * float(target.square().sum(dtype=torch.float64))
-    return energy if mean is None else energy + float((mean @ target).square().sum(dtype=torch.float64))
-
-
-def _row_errors(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    return ((hessian @ error) * error).sum(dim=0)  # [N]
+def _rotated(damped: DampedHessian, block: int, name: str) -> DampedHessian:
+    """The moments of rotated inputs, R H R."""
+    if not block:
+        return damped
+    matrix = rotate(rotate(damped.matrix, block).T.contiguous(), block)
+    # As positive definite as H was; more is added only where round-off says otherwise.
+    return dataclasses.replace(damp(matrix, 0.0, name=name), damping=damped.damping)
 
 
 def _quadratic(error: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -41,7 +41,7 @@ def low_rank_residual(residual: torch.Tensor, rank: int, *, whitening: torch.Ten
     Args:
         residual (`torch.Tensor`): float `[N, K]`, W minus the dequantized codes.
         rank (`int`): r, at least 1.
-        whitening (`torch.Tensor`, *optional*): lower triangular `[K, K]`, e.g. the Cholesky factor of H.
+        whitening (`torch.Tensor`, *optional*): upper triangular `[K, K]` (R of [`DampedHessian`]).
 
     Returns:
         [`LowRank`], the singular values shared evenly between the two factors, so that float16 holds both.
@@ -50,7 +50,7 @@ def low_rank_residual(residual: torch.Tensor, rank: int, *, whitening: torch.Ten
     weighted = target if whitening is None else target @ whitening
     left, values, right = _svd(weighted, rank)
     root = values.sqrt()
-    down = right.T if whitening is None else torch.linalg.solve_triangular(whitening, right.T, upper=False, left=False)
+    down = right.T if whitening is None else torch.linalg.solve_triangular(whitening, right.T, upper=True, left=False)
     down = down * root[:, None]
     # Whitening takes the units of x out of the factor; balanced again, neither factor leaves float16's range.
     balance = (down.norm() / (left * root).norm().clamp_min(torch.finfo(down.dtype).tiny)).sqrt()

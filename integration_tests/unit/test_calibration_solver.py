@@ -292,3 +292,61 @@ def test_bad_input_names_layer_and_remedy():
 def test_solver_config_rejects(arguments, message):
     with pytest.raises(ValueError, match=message):
         SolverConfig(**arguments)
+
+
+def heavy_tailed(seed, rows=96, columns=256):
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(rows, columns, generator=generator)
+    return normal / torch.randn(rows, columns, 3, generator=generator).square().mean(-1).sqrt()  # Student's t, 3
+
+
+@pytest.mark.parametrize("correct_bias", [False, True])
+@pytest.mark.parametrize(("hadamard", "rank"), [(0, 0), (128, 0), (0, 8), (128, 8)])
+def test_reported_error_is_that_of_the_packed_layer_on_the_inputs(hadamard, rank, correct_bias):
+    weight = heavy_tailed(11)
+    generator = torch.Generator().manual_seed(12)
+    x = torch.randn(2000, 256, generator=generator) @ torch.randn(256, 256, generator=generator) + 0.5
+    moments = InputMoments((x.double().T @ x.double() / 2000).float(), x.mean(0), 2000)
+    solved = solve_layer(weight, moments, hadamard=hadamard, rank=rank, correct_bias=correct_bias)
+    change = 0 if solved.bias_change is None else solved.bias_change.double()
+    # As the layer computes it, from the packed weight; solve_layer itself never saw x.
+    wanted = x.double() @ weight.double().T
+    output = x.double() @ solved.weight.dequantize().double().T + change
+    error = float((output - wanted).square().sum() / wanted.square().sum())
+    assert solved.errors.solved == pytest.approx(error, rel=1e-3)
+    assert (solved.bias_change is None) != correct_bias
+
+
+def test_rotation_is_chosen_where_it_helps():
+    generator = torch.Generator().manual_seed(13)
+    x = torch.randn(1000, 256, generator=generator)
+    moments = InputMoments(x.T @ x / 1000, x.mean(0), 1000)
+    heavy = heavy_tailed(14)
+    plain, rotated = (solve_layer(heavy, moments, hadamard=block) for block in (0, 128))
+    assert rotated.weight.spec.hadamard == 128
+    assert rotated.errors.solved < 0.8 * plain.errors.solved
+    # Weights that are ternary already can only lose.
+    ternary = torch.randint(-1, 2, (64, 256), generator=generator).float()
+    kept = solve_layer(ternary, moments, hadamard=128)
+    assert kept.weight.spec.hadamard == 0
+    assert kept.errors.solved < 1e-6
+
+
+def test_low_rank_beats_the_same_rank_added_afterwards():
+    generator = torch.Generator().manual_seed(15)
+    mix = torch.randn(256, 256, generator=generator) * torch.logspace(0, -1.5, 256)
+    x = torch.randn(2000, 256, generator=generator) @ mix.T
+    moments = InputMoments(x.T @ x / 2000, x.mean(0), 2000)
+    weight = torch.randn(96, 256, generator=generator)
+    plain = solve_layer(weight, moments)
+    solved = solve_layer(weight, moments, rank=8)
+    residual = (weight - plain.weight.dequantize()).double()
+    left, values, right = torch.linalg.svd(residual)
+    unweighted = residual - (left[:, :8] * values[:8]) @ right[:8]
+    hessian = moments.second.double()
+
+    def ratio(error):
+        return float((error @ hessian @ error.T).trace() / (weight.double() @ hessian @ weight.double().T).trace())
+
+    assert solved.errors.solved < 0.9 * ratio(unweighted) < 0.9 * plain.errors.solved
+    assert solved.weight.spec.rank == 8

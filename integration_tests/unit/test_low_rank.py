@@ -22,7 +22,7 @@ def test_whitened_residual_minimises_the_output_error():
     residual = torch.randn(32, 48, dtype=torch.float64, generator=generator)
     x = torch.randn(500, 48, dtype=torch.float64, generator=generator) @ torch.diag(torch.logspace(-2, 2, 48).double())
     hessian = x.T @ x / 500
-    whitening = torch.linalg.cholesky(hessian)
+    whitening = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)  # upper triangular R, R Rᵀ = H
 
     def output_error(low_rank):
         left = residual - low_rank.dense().double()
