@@ -115,6 +115,14 @@ class TernaryLoraConv2d(_LoraMixin, LoraConv2d):
         with self.float_base(values=False):
             return super().get_delta_weight(adapter)
 
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The packed convolution, plus PEFT's own adapter arithmetic."""
+        if self.merged or not any(name in self.lora_variant for name in self.active_adapters):
+            return super().forward(x, *args, **kwargs)
+        # DoRA of convolutions reads the base weight itself. The product is still that of the packed layer.
+        with self.float_base(values=True):
+            return super().forward(x, *args, **kwargs)
+
 
 class _LycorisMixin(PackedBaseMixin):
     """LoHa and LoKr take the shape of their update from the base weight."""

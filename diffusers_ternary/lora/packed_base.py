@@ -140,7 +140,8 @@ class PackedBaseMixin(_TunerLayer):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         packed = self.packed_base
         if packed is not None and packed.is_fused and merge:
-            return packed.to_float(self._base_dtype(packed))
+            # Tuners other than LoRA hand the base layer's tensors to what takes its place.
+            self.base_layer = packed.to_float(self._base_dtype(packed))
         return self.get_base_layer()
 
 

@@ -4,7 +4,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ from ..format import (
 )
 from ..kernels.cpu.base3 import base3_to_planes, planes_to_base3
 from ..layers.base import bits_to_scale, scale_to_bits
+from .adapters import refuse_adapters, settle_merged
 
 
 _SAFETENSORS_DTYPES = {
@@ -223,9 +224,11 @@ def state_dict_to_file(
     """Turns a model's state dict into what goes into a packed file. `state_dict` is left as it is.
 
     Raises:
-        ValueError: if adapters are injected, or a packed layer is not in the state dict as it was recorded.
+        ValueError: if adapters are injected or merged into every layer, or a packed layer is not in the state dict
+            as it was recorded.
     """
-    _refuse_adapters(state_dict)
+    refuse_adapters(state_dict)
+    state_dict, records = settle_merged(state_dict, records)
     specs = {name: record.spec for name, record in records.items()}
     _check_memory(state_dict, specs)
     converted: dict[str, torch.Tensor] = {}
@@ -238,15 +241,6 @@ def state_dict_to_file(
             converted[name] = to_file(suffix, tensor, specs[layer], records[layer].scale_dtype)
     checksums = {name: crc32(tensor) for name, tensor in converted.items() if not tensor.is_meta}
     return converted, FileLayout(layers=specs, checksums=checksums)
-
-
-def _refuse_adapters(names: Iterable[str]) -> None:
-    injected = next((name for name in names if ".base_layer." in name or ".lora_" in name), None)
-    if injected is not None:
-        raise ValueError(
-            f"The model carries adapter layers ({injected}), which a packed checkpoint cannot hold. Save them with "
-            "pipe.save_lora_weights(...) and unload them with pipe.unload_lora_weights() before saving the model."
-        )
 
 
 def _check_memory(state_dict: Mapping[str, torch.Tensor], specs: Mapping[str, LayerSpec]) -> None:

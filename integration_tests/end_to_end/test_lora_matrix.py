@@ -19,9 +19,9 @@ from diffusers_ternary.lora import TernaryLoraConv2d, TernaryLoraLinear
 
 
 PIPELINES = ["flux", "sd3", "sana", "qwen_image", "z_image", "sdxl", "wan"]
-# float32 sums in another order; the adapters change the prediction by a hundred times as much.
+# float32 sums in another order; the adapters change the prediction by fifty times as much.
 TOLERANCE = 1e-4
-VISIBLE = 0.01
+VISIBLE = 0.005
 
 
 @pytest.fixture(scope="module", autouse=True)
