@@ -47,7 +47,7 @@ def push_command(
 
     Example: diffusers-ternary push flux-ternary me/flux-ternary --base-model black-forest-labs/FLUX.1-dev --dry-run
     """
-    from ..hub import check_target, prepare, publish
+    from ..hub import check_target, prepare, publish, read_base_card
     from .quiet import hide_loading_bars
 
     with explained_errors(), tempfile.TemporaryDirectory(prefix="diffusers-ternary-push-") as work:
@@ -56,8 +56,8 @@ def push_command(
         publication = prepare(
             folder,
             repo_id,
+            read_base_card(base_model),
             pathlib.Path(work),
-            base_model=base_model,
             report=report,
             calibration=calibration,
             distillation=distillation,

@@ -136,14 +136,14 @@ def gather_facts(
         base_model=base.repo_id,
         bits_per_weight=f"{source.bits_per_weight:.3f}",
         ternary_layers=source.ternary_layers,
-        usage=usage(source, repo_id, base.repo_id, evaluation),
+        usage=usage(source, repo_id, base, evaluation),
         loader=loader_usage(repo_id) if source.is_pipeline else None,
         dense=dense_usage(source, repo_id, base.repo_id) if include_dequantized else None,
         dense_size=_bytes(sum(dense_bytes(part) for part in source.packed)) if include_dequantized else None,
         sizes=tuple(_size_rows(source)),
         kinds=tuple(_kind_rows(source)),
         kept=tuple(row for _, row in kept[:_KEPT_ROWS]),
-        kept_rest=f"{rest} smaller tensors" if rest else None,
+        kept_rest=f"{_tensors(rest)} in smaller groups" if rest else None,
         quality=_quality(evaluation),
         recipes=recipes,
         limits=tuple(_limits(evaluation, recipes)),
@@ -176,7 +176,7 @@ def _kind_rows(source: Source) -> Iterator[KindRow]:
             share = f"{weights:,} ({weights / total:.1%})"
             label = f"kept in {kind}" if kept else kind
             yield KindRow(
-                part.name, label, f"{count} tensors" if kept else str(count), share, f"{8 * size / weights:.3f}"
+                part.name, label, _tensors(count) if kept else str(count), share, f"{8 * size / weights:.3f}"
             )
 
 
@@ -229,6 +229,10 @@ def _limits(evaluation: Evaluation | None, recipes: tuple[Recipe, ...]) -> Itera
         "are saved with `save_lora_weights`, never inside this checkpoint."
     )
     yield "Limits and biases of the base model hold here too; see its card."
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' if count != 1 else ''}"
 
 
 def _number(value: float) -> str:

@@ -102,17 +102,17 @@ def push_to_hub(
         PermissionError, OSError, ConnectionError: see [`explained_hub_errors`].
     """
     check_target(repo_id, revision=revision, create_pr=create_pr)
+    base = read_base_card(base_model, token=token)
     with tempfile.TemporaryDirectory(prefix="diffusers-ternary-push-") as work:
         publication = prepare(
             pipeline_or_model,
             repo_id,
+            base,
             pathlib.Path(work),
-            base_model=base_model,
             report=report,
             calibration=calibration,
             distillation=distillation,
             include_dequantized=include_dequantized,
-            token=token,
         )
         return publish(publication, repo_id, private=private, token=token, revision=revision, create_pr=create_pr)
 
@@ -137,18 +137,17 @@ def check_target(repo_id: str, *, revision: str | None, create_pr: bool) -> None
 def prepare(
     pipeline_or_model: Any,
     repo_id: str,
+    base: BaseCard,
     work: pathlib.Path,
     *,
-    base_model: str,
     report: Any = None,
     calibration: Any = None,
     distillation: Any = None,
     include_dequantized: bool = False,
-    token: str | None = None,
 ) -> Publication:
     """Checks the source and writes everything that goes with it into `work`; see [`push_to_hub`] for the rest.
 
-    Nothing is sent. The base model's card is read from the Hub, if it can be.
+    Nothing is sent.
     """
     source = read_source(stage(pipeline_or_model, work / "model"))
     generated = work / "generated"
@@ -163,7 +162,6 @@ def prepare(
         )
     }
     check_reports(source, evaluation=evaluation, calibration=records[CALIBRATION], distillation=records[DISTILLATION])
-    base = read_base_card(base_model, token=token)
     card = _card(source, repo_id, base, evaluation, records, include_dequantized)
     warning = base.licence_warning()
     if warning is not None:

@@ -27,7 +27,12 @@ class Recipe:
 
 
 def calibration_recipe(report: Mapping[str, Any]) -> Recipe:
-    """Of `CalibrationReport.to_dict()`."""
+    """Of `CalibrationReport.to_dict()`.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    _require(report, "calibration", ("layers", "prompts", "prompts_sha256", "weights_sha256"))
     return Recipe(
         "**Calibrated** with `diffusers_ternary.calibrate`: codes and scales were chosen on the float model's own "
         "rollouts, from prompts alone, without images or training.",
@@ -37,51 +42,66 @@ def calibration_recipe(report: Mapping[str, Any]) -> Recipe:
 
 
 def distillation_recipe(report: Mapping[str, Any]) -> Recipe:
-    """Of the dictionary of a distillation report: its single values, one level deep."""
+    """Of `DistillReport.to_dict()`.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    _require(report, "distillation", ("steps", "best_step", "start_error", "best_error", "teacher_sha256"))
     return Recipe(
         "**Distilled** with `diffusers_ternary.distill`: trained on the outputs of the float model.",
-        tuple(_single_values(report)),
+        tuple(_distillation_entries(report)),
         DISTILLATION,
     )
 
 
+def _require(report: Mapping[str, Any], argument: str, keys: tuple[str, ...]) -> None:
+    missing = [key for key in keys if key not in report]
+    if missing:
+        raise ValueError(f"{argument}: this is no report of a {argument}, it has no {', '.join(missing)}.")
+
+
 def _calibration_entries(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if "prompts" in report:
-        yield "prompts", _prompts(report)
+    yield "prompts", f"{report['prompts']} ({_hash(report['prompts_sha256'])})"
     settings = report.get("calibration") or {}
     if "seed" in settings:
         yield "seed", str(settings["seed"])
     if settings.get("call_kwargs"):
         yield "pipeline call", ", ".join(f"{name}={value!r}" for name, value in settings["call_kwargs"].items())
-    layers = report.get("layers") or []
-    errors = [(layer["error_rounded"], layer["error"]) for layer in layers if "error_rounded" in layer]
+    errors = [(layer["error_rounded"], layer["error"]) for layer in report["layers"]]
     if errors:
         before, after = (statistics.fmean(values) for values in zip(*errors, strict=True))
         yield "layers", str(len(errors))
         yield "mean relative squared error of a layer's output", f"{before:.4f} rounded, {after:.4f} calibrated"
-    yield from _hash_and_versions(report)
+    for component, error in (report.get("velocity_nmse") or {}).items():
+        yield f"error of the whole {component}'s output (NMSE)", f"{error:.4g}"
+    yield "float weights", _hash(report["weights_sha256"])
+    yield from _versions(report)
 
 
-def _single_values(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, value in report.items():
-        if name in ("prompts", "prompts_sha256"):
-            continue
-        if name not in ("versions", "weights_sha256") and isinstance(value, (str, int, float, bool)):
-            yield name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value)
-    if "prompts" in report:
-        yield "prompts", _prompts(report)
-    yield from _hash_and_versions(report)
+def _distillation_entries(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "updates", f"{report['steps']}, best after {report['best_step']}"
+    if report.get("stopped"):
+        yield "stopped early", str(report["stopped"])
+    errors = (report["start_error"], report["best_error"])
+    if None not in errors:
+        yield "held-out error of the denoiser's output (NMSE)", f"{errors[0]:.4g} before, {errors[1]:.4g} after"
+    for phase, count in (report.get("trained_parameters") or {}).items():
+        yield f"trained in phase {phase}", f"{count:,} parameters"
+    if report.get("training_prompts_sha256"):
+        yield "training prompts", _hash(report["training_prompts_sha256"])
+    if report.get("held_out_prompts_sha256"):
+        yield "held-out prompts", _hash(report["held_out_prompts_sha256"])
+    if "seed" in (report.get("distill_config") or {}):
+        yield "seed", str(report["distill_config"]["seed"])
+    yield "teacher's weights", _hash(report["teacher_sha256"])
+    yield from _versions(report)
 
 
-def _prompts(report: Mapping[str, Any]) -> str:
-    prompts = report["prompts"]
-    digest = report.get("prompts_sha256")
-    count = len(prompts) if isinstance(prompts, list) else prompts
-    return f"{count} (SHA-256 `{digest[:_HASH_SHOWN]}…`)" if digest else str(count)
+def _hash(digest: str) -> str:
+    return f"SHA-256 `{digest[:_HASH_SHOWN]}…`"
 
 
-def _hash_and_versions(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if report.get("weights_sha256"):
-        yield "float weights", f"SHA-256 `{report['weights_sha256'][:_HASH_SHOWN]}…`"
+def _versions(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if report.get("versions"):
         yield "versions", ", ".join(f"{name} {value}" for name, value in report["versions"].items())

@@ -19,10 +19,10 @@ WEIGHTS_KEY = "student_weights_sha256"
 """Entry that a push adds to evaluation.json: the weights that were measured."""
 
 _AGAINST_TEACHER = (
-    ("psnr_db", "PSNR to the teacher, dB", "higher"),
-    ("ssim", "SSIM to the teacher", "higher"),
-    ("lpips", "LPIPS to the teacher", "lower"),
-    ("velocity_nmse", "velocity NMSE along the teacher's trajectories", "lower"),
+    ("psnr_db", "psnr", "PSNR to the teacher, dB", "higher"),
+    ("ssim", "ssim", "SSIM to the teacher", "higher"),
+    ("lpips", "lpips", "LPIPS to the teacher", "lower"),
+    ("velocity_nmse", "velocity_nmse", "velocity NMSE along the teacher's trajectories", "lower"),
 )
 
 
@@ -62,9 +62,9 @@ class Evaluation:
         """All values that were measured; undefined and infinite ones are left out."""
         data = self.data
         known = [
-            Metric(type, name, data[type], better=better)
-            for type, name, better in _AGAINST_TEACHER
-            if data.get(type) is not None
+            Metric(type, name, data[key], better=better)
+            for key, type, name, better in _AGAINST_TEACHER
+            if data.get(key) is not None
         ]
         scores = [
             Metric(name, name.replace("_", " "), pair["student"], pair["teacher"])

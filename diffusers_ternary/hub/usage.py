@@ -3,6 +3,7 @@
 
 import json
 
+from .base_card import BaseCard
 from .dense import VARIANT
 from .records import Evaluation
 from .source import DENSE, Source
@@ -21,16 +22,22 @@ _SHOWN_ARGUMENTS = (
 )
 
 
-def usage(source: Source, repo_id: str, base_model: str, evaluation: Evaluation | None) -> str:
+def usage(source: Source, repo_id: str, base: BaseCard, evaluation: Evaluation | None) -> str:
     """Loads the repository, import line first; with the prompt and arguments of the evaluation, if there was one."""
     if source.is_pipeline:
+        if evaluation is not None or (base.pipeline_tag or "").endswith("-to-image"):
+            run = f"image = pipe({_call(evaluation)}).images[0]"
+        elif (base.pipeline_tag or "").endswith("-to-video"):
+            run = f"frames = pipe({_call(evaluation)}).frames[0]"
+        else:
+            run = f"result = pipe({_call(evaluation)})"
         return (
             f"{_IMPORT}\n"
             "from diffusers import DiffusionPipeline\n\n"
             f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", dtype=torch.bfloat16).to("cuda")  # or "cpu"\n'
-            f"image = pipe({_call(evaluation)}).images[0]"
+            f"{run}"
         )
-    return _model_usage(source, f'"{repo_id}"', base_model, f"{_IMPORT}\n")
+    return _model_usage(source, f'"{repo_id}"', base.repo_id, f"{_IMPORT}\n")
 
 
 def loader_usage(repo_id: str) -> str:
