@@ -44,10 +44,10 @@ class Compiled:
 
     name: str
     grid: tuple[int, ...]
-    text: str  # PTX or amdgcn
-    shared: int
-    spills: int
-    cubin: bytes | None
+    text: str = ""  # PTX or amdgcn
+    shared: int = 0
+    spills: int = 0
+    cubin: bytes | None = None
 
 
 class _Driver:
@@ -70,12 +70,15 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def launches_on(name: str) -> Iterator[list[Compiled]]:
-    """Inside, tensors are fake and launches are compiled for the named target and appended to the list."""
+def launches_on(name: str, *, compiles: bool = True) -> Iterator[list[Compiled]]:
+    """Inside, tensors are fake; launches are compiled for the named target, unless told not to, and listed."""
     launches: list[Compiled] = []
     original = JITFunction.run
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if not compiles:
+            launches.append(Compiled(kernel.fn.__name__, tuple(grid)))
+            return None
         values = [MockTensor(a.dtype, list(a.shape)) if isinstance(a, torch.Tensor) else a for a in args]
         compiled = original(kernel, *values, grid=grid, warmup=True, **options)
         cubin = compiled.asm.get("cubin")
