@@ -299,7 +299,7 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
-    parser.add_argument("--images", type=int, default=192, help="held-out prompts, one image each")
+    parser.add_argument("--images", type=int, default=128, help="held-out prompts, one image each")
     parser.add_argument("--prompts", type=int, default=128, help="calibration prompts")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--output", type=Path, default=RESULTS / "quality.csv")
