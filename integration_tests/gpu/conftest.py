@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Marks every test of this folder `gpu` and skips it where there is none.
+"""Marks every test of this folder `gpu`.
 
-`integration_tests/unit/test_kernels_triton.py` runs compiled on such a machine; it tests the kernels one by one.
+Without a GPU, the tests of what only a GPU has (its streams, graphs and memory) are skipped; the others run on the
+CPU with small shapes, so that they cannot rot. `integration_tests/unit/test_kernels_triton.py` tests the kernels one
+by one, compiled where there is a GPU.
 """
 
 from pathlib import Path
@@ -14,10 +16,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)
-            if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cuda() -> None:
+    """Asked for by tests of what only a GPU has."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator on a GPU: dtypes, compile, graphs, export, streams, gradients, memory."""
+"""The operator on a GPU: dtypes, rotation, compile, graphs, export, streams, gradients, memory."""
 
 import pytest
 import torch
@@ -7,11 +7,13 @@ import torch.nn.functional as F
 
 from diffusers_ternary import TernaryLinear
 from diffusers_ternary.kernels import reference
-from diffusers_ternary.ops import ternary_linear
-from diffusers_ternary.ternarize import TernaryWeight, ternarize
+from diffusers_ternary.ops import ternary_dequantize, ternary_linear, ternary_rotate
+from diffusers_ternary.ternarize import TernaryWeight, rotate, ternarize
 
 
-DEVICE = "cuda"
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+BACKEND = "inductor" if GPU else "aot_eager"  # without a GPU only the tracing is of interest
 # Relative RMS error against float32 activations: the bounds of `dispatch.ACTIVATION_ERROR`, and bfloat16's rounding.
 TOLERANCE = {"none": 0.01, "int8": 0.02, "float8_e4m3fn": 0.05, "auto": 0.05}
 SHAPES = [
@@ -22,22 +24,22 @@ SHAPES = [
     (4096, 1024, 2240),
     (4608, 3072, 3072),
 ]
+SHAPES = SHAPES if GPU else [(1, 96, 512), (19, 40, 650)]
 
 
-def make(n: int, k: int, scales: str = "double") -> TernaryWeight:
-    return ternarize(torch.randn(n, k, device=DEVICE) * 0.02, group_size=128, scales=scales)
+def make(n: int, k: int, scales: str = "double", hadamard: int = 0) -> TernaryWeight:
+    return ternarize(torch.randn(n, k, device=DEVICE) * 0.02, group_size=128, scales=scales, hadamard=hadamard)
 
 
-def layer(n: int, k: int, activation_dtype: str = "auto") -> TernaryLinear:
+def layer(n: int, k: int, activation_dtype: str = "auto", hadamard: int = 0) -> TernaryLinear:
     bias = torch.randn(n, device=DEVICE, dtype=torch.bfloat16)
-    return TernaryLinear.from_weight(make(n, k), bias, activation_dtype=activation_dtype)
+    return TernaryLinear.from_weight(make(n, k, hadamard=hadamard), bias, activation_dtype=activation_dtype)
 
 
 def call(x: torch.Tensor, w: TernaryWeight, bias: torch.Tensor | None, activation_dtype: str) -> torch.Tensor:
     spec = w.spec
-    return ternary_linear(
-        x, w.packed, w.scale, w.multiplier, bias, spec.in_features, spec.group_size, activation_dtype
-    )
+    tensors = (x, w.packed, w.scale, w.multiplier, bias)
+    return ternary_linear(*tensors, spec.in_features, spec.group_size, activation_dtype, spec.hadamard)
 
 
 def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -58,6 +60,31 @@ def test_operator_against_float32(shape, activation_dtype, dtype, scales):
     assert relative_rms(y, expected) < TOLERANCE[activation_dtype]
 
 
+@pytest.mark.parametrize("activation_dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("hadamard", [32, 128])
+def test_rotated_operator(shape, activation_dtype, hadamard):
+    m, n, k = shape
+    w = make(n, k, hadamard=hadamard)
+    x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
+    expected = F.linear(x.float(), w.dequantize(torch.float32))
+    assert relative_rms(call(x, w, None, activation_dtype), expected) < TOLERANCE[activation_dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("shape", "block"), [((5, 256), 128), ((2, 3, 700), 256), ((1, 15360), 128)])
+def test_rotation(shape, block, dtype):
+    x = torch.randn(*shape, device=DEVICE, dtype=dtype)
+    expected = rotate(x.cpu().double(), block).to(dtype)
+    torch.testing.assert_close(ternary_rotate(x, block).cpu(), expected, rtol=8e-3, atol=1e-5)
+
+
+def test_names_say_what_serves():
+    model = layer(64, 128)
+    assert model.kernel.startswith("triton") == GPU
+    assert f"kernel={model.kernel}" in repr(model)
+
+
 @pytest.mark.parametrize("m", [3, 300])
 def test_float32_is_exact(m):
     w, x = make(256, 1000), torch.randn(m, 1000, device=DEVICE)
@@ -66,25 +93,46 @@ def test_float32_is_exact(m):
 
 
 def test_token_order_does_not_matter():
-    w, x = make(3072, 3072), torch.randn(1024, 3072, device=DEVICE, dtype=torch.bfloat16)
+    w, x = make(3072, 3072), torch.randn(1024 if GPU else 24, 3072, device=DEVICE, dtype=torch.bfloat16)
     assert torch.equal(call(x, w, None, "auto").flip(0), call(x.flip(0), w, None, "auto"))
 
 
+@pytest.mark.parametrize("hadamard", [0, 128])
+@pytest.mark.parametrize("m", [1, 1024 if GPU else 24])
+def test_compile_fullgraph_equals_eager(m, hadamard):
+    model = layer(1024, 1024, hadamard=hadamard)
+    x = torch.randn(m, 1024, device=DEVICE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, fullgraph=True, backend=BACKEND)(x), model(x))
+
+
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("m", [1, 1024])
-def test_compile_fullgraph_equals_eager(m):
+def test_cuda_graphs_of_the_compiler(m):
     model = layer(1024, 1024)
     x = torch.randn(m, 1024, device=DEVICE, dtype=torch.bfloat16)
     with torch.no_grad():
         expected = model(x)
-        assert torch.equal(torch.compile(model, fullgraph=True)(x), expected)
-        # CUDA graphs through the compiler.
         graphed = torch.compile(model, fullgraph=True, mode="reduce-overhead")
         for _ in range(3):
             torch.compiler.cudagraph_mark_step_begin()
             actual = graphed(x).clone()
-        assert torch.equal(actual, expected)
+    assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("hadamard", [0, 128])
+def test_compiled_backward_equals_eager(hadamard):
+    model = layer(256, 512, hadamard=hadamard)
+    compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+    gradients = []
+    for function in (model, compiled):
+        x = torch.ones(64, 512, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        function(x).float().square().mean().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("tuned", [True, False])
 def test_cuda_graph_replays_on_new_inputs(tuned):
     model = layer(640 if tuned else 656, 1024)  # a shape of its own: untuned, capture takes the default plan
@@ -116,6 +164,7 @@ def test_export():
         assert torch.equal(program.module()(x), model(x))
 
 
+@pytest.mark.usefixtures("cuda")
 def test_no_synchronisation_once_tuned():
     model = layer(1024, 1024)
     x = torch.randn(1024, 1024, device=DEVICE, dtype=torch.bfloat16)
@@ -130,6 +179,7 @@ def test_no_synchronisation_once_tuned():
             torch.cuda.set_sync_debug_mode(previous)
 
 
+@pytest.mark.usefixtures("cuda")
 def test_streams_do_not_share_scratch():
     model = layer(2048, 2048)
     inputs = [torch.randn(2048, 2048, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
@@ -146,6 +196,7 @@ def test_streams_do_not_share_scratch():
             assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
+@pytest.mark.usefixtures("cuda")
 def test_weight_moved_on_another_stream():
     """What streamed offloading does: copy on a side stream, compute on the main one, free after `record_stream`."""
     packed = make(2048, 2048)
@@ -166,9 +217,10 @@ def test_weight_moved_on_another_stream():
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("hadamard", [0, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_gradient_of_the_input(dtype):
-    w = make(512, 768)
+def test_gradient_of_the_input(dtype, hadamard):
+    w = make(512, 768, hadamard=hadamard)
     x = torch.randn(128, 768, device=DEVICE, dtype=dtype, requires_grad=True)
     grad = torch.randn(128, 512, device=DEVICE, dtype=dtype)
     call(x, w, None, "auto").backward(grad)
@@ -177,14 +229,14 @@ def test_gradient_of_the_input(dtype):
 
 
 def test_dequantize_equals_the_reference():
-    from diffusers_ternary.kernels import triton as kernels
-
-    w = make(3072, 3072)
-    options = {"in_features": 3072, "group_size": 128, "dtype": torch.bfloat16}
-    actual = kernels.dequantize(w.packed, w.scale, w.multiplier, **options)
+    n, k = (3072, 3072) if GPU else (64, 650)
+    w = make(n, k)
+    actual = ternary_dequantize(w.packed, w.scale, w.multiplier, k, 128, torch.bfloat16)
+    options = {"in_features": k, "group_size": 128, "dtype": torch.bfloat16}
     assert torch.equal(actual, reference.dequantize(w.packed, w.scale, w.multiplier, **options))
 
 
+@pytest.mark.usefixtures("cuda")
 def test_scratch_is_one_layer_and_is_returned():
     model = layer(12288, 3072)
     x = torch.randn(4096, 3072, device=DEVICE, dtype=torch.bfloat16)
@@ -204,6 +256,7 @@ def test_scratch_is_one_layer_and_is_returned():
     assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.usefixtures("cuda")
 def test_vram_is_returned():
     start = torch.cuda.memory_allocated()
     model = layer(8192, 8192)
@@ -214,6 +267,7 @@ def test_vram_is_returned():
     assert torch.cuda.memory_allocated() <= start + (1 << 20)
 
 
+@pytest.mark.usefixtures("cuda")
 def test_products_larger_than_two_gigabytes_are_addressed():
     m, n, k = 70_000, 32_768, 64  # M * N > 2**31
     w, x = make(n, k), torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
