@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..layers import FLOAT_TYPES, FloatLayer, input_rows, matrix_shape
+from ..rollouts import timestep_of
 from .hessian import InputMoments
 
 
@@ -123,7 +124,8 @@ class MomentCollector:
             leader = group.layers[0]
             handle = self._model.get_submodule(leader).register_forward_pre_hook(self._observer(leader))
             self._stack.callback(handle.remove)
-        self._stack.callback(self._model.register_forward_hook(self._check).remove)
+        handle = self._model.register_forward_hook(self._check, with_kwargs=True)
+        self._stack.callback(handle.remove)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -149,7 +151,7 @@ class MomentCollector:
         self._count[name] = self._count.get(name, 0) + rows.shape[0]
         self._sums[name] = total.sum()
 
-    def _check(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # One look per denoiser call, not one per layer: on a GPU each look waits for the device.
         if self._sums:
             names = list(self._sums)
@@ -157,9 +159,9 @@ class MomentCollector:
             bad = next((name for name, good in zip(names, finite, strict=True) if not good), None)
             if bad is not None:
                 raise ValueError(
-                    f"{bad}: its input holds NaN or Inf in denoiser call {self._calls} (from 0, both guidance "
-                    "branches count). Load the pipeline in bfloat16 or float32 instead of float16, and check that "
-                    "it draws images."
+                    f"{bad}: its input holds NaN or Inf {_step(module, args, kwargs)}(denoiser call {self._calls}, "
+                    "counted from 0 over all prompts, steps and guidance branches). Load the pipeline in bfloat16 or "
+                    "float32 instead of float16, and check that it draws images."
                 )
             self._sums.clear()
         self._calls += 1
@@ -176,6 +178,13 @@ class MomentCollector:
             zeros = torch.zeros(group.in_features, dtype=self._dtype, device=weight.device)
             return InputMoments(zeros.expand(group.in_features, -1).clone(), zeros, 0)
         return InputMoments(self._second[name] / count, self._first[name] / count, count)
+
+
+def _step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    try:
+        return f"at timestep {timestep_of(model, args, kwargs):g} "
+    except ValueError:
+        return ""  # a model that is called without one
 
 
 def split_passes(groups: Iterable[InputGroup], *, limit: int | None, dtype: torch.dtype) -> list[list[InputGroup]]:

@@ -134,6 +134,11 @@ def calibrate_command(
                 report = calibrate(pipeline, lines, config, calibration, work_dir=kept)
             except MemoryError as error:
                 raise ValueError(str(error)) from error
+            except KeyboardInterrupt:
+                console.print(
+                    f"Finished layers are kept in {kept}. The same command goes on from there.", markup=False
+                )
+                raise
             pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
             report.save_json(folder / REPORT)
             try:

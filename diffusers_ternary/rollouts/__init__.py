@@ -10,6 +10,7 @@ from .calls import (
     replay,
     sample_name,
     timestep_name,
+    timestep_of,
 )
 from .fingerprint import fingerprint, weights_sha256
 from .rollouts import RolloutBatch, Rollouts, make_rollouts, prepared, returns_latents
@@ -30,5 +31,6 @@ __all__ = [
     "returns_latents",
     "sample_name",
     "timestep_name",
+    "timestep_of",
     "weights_sha256",
 ]

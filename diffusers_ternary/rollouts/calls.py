@@ -61,7 +61,7 @@ def recorded_calls(denoiser: nn.Module) -> Iterator[list[DenoiserCall]]:
     store = _Store()
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        timestep = _timestep(module, args, kwargs)
+        timestep = timestep_of(module, args, kwargs)
         step = 0
         if calls:
             step = calls[-1].step + (calls[-1].timestep != timestep)
@@ -115,6 +115,19 @@ def timestep_name(denoiser: nn.Module) -> str:
     )
 
 
+def timestep_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The timestep of a call with these arguments, as the denoiser received it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    name = timestep_name(module)
+    value = {**dict(zip(_parameters(module), args, strict=False)), **kwargs}.get(name)
+    if value is None:
+        raise ValueError(f"{type(module).__name__} is called without a {name}, so its calls belong to no step.")
+    return float(value.flatten()[0]) if isinstance(value, torch.Tensor) else float(value)
+
+
 def named_arguments(denoiser: nn.Module, call: DenoiserCall) -> dict[str, Any]:
     """All inputs of a recorded call by name, whichever way the pipeline passed them."""
     return {**dict(zip(_parameters(denoiser), call.args, strict=False)), **call.kwargs}
@@ -124,12 +137,6 @@ def _parameters(denoiser: nn.Module) -> list[str]:
     return list(inspect.signature(type(denoiser).forward).parameters)[1:]
 
 
-def _timestep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    name = timestep_name(module)
-    value = {**dict(zip(_parameters(module), args, strict=False)), **kwargs}[name]
-    return float(value.flatten()[0]) if isinstance(value, torch.Tensor) else float(value)
-
-
 def prediction_of(output: Any) -> torch.Tensor:
     """The prediction [rows, ...] in what a denoiser returns."""
     prediction = output[0]
@@ -137,16 +144,6 @@ def prediction_of(output: Any) -> torch.Tensor:
         prediction = torch.stack(list(prediction))  # Z-Image predicts a list, one tensor per prompt
     assert isinstance(prediction, torch.Tensor)
     return prediction.detach()
-
-
-def _device(module: nn.Module) -> torch.device:
-    device = next(module.parameters()).device
-    # Sequentially offloaded modules move their inputs themselves.
-    return torch.device("cpu") if device.type == "meta" else device
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _device(module: nn.Module) -> torch.device:

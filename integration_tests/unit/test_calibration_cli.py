@@ -8,6 +8,7 @@ import typer
 from support.pipelines import PIPELINES
 from typer.testing import CliRunner
 
+from diffusers_ternary.calibration.store import LayerStore
 from diffusers_ternary.cli.calibrate import calibrate_command
 from diffusers_ternary.cli.console import ExitCode
 from diffusers_ternary.inspection import inspect_path
@@ -89,6 +90,27 @@ def test_bad_prompt_files(source, tmp_path):
         result = run(source, tmp_path / "out", "--prompts", file)
         assert result.exit_code == ExitCode.BAD_INPUT
         assert message in " ".join(result.output.split())
+
+
+def test_an_interrupted_run_goes_on(source, prompts, tmp_path, monkeypatch):
+    save, saved = LayerStore.save, []
+
+    def save_until_interrupted(self, name, layer):
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(name)
+        save(self, name, layer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStore, "save", save_until_interrupted)
+        result = run(source, tmp_path / "out", "--prompts", prompts)
+    assert result.exit_code == ExitCode.INTERRUPTED
+    assert "The same command goes on from there" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+    assert run(source, tmp_path / "out", "--prompts", prompts).exit_code == ExitCode.OK
+    report = json.loads((tmp_path / "out" / "calibration.json").read_text(encoding="utf-8"))
+    assert {layer["name"] for layer in report["layers"] if layer["resumed"]} == set(saved)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.txt"]
 
 
 def test_a_quantized_pipeline_is_refused(source, prompts, tmp_path):
