@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.logging import tqdm
 from torch import nn
 
-from ..rollouts import DenoiserCall, Rollouts, recorded_calls, replay
+from ..rollouts import DenoiserCall, Rollouts, recorded_calls
 from ..rollouts.rollouts import prepared
 from ..ternarize import quantize_int8
 from .candidates import Candidate
@@ -41,7 +41,7 @@ class TeacherStates:
     @torch.no_grad()
     def error(self, denoiser: nn.Module) -> float:
         """mean |v - v_teacher|² / mean |v_teacher|² of the denoiser as it is now."""
-        squares = [float((replay(call, denoiser) - call.output).double().square().sum()) for call in self.calls]
+        squares = [float((call.replay(denoiser) - call.output).double().square().sum()) for call in self.calls]
         return sum(squares) / self.energy if self.energy else 0.0
 
 

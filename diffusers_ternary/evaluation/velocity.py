@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..rollouts import DenoiserCall, replay
+from ..rollouts import DenoiserCall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def velocity_error(
     count = 0
     for call in calls:
         expected = call.output.double()
-        predicted = replay(call, student, dtype=teacher_dtype).double()
+        predicted = call.replay(student, dtype=teacher_dtype).double()
         errors[call.step] = errors.get(call.step, 0.0) + float((predicted - expected).square().sum())
         norms[call.step] = norms.get(call.step, 0.0) + float(expected.square().sum())
         timesteps.setdefault(call.step, call.timestep)

@@ -78,22 +78,6 @@ def recorded_calls(denoiser: nn.Module) -> Iterator[list[DenoiserCall]]:
         handle.remove()
 
 
-def replay(call: DenoiserCall, denoiser: nn.Module, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """What another denoiser of the same architecture predicts from the inputs of a recorded call, on the CPU.
-
-    Args:
-        call ([`DenoiserCall`]): of the teacher.
-        denoiser (`nn.Module`): called, not changed.
-        dtype (`torch.dtype`, *optional*): inputs of this dtype (the teacher's) are given in the denoiser's own.
-    """
-    device, own = _device(denoiser), _dtype(denoiser)
-
-    def put(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device, own if tensor.dtype == dtype else tensor.dtype)
-
-    return prediction_of(denoiser(*map_tensors(call.args, put), **map_tensors(call.kwargs, put))).cpu()
-
-
 def sample_name(denoiser: nn.Module) -> str:
     """Name of the argument that is denoised: the first one, in every denoiser of diffusers."""
     return _parameters(denoiser)[0]
