@@ -18,8 +18,9 @@ from .allocation import Allocation, apply_choices, layer_sensitivities
 from .budget import SizeBudget
 from .candidates import Candidate, candidates_for
 from .config import CalibrationConfig
+from .prefix import install_solved, solved_on
 from .report import CalibrationReport, LayerReport
-from .run import CalibrationRun, SolvedCandidates, solved_on
+from .run import CalibrationRun, SolvedCandidates
 from .sensitivity import Sensitivities, TeacherStates, measure_sensitivities, record_states
 from .store import FinishedLayer, LayerStore
 
@@ -144,10 +145,7 @@ def _install(
             layer.pack(module.weight.detach(), name=name)
             return
         solved = solved_on(finished[name].solved, module.weight.device)
-        layer.install_weight(solved.weight)
-        if solved.bias_change is not None:
-            bias = module.bias.detach()
-            layer.bias = nn.Parameter((bias.float() + solved.bias_change).to(bias.dtype), requires_grad=False)
+        install_solved(layer, module, solved)
 
     replace_layers(model, plan, config, fill=fill)
 

@@ -111,6 +111,9 @@ class CalibrationConfig:
         call_kwargs (`Mapping[str, Any]`, *optional*): further arguments of the pipeline call (steps, guidance, size);
             use what the quantized pipeline will be run with. The pipeline's defaults hold for the rest.
         accumulate (`str`, *optional*, defaults to `"float32"`): dtype of statistics and solver, or `"float64"`.
+        sequential (`bool`, *optional*, defaults to `False`): solve block after block, each for the inputs that it gets
+            behind the blocks that are quantized already, on the rollouts that these draw. One pass over the prompts
+            per block.
         memory_limit (`int` or `str`, *optional*): bytes (or `"8GB"`, `"6GiB"`) that statistics may take on the
             device; what does not fit is gathered in further passes over the prompts. `None` = all in one pass.
         size_budget (`int` or `str`, *optional*): `"2.0 bits"` per weight of the layers that may be converted, or the
@@ -130,6 +133,7 @@ class CalibrationConfig:
     batch_size: int = 1
     call_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     accumulate: str = "float32"
+    sequential: bool = False
     memory_limit: int | str | None = None
     size_budget: int | str | None = None
     sensitivity: SensitivityConfig | None = None

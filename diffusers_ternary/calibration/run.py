@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 
-import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.logging import tqdm
 from torch import nn
@@ -17,6 +16,7 @@ from .candidates import Candidate, base_candidate
 from .config import CalibrationConfig
 from .hessian import InputMoments
 from .memory import explained_memory
+from .prefix import quantized_prefix, solved_on, split_stages
 from .solver import SolvedLayer, solve_layer
 from .statistics import GroupFinder, InputGroup, MomentCollector, split_passes
 from .store import FinishedLayer, LayerStore
@@ -72,14 +72,21 @@ class CalibrationRun:
             )
         dtype = self.calibration.dtype
         with explained_memory(self.calibration):
-            groups = self._groups(model, list(missing))
-            for part in split_passes(groups, limit=self.calibration.memory_limit_bytes, dtype=dtype):
-                moments = self._collect(model, part)
-                for group in tqdm(part, desc=f"Solving {component}", leave=False):
-                    inputs = moments.pop(group.layers[0])
-                    for name in group.layers:
-                        for candidate in missing[name]:
-                            solved[name][candidate] = self._solve(component, name, candidate, inputs)
+            # With a quantized prefix, also of layers that an earlier run has finished.
+            groups = self._groups(model, list(wanted if self.calibration.sequential else missing))
+            before: list[str] = []
+            for stage in split_stages(groups) if self.calibration.sequential else [groups]:
+                # The prefix is what the config alone would store, whatever a size budget will choose.
+                prefix = {name: solved[name][wanted[name][0]].solved for name in before}
+                before += [name for group in stage for name in group.layers]
+                open_groups = [group for group in stage if any(name in missing for name in group.layers)]
+                for part in split_passes(open_groups, limit=self.calibration.memory_limit_bytes, dtype=dtype):
+                    moments = self._collect(model, part, prefix)
+                    for group in tqdm(part, desc=f"Solving {component}", leave=False):
+                        inputs = moments.pop(group.layers[0])
+                        for name in group.layers:
+                            for candidate in missing.get(name, ()):
+                                solved[name][candidate] = self._solve(component, name, candidate, inputs)
         return solved
 
     def _groups(self, model: nn.Module, names: Sequence[str]) -> list[InputGroup]:
@@ -88,9 +95,14 @@ class CalibrationRun:
             first.run(self.pipeline, description="Finding shared inputs")
         return finder.groups()
 
-    def _collect(self, model: nn.Module, groups: Sequence[InputGroup]) -> dict[str, InputMoments]:
+    def _collect(
+        self, model: nn.Module, groups: Sequence[InputGroup], prefix: Mapping[str, SolvedLayer]
+    ) -> dict[str, InputMoments]:
         start = time.perf_counter()
-        with MomentCollector(model, groups, dtype=self.calibration.dtype) as collector:
+        with (
+            quantized_prefix(model, self.config, prefix),
+            MomentCollector(model, groups, dtype=self.calibration.dtype) as collector,
+        ):
             self.rollouts.run(self.pipeline, description=f"Gathering statistics (pass {self.passes + 1})")
         self.passes += 1
         self.statistics_bytes = max(self.statistics_bytes, sum(g.bytes(self.calibration.dtype) for g in groups))
@@ -119,9 +131,3 @@ class CalibrationRun:
     def _key(self, component: str, name: str, candidate: Candidate) -> str:
         base = candidate == base_candidate(self.config)
         return f"{component}.{name}" if base else f"{component}.{name}@{candidate.label}"
-
-
-def solved_on(solved: SolvedLayer, device: torch.device | str) -> SolvedLayer:
-    """The solution with its tensors on a device."""
-    change = None if solved.bias_change is None else solved.bias_change.to(device)
-    return dataclasses.replace(solved, weight=solved.weight.to(device), bias_change=change)

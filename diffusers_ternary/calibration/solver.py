@@ -13,8 +13,8 @@ from .config import SolverConfig
 from .hessian import DampedHessian, InputMoments, damp
 
 
-# Codes and low-rank factors are fitted in turn, each to what the other leaves: the second turn takes off 2 to 4 % of the
-# error and the third 1 % (rank 16, Gaussian and heavy-tailed weights of 256 to 1024 columns).
+# Codes and low-rank factors are fitted in turn, each to what the other leaves: the second turn takes off 2 to 4 % of
+# the error and the third 1 % (rank 16, Gaussian and heavy-tailed weights of 256 to 1024 columns).
 LOW_RANK_TURNS = 2
 
 

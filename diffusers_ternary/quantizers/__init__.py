@@ -2,6 +2,7 @@
 """The host contract: what diffusers and transformers call while loading and saving, and `quantize`."""
 
 from .checkpoint import StoredTensor, check_headers, read_headers
+from .convert import placeholder_for
 from .diffusers_backend import TernaryDiffusersQuantizer
 from .in_memory import plan_pipeline, quantize, replace_layers
 from .plan import ConversionPlan, plan_conversion
@@ -19,6 +20,7 @@ __all__ = [
     "check_headers",
     "file_bytes",
     "packed_layers",
+    "placeholder_for",
     "plan_conversion",
     "plan_pipeline",
     "quantize",

@@ -12,7 +12,7 @@ from torch import nn
 from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
 from diffusers_ternary.calibration import CalibrationConfig, CalibrationReport, SolverConfig, calibrate, store
 from diffusers_ternary.calibration.run import CalibrationRun
-from diffusers_ternary.layers import Int8Linear
+from diffusers_ternary.layers import Int8Linear, TernaryLayer
 
 
 PROMPTS = ["a red cat", "a blue dog", "a house", "two trees"]
@@ -42,7 +42,7 @@ def test_every_pipeline_comes_closer_than_by_rounding(name):
     quantize(rounded, TernaryConfig())
     report = calibrate(calibrated, PROMPTS, TernaryConfig(), settings(name))
     model = getattr(calibrated, tiny.denoiser)
-    assert {f"{tiny.denoiser}.{n}" for n, m in model.named_modules() if isinstance(m, TernaryLinear)} == {
+    assert {f"{tiny.denoiser}.{n}" for n, m in model.named_modules() if isinstance(m, TernaryLayer)} == {
         layer.name for layer in report.layers
     }
     assert all(layer.error <= layer.error_rounded * 1.001 for layer in report.layers)
@@ -227,3 +227,25 @@ def test_calibration_config_rejects(arguments, error, message):
 def test_memory_limit_units():
     assert CalibrationConfig(memory_limit="2GB").memory_limit_bytes == 2 * 10**9
     assert CalibrationConfig(memory_limit="1MiB").memory_limit_bytes == 2**20
+
+
+def test_sequential_layers_are_solved_for_the_inputs_behind_the_quantized_blocks(tmp_path):
+    tiny = PIPELINES["sd3"]
+    pipelines = [tiny.build() for _ in range(3)]
+    plain, sequential, again = pipelines
+    calibrate(plain, PROMPTS, TernaryConfig(group_size=16), settings("sd3"))
+    options = settings("sd3", sequential=True)
+    report = calibrate(sequential, PROMPTS, TernaryConfig(group_size=16), options, work_dir=tmp_path)
+    blocks = len(sequential.transformer.transformer_blocks)
+    assert report.passes == blocks
+    states = [packed_state(pipeline.transformer) for pipeline in (plain, sequential)]
+    changed = {name.split(".")[1] for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert changed == {str(block) for block in range(1, blocks)}  # the first block has nothing before it
+
+    # Interrupted: the last block is solved again, behind the same prefix.
+    for file in tmp_path.glob(f"*transformer_blocks.{blocks - 1}.*"):
+        file.unlink()
+    resumed = calibrate(again, PROMPTS, TernaryConfig(group_size=16), options, work_dir=tmp_path)
+    assert resumed.passes == 1
+    assert_same(packed_state(again.transformer), states[1])
+    assert not any(isinstance(m, TernaryLinear) for m in tiny.build().transformer.modules())
