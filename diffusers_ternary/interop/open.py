@@ -43,9 +43,9 @@ def open_foreign(
             "(.safetensors), gemlite and HQQ state dicts in their folder, GGUF (.gguf)."
         )
     files = SafetensorsFiles([path])
-    if is_clark(files.names()):
-        return read_clark(path, given)
     own = read_json(path.parent / "config.json")
+    if is_clark(files.names()):
+        return read_clark(path, given or own)
     if given is None and own is None:
         raise ValueError(
             f"{path} is an ordinary safetensors file. Give the folder it lies in, with its config.json, or the "

@@ -69,7 +69,7 @@ class StateDictFile:
     def __init__(self, file: pathlib.Path) -> None:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{file} cannot be read as a state dict ({reason}). Download it again.") from error
         if not isinstance(content, Mapping):
