@@ -25,7 +25,7 @@ def push_command(
         pathlib.Path | None, typer.Option(help="Default: calibration.json of DIR.", metavar="FILE")
     ] = None,
     distillation: Annotated[
-        pathlib.Path | None, typer.Option(help="Default: distillation.json of DIR.", metavar="FILE")
+        pathlib.Path | None, typer.Option(help="Default: distill.json of DIR.", metavar="FILE")
     ] = None,
     include_dequantized: Annotated[
         bool, typer.Option("--include-dequantized", help="Add a bfloat16 copy that loads without this package.")

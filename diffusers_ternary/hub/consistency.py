@@ -91,7 +91,12 @@ def text_sha256(text: str) -> str:
 
 def is_generated(card: ModelCard) -> bool:
     """Whether a card's text is as an earlier push wrote it; a new one may then take its place."""
-    return (card.data.get(CARD_KEY) or {}).get(TEXT_KEY) == text_sha256(card.text)
+    return _entry(card).get(TEXT_KEY) == text_sha256(card.text)
+
+
+def _entry(card: ModelCard) -> Mapping[str, Any]:
+    entry = card.data.get(CARD_KEY)
+    return entry if isinstance(entry, Mapping) else {}
 
 
 def merge_own_card(card: ModelCard, data: ModelCardData, source: Source, base: BaseCard) -> ModelCard:
@@ -109,7 +114,7 @@ def merge_own_card(card: ModelCard, data: ModelCardData, source: Source, base: B
         if own.get(key) not in (None, ours.get(key)):
             raise _contradiction(key, own[key], f"these weights are {ours.get(key)!r}")
     for key, value in weights_entry(source).items():
-        told = (own.get(CARD_KEY) or {}).get(key, value)
+        told = _entry(card).get(key, value)
         if told != value:
             raise _contradiction(f"{CARD_KEY}.{key}", told, f"the files give {value!r}")
     if base.licence.terms is Terms.NON_COMMERCIAL and own.get("license") not in (None, base.licence.id):

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -84,7 +85,7 @@ def push_to_hub(
         report ([`EvaluationResult`], `dict` or path, *optional*):
             What `evaluate` found, or the folder of its report. Default: evaluation.json of the folder, if any.
         calibration ([`CalibrationReport`], `dict` or path, *optional*): default: calibration.json of the folder.
-        distillation (report, `dict` or path, *optional*): default: distillation.json of the folder.
+        distillation ([`DistillReport`], `dict` or path, *optional*): default: distill.json of the folder.
         include_dequantized (`bool`):
             Add a bfloat16 copy of the packed models in `bf16/`, which stock diffusers loads without this package. It
             is written to the folder for temporary files first.
@@ -121,12 +122,15 @@ def check_target(repo_id: str, *, revision: str | None, create_pr: bool) -> None
     """What can be known of the destination without asking the Hub.
 
     Raises:
-        ValueError: for a malformed `repo_id`, or `create_pr` together with a revision.
+        ValueError: for a `repo_id` that is not namespace/name, or `create_pr` together with a revision.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"repo_id={repo_id!r} is no Hub id ({error}). Use namespace/name.") from error
+    if "/" not in repo_id:
+        # The card shows how to load the repository, so its whole name must be known.
+        raise ValueError(f"repo_id={repo_id!r} has no namespace. Use namespace/name, e.g. your user name.")
     if create_pr and revision is not None:
         raise ValueError(
             f"create_pr=True opens a pull request against the main branch, so revision={revision!r} has no meaning. "
@@ -220,7 +224,7 @@ def _card(
     include_dequantized: bool,
 ) -> ModelCard:
     data = card_data(source, repo_id, base, evaluation)
-    own = None if source.card is None else ModelCard.load(source.card, ignore_metadata_errors=True)
+    own = None if source.card is None else _read_card(source.card)
     if own is not None and not is_generated(own):
         return merge_own_card(own, data, source, base)
     calibration, distillation = records[CALIBRATION], records[DISTILLATION]
@@ -241,6 +245,15 @@ def _card(
         include_dequantized=include_dequantized,
     )
     return render_card(data, facts)
+
+
+def _read_card(path: pathlib.Path) -> ModelCard:
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: the metadata block cannot be read ({error}). Correct or delete the card."
+        ) from error
 
 
 def _json(content: Mapping[str, Any]) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-CALIBRATION, DISTILLATION = "calibration.json", "distillation.json"
+CALIBRATION, DISTILLATION = "calibration.json", "distill.json"  # as calibrate and distill write them
+_ERRORS = ("error_rounded", "error")
 _HASH_SHOWN = 16
 
 
@@ -57,6 +58,9 @@ def distillation_recipe(report: Mapping[str, Any]) -> Recipe:
 
 def _require(report: Mapping[str, Any], argument: str, keys: tuple[str, ...]) -> None:
     missing = [key for key in keys if key not in report]
+    layers = report.get("layers") or []
+    if not missing and not all(isinstance(layer, Mapping) and {"name", *_ERRORS} <= layer.keys() for layer in layers):
+        missing = ["errors of layers"]
     if missing:
         raise ValueError(f"{argument}: this is no report of a {argument}, it has no {', '.join(missing)}.")
 
@@ -68,7 +72,7 @@ def _calibration_entries(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         yield "seed", str(settings["seed"])
     if settings.get("call_kwargs"):
         yield "pipeline call", ", ".join(f"{name}={value!r}" for name, value in settings["call_kwargs"].items())
-    errors = [(layer["error_rounded"], layer["error"]) for layer in report["layers"]]
+    errors = [[layer[key] for key in _ERRORS] for layer in report["layers"]]
     if errors:
         before, after = (statistics.fmean(values) for values in zip(*errors, strict=True))
         yield "layers", str(len(errors))

@@ -126,9 +126,10 @@ def read_evaluation(report: Any, folder: pathlib.Path) -> Evaluation | None:
         sheet = folder / SHEET
         report.contact_sheet(sheet)
     data = read_record(report, "report", default_name=RESULT)
-    images = data.get("images")
-    if "psnr_db" not in data or not isinstance(images, list) or not images:
-        raise ValueError(f"report={_shown(report)} is no result of evaluate: it has no psnr_db and no images.")
+    images, scores = data.get("images"), data.get("scores") or {}
+    complete = isinstance(images, list) and images and all({"prompt", "seed"} <= set(image) for image in images)
+    if "psnr_db" not in data or not complete or not all({"student", "teacher"} <= set(s) for s in scores.values()):
+        raise ValueError(f"report={_shown(report)} is no result of evaluate: it lacks psnr_db, images or scores.")
     return Evaluation(data, sheet)
 
 

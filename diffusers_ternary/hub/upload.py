@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from ..compat import HubTransportError
 from .errors import explained_hub_errors
 from .loader import LOADER
 from .recipes import CALIBRATION, DISTILLATION
@@ -127,9 +128,10 @@ def _commit(
     for attempt in range(1, attempts + 1):
         try:
             return api.create_commit(name, operations, commit_message=message, revision=revision, create_pr=create_pr)
-        except HfHubHTTPError as error:
-            if attempt == attempts or error.response.status_code not in _TRANSIENT:
+        except HubTransportError as error:
+            refused = isinstance(error, HfHubHTTPError) and error.response.status_code not in _TRANSIENT
+            if attempt == attempts or refused:
                 raise
-            logger.warning("%s: the Hub answered %s; trying again", name, error.response.status_code)
+            logger.warning("%s: the commit failed (%s); trying again", name, str(error).partition("\n")[0])
             time.sleep(2.0 ** (attempt - 1))
     raise AssertionError("unreachable")

@@ -4,6 +4,7 @@
 A failure here says which upgrade broke what, before anything else fails in a way that is hard to read.
 """
 
+import importlib
 import inspect
 
 import accelerate.utils
@@ -156,6 +157,14 @@ def test_quantization_marks_of_models():
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         source = inspect.getsource(diffusers_modeling) + inspect.getsource(transformers_modeling)
         assert name in source, f"{name} is not read any more {VERSIONS}"
+
+
+def test_errors_of_the_hub_and_of_the_connection_have_one_base():
+    from huggingface_hub.errors import HfHubHTTPError
+
+    assert issubclass(HfHubHTTPError, compat.HubTransportError), f"errors of the Hub have another base {VERSIONS}"
+    client = importlib.import_module(compat.HubTransportError.__module__.partition(".")[0])
+    assert issubclass(client.ConnectError, compat.HubTransportError), f"no base of connection errors {VERSIONS}"
 
 
 def test_accelerate_knows_2_bit_weights():

@@ -187,7 +187,7 @@ def test_what_goes_along(make, folder):
         "evaluation.json",
         "contact_sheet.png",
         "calibration.json",
-        "distillation.json",
+        "distill.json",
     }
     assert set(files) == own | added
     with Image.open(files["contact_sheet.png"]) as sheet:
@@ -217,6 +217,7 @@ def test_reports_of_other_weights_are_refused(make):
         (wrong_layer, "blocks.9.to_q"),
         (wrong_bits, "1.6000 bits per weight"),
         ({"layers": []}, "no report of a calibration"),
+        ({**CALIBRATION, "layers": [{"name": "transformer.blocks.0.to_q"}]}, "no errors of layers"),
         ("nowhere.json", "there is no file"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -225,6 +226,8 @@ def test_reports_of_other_weights_are_refused(make):
         make(report=evaluation(pipeline="SanaPipeline"))
     with pytest.raises(ValueError, match="no result of evaluate"):
         make(report={"psnr_db": 1.0})
+    with pytest.raises(ValueError, match="no result of evaluate"):
+        make(report={"psnr_db": 1.0, "images": [{"prompt": "x"}]})
     with pytest.raises(ValueError, match="neither a report"):
         make(report=3)
     measured = {**evaluation().to_dict(), "student_weights_sha256": "0" * 64}
@@ -249,6 +252,16 @@ def test_a_card_that_contradicts_the_weights_is_refused(make, folder, field, val
     (folder / "README.md").write_text(f"---\n{field}: {json.dumps(value)}\n---\n# Mine\n")
     with pytest.raises(ValueError, match=f"README.md says {field}"):
         make()
+
+
+@pytest.mark.parametrize("head", ["{", "- a list", "diffusers_ternary: mine"])
+def test_cards_of_odd_metadata(make, folder, head):
+    (folder / "README.md").write_text(f"---\n{head}\n---\n# Mine\n")
+    if head.startswith("diffusers"):
+        assert make().card.data["diffusers_ternary"]["format_version"] == 1
+    else:
+        with pytest.raises(ValueError, match="metadata block cannot be read"):
+            make()
 
 
 def test_a_result_in_the_card_that_contradicts_the_report_is_refused(make, folder):
@@ -315,7 +328,8 @@ def test_a_base_that_cannot_be_read_leaves_the_licence_open():
 
 def test_the_destination_is_checked_without_asking():
     check_target("user/name", revision=None, create_pr=True)
-    with pytest.raises(ValueError, match="namespace/name"):
-        check_target("user/na me", revision=None, create_pr=False)
+    for name in ("user/na me", "name", "a/b/c"):
+        with pytest.raises(ValueError, match="namespace/name"):
+            check_target(name, revision=None, create_pr=False)
     with pytest.raises(ValueError, match="create_pr=True"):
         check_target("user/name", revision="main", create_pr=True)
