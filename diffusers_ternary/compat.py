@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 __all__ = [
     "DIFFUSERS_CONFIGS",
     "DIFFUSERS_QUANTIZERS",
+    "FUSED_PROJECTIONS",
     "TRANSFORMERS_CONFIGS",
     "TRANSFORMERS_QUANTIZERS",
     "ConversionOps",
@@ -39,6 +40,7 @@ __all__ = [
     "keep_in_fp32_names",
     "patch_flux_expansion",
     "patch_lora_mixin",
+    "wrap_fuse_projections",
 ]
 
 
@@ -140,3 +142,27 @@ def patch_lora_mixin(is_packed: Callable[[Any], bool]) -> None:
     PeftAdapterMixin.save_lora_adapter = without_mark(PeftAdapterMixin.save_lora_adapter)
     PeftAdapterMixin.fuse_lora = then_offload(PeftAdapterMixin.fuse_lora)
     PeftAdapterMixin.unfuse_lora = then_offload(PeftAdapterMixin.unfuse_lora)
+
+
+# What diffusers' `fuse_projections` makes of an attention module's layers.
+FUSED_PROJECTIONS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
+}
+
+
+def wrap_fuse_projections(cls: type, wrapper: Callable[[Any, Callable[[], None]], None]) -> None:
+    """Makes `fuse_projections` of an attention class, wherever it has it from, call `wrapper(module, original)`."""
+    owner = next(base for base in cls.__mro__ if "fuse_projections" in vars(base))
+    original = vars(owner)["fuse_projections"]
+    if hasattr(original, "__wrapped__") and getattr(original, "wrapper", None) is wrapper:
+        return
+
+    @functools.wraps(original)
+    def fuse_projections(self: Any, *args: Any, **kwargs: Any) -> None:
+        wrapper(self, lambda: original(self, *args, **kwargs))
+
+    fuse_projections.wrapper = wrapper  # type: ignore[attr-defined]
+    owner.fuse_projections = fuse_projections  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 """`nn.Linear` and `nn.Conv2d` subclasses that hold packed weights."""
 
 from .base import QuantizedLayer
+from .concatenate import concatenate_rows
 from .conv import QuantizedConv2d
 from .int8 import Int8Conv2d, Int8Layer, Int8Linear
 from .linear import QuantizedLinear
@@ -21,6 +22,7 @@ __all__ = [
     "TernaryConv2d",
     "TernaryLayer",
     "TernaryLinear",
+    "concatenate_rows",
     "input_rows",
     "matrix_shape",
     "reason_not_to_pack",

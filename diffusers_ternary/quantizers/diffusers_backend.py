@@ -26,6 +26,7 @@ from .checkpoint import (
 )
 from .convert import insert_packed, insert_placeholders
 from .dequantize import dequantize_layers
+from .fused_projections import enable_fused_projections, without_fused_projections
 from .plan import plan_conversion
 from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
 from .summary import packed_layers, summarize
@@ -150,9 +151,10 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
             # Kept tensors are copied out of the mapped file: one that stays would keep the whole of it mapped.
             return {name: tensor if name in self.to_pack else tensor.clone() for name, tensor in state_dict.items()}
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # checksums and conversions release the GIL
-            return dict(zip(state_dict, pool.map(self._read_tensor, state_dict, state_dict.values()), strict=True))
+            return dict(zip(state_dict, pool.map(self.read_tensor, state_dict, state_dict.values()), strict=True))
 
-    def _read_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def read_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Checks one stored tensor and turns it into its memory layout; the result holds nothing of the file."""
         assert self.checkpoint is not None
         layout = self.checkpoint.layout
         source = self.checkpoint.tensors[name].file if name in self.checkpoint.tensors else "checkpoint"
@@ -218,6 +220,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         self.checkpoint = None
         # What was loaded or made is packed now, whichever way it came.
         self.pre_quantized = True
+        enable_fused_projections(model)
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = TernaryMethod.DIFFUSERS_TERNARY
@@ -235,7 +238,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         """
         if not safe_serialization:
             raise ValueError("Packed weights are saved as safetensors only: leave safe_serialization=True.")
-        converted, layout = state_dict_to_file(state_dict, self.records)
+        converted, layout = state_dict_to_file(without_fused_projections(state_dict), self.records)
         return converted, layout.to_metadata()
 
     def _dequantize(self, model: Any) -> Any:

@@ -13,6 +13,7 @@ from ..format import (
     group_scales,
     normalize_group_size,
     pack_planes,
+    planes_width,
     storage_dtype,
     unpack_planes,
 )
@@ -122,7 +123,9 @@ def ternarize(
     groups = spec.groups
     counts = torch.full((groups,), float(size), device=weight.device)
     counts[-1] = columns - (groups - 1) * size
-    packed, group_scale = [], []
+    # Allocated before the temporaries: pieces that stay between those that go would keep the heap from shrinking.
+    packed = torch.empty(rows, planes_width(columns), dtype=torch.int8, device=weight.device)
+    group_scale = torch.empty(rows, groups, device=weight.device)
     step = max(1, _CHUNK_WEIGHTS // columns)
     for start in range(0, rows, step):
         part = weight[start : start + step].float()  # float32: sums over K in 16 bits lose small weights
@@ -130,9 +133,9 @@ def ternarize(
         part = rotate(part, block)
         padded = torch.nn.functional.pad(part, (0, groups * size - columns)).view(-1, groups, size)
         result = ROUNDINGS[rounding](padded, counts)
-        packed.append(pack_planes(result.codes.view(-1, groups * size)[:, :columns]))
-        group_scale.append(result.scales)
-    return with_low_rank(_assemble(spec, torch.cat(packed), torch.cat(group_scale)), weight, rank)
+        packed[start : start + step] = pack_planes(result.codes.view(-1, groups * size)[:, :columns])
+        group_scale[start : start + step] = result.scales
+    return with_low_rank(_assemble(spec, packed, group_scale), weight, rank)
 
 
 def with_low_rank(

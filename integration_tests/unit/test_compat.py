@@ -14,7 +14,7 @@ import torch
 import transformers
 from diffusers import FluxTransformer2DModel, PipelineQuantizationConfig, WanTransformer3DModel
 from diffusers.models import modeling_utils as diffusers_modeling
-from support import text_encoders
+from support import denoisers, text_encoders
 from transformers import modeling_utils as transformers_modeling
 
 from diffusers_ternary import compat, quantizers
@@ -176,3 +176,37 @@ def test_torch_reports_autocast_per_device():
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_fused_projections():
+    flux = denoisers.flux()
+    attention = flux.transformer_blocks[0].attn
+    before = set(dict(attention.named_children()))
+    flux.fuse_qkv_projections()
+    made = set(dict(attention.named_children())) - before
+    assert made == {"to_qkv", "to_added_qkv"}, f"fused projections have other names {VERSIONS}"
+    for name in made:
+        rows = sum(getattr(attention, source).out_features for source in compat.FUSED_PROJECTIONS[name])
+        assert getattr(attention, name).out_features == rows
+
+
+def test_fuse_projections_can_be_wrapped_wherever_it_is_defined():
+    class Base:
+        def fuse_projections(self, fuse=True):
+            self.fused = fuse
+
+    class Derived(Base):
+        pass
+
+    calls = []
+
+    def wrapper(module, original):
+        calls.append(module)
+        original()
+
+    for _ in range(2):  # the second time nothing is wrapped again
+        compat.wrap_fuse_projections(Derived, wrapper)
+    module = Derived()
+    module.fuse_projections(fuse="yes")
+    assert calls == [module]
+    assert module.fused == "yes"
