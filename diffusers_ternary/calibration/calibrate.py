@@ -18,6 +18,7 @@ from .allocation import Allocation, apply_choices, layer_sensitivities
 from .budget import SizeBudget
 from .candidates import Candidate, candidates_for
 from .config import CalibrationConfig
+from .memory import explained_memory
 from .prefix import install_solved, solved_on
 from .report import CalibrationReport, LayerReport
 from .run import CalibrationRun, SolvedCandidates
@@ -101,10 +102,11 @@ def calibrate(
     sensitivities: dict[str, Sensitivities] = {}
     if calibration.sensitivity is not None:
         for component, wanted in candidates.items():
-            states[component] = record_states(pipeline, component, rollouts, calibration.sensitivity)
-            sensitivities[component] = measure_sensitivities(
-                pipeline, component, states[component], wanted, solved[component], store
-            )
+            with explained_memory(calibration):
+                states[component] = record_states(pipeline, component, rollouts, calibration.sensitivity)
+                sensitivities[component] = measure_sensitivities(
+                    pipeline, component, states[component], wanted, solved[component], store
+                )
     if budget is not None:
         choices = allocation.spend(budget, sensitivities)
     else:

@@ -72,7 +72,7 @@ class SensitivityConfig:
         prompts (`int`, *optional*, defaults to 4): the first ones of the calibration, with noise of their own.
         steps (`int`, *optional*, defaults to 4): of each rollout, evenly spread.
         group_sizes (`Sequence[int]`, *optional*, defaults to `(64, 32)`): smaller groups to offer.
-        ranks (`Sequence[int]`, *optional*, defaults to `()`): ranks of corrections to offer.
+        ranks (`Sequence[int]`, *optional*, defaults to `(16,)`): ranks of corrections to add.
         int8 (`bool`, *optional*, defaults to `True`): offer int8.
 
     Raises:
@@ -82,7 +82,7 @@ class SensitivityConfig:
     prompts: int = 4
     steps: int = 4
     group_sizes: Sequence[int] = (64, 32)
-    ranks: Sequence[int] = ()
+    ranks: Sequence[int] = (16,)
     int8: bool = True
 
     def __post_init__(self) -> None:

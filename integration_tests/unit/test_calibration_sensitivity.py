@@ -26,7 +26,7 @@ from diffusers_ternary.rollouts import Rollouts, make_rollouts, recorded_calls
 
 PROMPTS = ["a red cat", "a blue dog"]
 FAST = SolverConfig(descent_passes=1, starts=1)
-MEASURE = SensitivityConfig(prompts=1, steps=2, group_sizes=(8,))
+MEASURE = SensitivityConfig(prompts=1, steps=2, group_sizes=(8,), ranks=(2,))
 BASE = TernaryConfig(group_size=16)
 
 
@@ -191,6 +191,24 @@ def test_measuring_without_a_budget_changes_no_choice():
     assert {row.chosen for row in report.sensitivity} == {"g16"}
     assert all(set(row.nmse) == {"g16"} for row in report.sensitivity)
     assert report.velocity_nmse["transformer"] > 0
+
+
+def test_low_rank_corrections_are_offered(work):
+    _, report = spend(work, "5 bits")
+    for row in report.sensitivity:
+        assert "g16-r2" in row.nmse
+        extra = 8 * (row.bytes["g16-r2"] - row.bytes["g16"])
+        assert extra == 16 * 2 * sum(row.shape)
+    assert sum(row.nmse["g16-r2"] for row in report.sensitivity) < sum(row.worst for row in report.sensitivity)
+
+
+def test_running_out_of_memory_names_the_options(monkeypatch):
+    def exhausted(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(sensitivity.TeacherStates, "error", exhausted)
+    with pytest.raises(MemoryError, match=r"lower batch_size, or enable pipeline\.enable_model_cpu_offload"):
+        calibrate(build(), PROMPTS, BASE, settings())
 
 
 def test_an_output_that_is_not_finite_names_the_layer(monkeypatch):
