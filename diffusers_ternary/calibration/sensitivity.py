@@ -31,10 +31,12 @@ class TeacherStates:
     """Recorded calls of a float denoiser that no statistics were taken from.
 
     Args:
+        name (`str`): prompts and steps that were asked for, to tell the states of several settings apart.
         calls (`tuple[DenoiserCall, ...]`): on the CPU.
         energy (`float`): sum of the squared outputs.
     """
 
+    name: str
     calls: tuple[DenoiserCall, ...]
     energy: float
 
@@ -64,7 +66,8 @@ def record_states(
             count = calls[-1].step + 1 if calls else 0
             steps = {math.floor((i + 0.5) * count / settings.steps) for i in range(settings.steps)}
             kept += [call for call in calls if call.step in steps]
-    return TeacherStates(tuple(kept), sum(float(call.output.double().square().sum()) for call in kept))
+    energy = sum(float(call.output.double().square().sum()) for call in kept)
+    return TeacherStates(f"{settings.prompts}x{settings.steps}", tuple(kept), energy)
 
 
 def measure_sensitivities(
@@ -94,7 +97,7 @@ def measure_sensitivities(
     result: Sensitivities = {}
     with prepared(pipeline):
         for name, candidates in tqdm(wanted.items(), desc=f"Sensitivity of {component}", leave=False):
-            key = f"{component}.{name}@sensitivity-{len(states.calls)}"
+            key = f"{component}.{name}@sensitivity-{states.name}"
             known = store.load_numbers(key)
             for candidate in candidates:
                 if candidate.label in known:
