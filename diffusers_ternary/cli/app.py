@@ -11,6 +11,7 @@ from .calibrate import calibrate_command
 from .console import console
 from .convert import convert_command
 from .demo import demo_command
+from .distill import distill_command
 from .evaluate import evaluate_command
 from .inspect import inspect_command
 from .push import push_command
@@ -19,7 +20,7 @@ from .quantize import quantize_command
 
 app = typer.Typer(
     name="diffusers-ternary",
-    help="Ternary (1.58-bit) diffusion models: quantize, calibrate, inspect, compare, publish. "
+    help="Ternary (1.58-bit) diffusion models: quantize, calibrate, distill, inspect, compare, publish. "
     "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad input (the message says what to do).",
     no_args_is_help=True,
     add_completion=False,
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command("demo")(demo_command)
 app.command("quantize")(quantize_command)
 app.command("calibrate")(calibrate_command)
+app.command("distill")(distill_command)
 app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)
 app.command("evaluate")(evaluate_command)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory a mode needs, told from shapes before anything is allocated, and what fits instead."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import re
@@ -278,3 +279,25 @@ class _Shapes:
             return max(max(self.blocks.values()), scales + others)
         assert config.mode in MODES
         return scales + others
+
+
+@contextlib.contextmanager
+def observed_tokens(denoiser: nn.Module) -> Iterator[list[int]]:
+    """Measures the tokens of a row while the denoiser runs inside: the longest sequence that a linear layer sees.
+
+    Yields:
+        `list[int]`: one entry, 0 before the first call.
+    """
+    longest = [0]
+
+    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs and inputs[0].dim() > 2:
+            longest[0] = max(longest[0], inputs[0].shape[-2])
+
+    linears = [module for module in denoiser.modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_pre_hook(look) for module in linears]
+    try:
+        yield longest
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -8,11 +8,12 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SanaTransformer2DModel
 from support import denoisers
+from support.pipelines import PIPELINES
 from torch import nn
 
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.distillation.config import MODES, DistillConfig
-from diffusers_ternary.distillation.memory import available_memory, check_memory, estimate_memory
+from diffusers_ternary.distillation.memory import available_memory, check_memory, estimate_memory, observed_tokens
 from diffusers_ternary.distillation.trainable import LayerTraining, TrainableTernaryLinear
 from diffusers_ternary.distillation.trainee import make_trainee, ternary_layers
 
@@ -161,3 +162,15 @@ def test_what_is_free_counts_the_teacher():
     free = available_memory(torch.device("cpu"), teacher)
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 4 * 64 * 65 < free <= installed + 4 * 64 * 65
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("flux", 16 + 16), ("sd3", 64 + 93), ("sana", 256), ("sdxl", 77)])
+def test_tokens_are_measured(name, tokens):
+    """Image and text in one sequence (FLUX: 16 packed tokens and 16 of text), or the longer of the two."""
+    tiny = PIPELINES[name]
+    pipeline = tiny.build()
+    denoiser = getattr(pipeline, tiny.denoiser)
+    with observed_tokens(denoiser) as observed:
+        pipeline("a cat", height=tiny.size, width=tiny.size, num_inference_steps=1, output_type="latent", **tiny.call)
+    assert 0.5 * tokens <= observed[0] <= tokens
+    assert not any(module._forward_pre_hooks for module in denoiser.modules())
