@@ -194,5 +194,7 @@ def _rows(finished: Mapping[str, Mapping[str, FinishedLayer]]) -> Iterator[Layer
                 tokens=layer.tokens,
                 seconds=layer.seconds,
                 resumed=layer.resumed,
+                hadamard=spec.hadamard,
+                rank=spec.rank,
                 **fields,
             )

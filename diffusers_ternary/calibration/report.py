@@ -31,6 +31,8 @@ class LayerReport:
         tokens (`int`): input rows behind the statistics.
         seconds (`float`): of the solver.
         resumed (`bool`): whether an earlier run had finished it.
+        hadamard (`int`): block size of the rotation of the inputs; 0 = none.
+        rank (`int`): of the low-rank correction; 0 = none.
     """
 
     name: str
@@ -45,6 +47,14 @@ class LayerReport:
     tokens: int
     seconds: float
     resumed: bool
+    hadamard: int = 0
+    rank: int = 0
+
+    @property
+    def stored_as(self) -> str:
+        """Group size, scale layout, rotation and rank, in short."""
+        rotation = f" rotated {self.hadamard}" if self.hadamard else ""
+        return f"g{self.group_size} {self.scales}{rotation}" + (f" r{self.rank}" if self.rank else "")
 
 
 @dataclasses.dataclass(frozen=True)

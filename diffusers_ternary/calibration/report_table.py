@@ -40,5 +40,5 @@ def report_table(report: "CalibrationReport", *, rows: int = 15) -> Table:
         table.add_column(heading, justify="right")
     for row in sorted(report.layers, key=lambda row: -row.error)[:rows]:
         errors = (f"{row.error_rounded:.4f}", f"{row.error:.4f}")
-        table.add_row(row.name, f"g{row.group_size} {row.scales}", f"{row.bits_per_weight:.2f}", *errors)
+        table.add_row(row.name, row.stored_as, f"{row.bits_per_weight:.2f}", *errors)
     return table
