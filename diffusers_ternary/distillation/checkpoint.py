@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .trainable import whole
 
 
 _TENSORS, _PROGRESS = "state.safetensors", "progress.json"
-_MODEL, _OPTIMIZER = "model.", "optimizer."
+_MODEL, _OPTIMIZER, _NUMBER = "model.", "optimizer.", "number:"
 _PREFIX = "step-"
 
 
@@ -78,34 +75,53 @@ def save_checkpoint(
             shutil.rmtree(old, ignore_errors=True)
 
 
+@torch.no_grad()
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts a checkpoint's state into a model and an optimiser made like those it was saved from."""
+    """Puts a checkpoint's state into a model and an optimiser made like those it was saved from.
+
+    Every process reads the file. Learning rates and the like come with the run's settings, not from here.
+    """
     stored = load_file(checkpoint.folder / _TENSORS)
-    weights: dict[str, Any] = {
-        name.removeprefix(_MODEL): tensor for name, tensor in stored.items() if name.startswith(_MODEL)
-    }
-    set_model_state_dict(model, weights, options=_options(strict=False))
-    # Hyperparameters come with the run's settings; only the tensors are restored.
-    flattened = _options(flatten_optimizer_state_dict=True)
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=flattened)
-    for name in state:
-        if f"{_OPTIMIZER}{name}" in stored:
-            state[name] = stored[f"{_OPTIMIZER}{name}"]
-    set_optimizer_state_dict(model, optimizer, state, options=flattened)
+    for name, parameter in _trained(model):
+        parameter.copy_(_like(parameter, stored.pop(f"{_MODEL}{name}")))
+        suffix = f".{name}"
+        for key in [key for key in stored if key.startswith(_OPTIMIZER) and key.endswith(suffix)]:
+            value = _like(parameter, stored.pop(key))
+            field = key.removeprefix(_OPTIMIZER).removesuffix(suffix)
+            if field.startswith(_NUMBER):
+                optimizer.state[parameter][field.removeprefix(_NUMBER)] = value.item()
+            else:
+                optimizer.state[parameter][field] = value
 
 
-def _options(**options: Any) -> StateDictOptions:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=distributed, **options)
+def _like(parameter: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """A stored tensor as the parameter is: sharded over the same processes, on the same device."""
+    if stored.dim() == 0:
+        return stored.clone()  # the count of steps, which AdamW keeps on the CPU
+    if isinstance(parameter, DTensor) and stored.shape == parameter.shape:
+        return distribute_tensor(stored.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return stored.to(
+        parameter.device
+    ).clone()  # out of the file's memory, whose alignment changes the last bit of sums
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    for name, parameter in inner.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    gathered = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-    weights = get_model_state_dict(model, options=dataclasses.replace(gathered, ignore_frozen_params=True))
-    moments = get_optimizer_state_dict(model, optimizer, options=gathered)
-    named: dict[str, Any] = {f"{_MODEL}{name}": value for name, value in weights.items()}
-    named.update({f"{_OPTIMIZER}{name}": value for name, value in moments.items()})
-    return {name: value.contiguous() for name, value in named.items() if isinstance(value, torch.Tensor)}
+    tensors = {}
+    for name, parameter in _trained(model):
+        tensors[f"{_MODEL}{name}"] = whole(parameter).cpu().contiguous()
+        for field, value in optimizer.state[parameter].items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{_OPTIMIZER}{field}.{name}"] = whole(value).cpu().contiguous()
+            elif isinstance(value, int):
+                tensors[f"{_OPTIMIZER}{_NUMBER}{field}.{name}"] = torch.tensor(value)
+    return tensors
 
 
 @contextlib.contextmanager
