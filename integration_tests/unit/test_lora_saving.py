@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saving models with adapters: refused with advice, or right; an adapter is never dropped or mislabelled."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+from peft import LoHaConfig, LoraConfig, get_peft_model
+from safetensors import safe_open
+from support import denoisers, text_encoders
+from support.adapters import EXACT, difference
+from torch import nn
+from transformers import T5EncoderModel
+
+from diffusers_ternary import quantize
+from diffusers_ternary.layers import QuantizedLayer
+from diffusers_ternary.lora import TernaryLoraLinear
+from diffusers_ternary.quantizers.adapters import settle_merged
+
+
+LORA = LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_k"])
+
+
+def run(model: nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return model(
+            hidden_states=torch.randn(1, 4, 8, 8, generator=generator),
+            encoder_hidden_states=torch.randn(1, 6, 32, generator=generator),
+            timestep=torch.tensor([5]),
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0]
+
+
+@pytest.fixture
+def model() -> PixArtTransformer2DModel:
+    torch.manual_seed(0)
+    return quantize(denoisers.pixart().eval(), EXACT)
+
+
+def stored_names(folder) -> set[str]:
+    with safe_open(folder / "diffusion_pytorch_model.safetensors", framework="pt") as handle:
+        return set(handle.keys())
+
+
+@pytest.mark.parametrize("adapter", [LORA, LoHaConfig(r=2, target_modules=["to_q"])], ids=["lora", "loha"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_injected_adapters_are_refused(model, adapter, merged, tmp_path):
+    wrapped = get_peft_model(model, copy.deepcopy(adapter))
+    if merged:
+        wrapped.merge_adapter()
+    with pytest.raises(ValueError, match=r"carries adapter layers.*save_lora_weights.*unload_lora_weights"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_unloaded_adapters_leave_no_trace(model, tmp_path):
+    before = run(model)
+    get_peft_model(model, copy.deepcopy(LORA)).unload()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(PixArtTransformer2DModel.from_pretrained(tmp_path)), before)
+
+
+@pytest.mark.parametrize("route", ["fused, then unloaded", "merge_and_unload"])
+def test_merged_adapters_are_stored_in_float_layers(model, route, tmp_path, caplog):
+    plain = run(model)
+    packed = {name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    wrapped = get_peft_model(model, copy.deepcopy(LORA))
+    adapted = {n for n, m in model.named_modules() if isinstance(m, TernaryLoraLinear)}
+    if route == "merge_and_unload":
+        model = wrapped.merge_and_unload()
+    else:
+        wrapped.merge_adapter()
+        model = wrapped.unload()
+    expected = run(model)
+    assert difference(expected, plain) > 0.01
+    model.save_pretrained(tmp_path)
+    assert f"{len(adapted)} of {len(packed)} packed layers hold a merged adapter" in caplog.text
+    assert not any("fused" in name for name in stored_names(tmp_path))
+    again = PixArtTransformer2DModel.from_pretrained(tmp_path)
+    assert difference(run(again), expected) < 1e-5
+    assert {n for n, m in again.named_modules() if isinstance(m, QuantizedLayer)} == packed - adapted
+    # What is left packed can be saved again, and the whole dequantized.
+    again.save_pretrained(tmp_path / "twice")
+    again.dequantize()
+    assert difference(run(again), expected) < 1e-4
+
+
+def test_a_fused_model_dequantizes_to_what_it_computes(model):
+    wrapped = get_peft_model(model, copy.deepcopy(LORA))
+    wrapped.merge_adapter()
+    model = wrapped.unload()
+    expected = run(model)
+    model.dequantize()
+    assert not any(isinstance(module, QuantizedLayer) for module in model.modules())
+    assert difference(run(model), expected) < 1e-5
+
+
+def test_a_model_with_nothing_packed_left_says_so(model, tmp_path):
+    targets = [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+    merged = get_peft_model(model, LoraConfig(r=2, target_modules=targets)).merge_and_unload()
+    with pytest.raises(ValueError, match=r"merged into all 20 packed layers.*model.dequantize\(\).*merge_lora"):
+        merged.save_pretrained(tmp_path)
+
+
+def test_saving_changes_nothing(model, tmp_path):
+    wrapped = get_peft_model(model, copy.deepcopy(LORA))
+    wrapped.merge_adapter()
+    model = wrapped.unload()
+    before, keys = run(model), list(model.state_dict())
+    model.save_pretrained(tmp_path)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(run(model), before)
+
+
+def test_a_bias_that_was_merged_is_stored():
+    state = {
+        "a.weight": torch.zeros(2, 1, dtype=torch.int8),
+        "a.weight_scale": torch.zeros(2, 1, dtype=torch.int16),
+        "a.bias": torch.zeros(2),
+        "a.fused_weight": torch.ones(2, 4, dtype=torch.bfloat16),
+        "a.fused_bias": torch.ones(2),
+        "b.weight": torch.zeros(2, 1, dtype=torch.int8),
+        "c.weight": torch.zeros(3),
+    }
+    tensors, packed = settle_merged(state, {"a": 1, "b": 2})
+    assert packed == {"b": 2}
+    assert tensors.keys() == {"a.weight", "a.bias", "b.weight", "c.weight"}
+    assert torch.equal(tensors["a.weight"], torch.ones(2, 4, dtype=torch.bfloat16))
+    assert torch.equal(tensors["a.bias"], torch.ones(2, dtype=torch.bfloat16))
+    assert "a.fused_weight" in state
+
+
+class TestTextEncoder:
+    @staticmethod
+    def encoder() -> T5EncoderModel:
+        torch.manual_seed(0)
+        return quantize(text_encoders.t5().eval(), EXACT)
+
+    @staticmethod
+    def encode(model: T5EncoderModel) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.arange(8)[None]).last_hidden_state
+
+    def test_injected_adapters_are_refused(self, tmp_path):
+        model = self.encoder()
+        model.add_adapter(LoraConfig(r=2, target_modules=["q", "wo"]))
+        with pytest.raises(ValueError, match="carries adapter layers"):
+            model.save_pretrained(tmp_path)
+
+    def test_merged_adapters_are_stored_in_float_layers(self, tmp_path):
+        model = self.encoder()
+        plain = self.encode(model)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q", "wo"], init_lora_weights=False))
+        model = model.merge_and_unload()
+        expected = self.encode(model)
+        assert difference(expected, plain) > 0.01
+        model.save_pretrained(tmp_path)
+        again = T5EncoderModel.from_pretrained(tmp_path).eval()
+        assert difference(self.encode(again), expected) < 1e-5
+        assert type(again.encoder.block[0].layer[0].SelfAttention.q) is nn.Linear
