@@ -31,6 +31,9 @@ def inspect_command(
         return
     for component in components:
         console.print(_table(component))
+        if component.format == UNPACKED:
+            hint = "holds ternary values: `diffusers-ternary convert` packs it without loss"
+            console.print(f"{escape(component.name)} {hint}", soft_wrap=True)
     if len(components) > 1:
         console.print(_ratio("total", sum(c.bytes for c in components), sum(c.bytes_16bit for c in components)))
 
@@ -39,9 +42,7 @@ def _table(component: Component) -> Table:
     title = component.name
     if component.format_version is not None:
         title += f"  (packed, format version {component.format_version})"
-    elif component.format == UNPACKED:
-        title += "  (holds ternary values: `diffusers-ternary convert` packs it without loss)"
-    elif component.format is not None:
+    elif component.format not in (None, UNPACKED):
         title += f"  ({component.format})"
     bits = component.packed_bits_per_weight
     caption = _ratio("size", component.bytes, component.bytes_16bit)
