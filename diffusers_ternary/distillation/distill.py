@@ -22,6 +22,7 @@ from .config import DistillConfig
 from .engine import Trainer
 from .held_out import HeldOutError, check_disjoint, float_dtype
 from .inputs import InputMaker
+from .memory import available_memory, check_memory, observed_tokens
 from .noise import observe_noise
 from .progress import Progress
 from .report import DistillReport
@@ -106,6 +107,25 @@ def distill(
     # Before anything is written, and in all processes before the first of them writes.
     check_run(folder, identity)
     accelerator.wait_for_everyone()
+    if (folder / _REPORT).is_file():  # the run has ended before
+        return with_denoiser(teacher_pipeline, component, _load(teacher, folder / "best", accelerator))
+    teacher.to(accelerator.device)
+    with observed_tokens(teacher) as tokens:
+        noise = observe_noise(
+            teacher_pipeline,
+            teacher,
+            held_out,
+            timesteps=distill_config.timesteps,
+            uniform_fraction=distill_config.uniform_fraction,
+        )
+    check_memory(
+        teacher,
+        config,
+        distill_config,
+        tokens=tokens[0],
+        available=available_memory(accelerator.device, teacher),
+        shards=accelerator.num_processes if accelerator.is_fsdp2 else 1,
+    )
     if accelerator.is_main_process:
         start_run(folder, identity)
         if not (folder / "start").exists():
@@ -116,19 +136,9 @@ def distill(
                 )
             _save_start(start, folder)
     accelerator.wait_for_everyone()
-    if (folder / _REPORT).is_file():  # the run has ended before
-        return with_denoiser(teacher_pipeline, component, _load(teacher, folder / "best", accelerator))
-    teacher.to(accelerator.device)
     caches = pathlib.Path(cache_dir) if cache_dir is not None else folder / "cache"
     data = _cache(teacher_pipeline, training, caches / "training", component, accelerator)
     unseen = _cache(teacher_pipeline, held_out, caches / "held_out", component, accelerator)
-    noise = observe_noise(
-        teacher_pipeline,
-        teacher,
-        held_out,
-        timesteps=distill_config.timesteps,
-        uniform_fraction=distill_config.uniform_fraction,
-    )
     if distill_config.trackers:
         accelerator.init_trackers("diffusers-ternary", config=flat(distill_config.to_dict()))
     trainer = Trainer(
@@ -157,7 +167,8 @@ def distill(
         show_progress=progress,
     )
     result = trainer.run()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()  # not end_training(): the process group is the caller's
     if accelerator.is_main_process:
         report = _report(trainer.student, result, identity, config, distill_config, accelerator)
         report.save_json(folder / _REPORT)
