@@ -22,7 +22,7 @@ from .memory import explained_memory
 from .prefix import install_solved, solved_on
 from .report import CalibrationReport, LayerReport
 from .run import CalibrationRun, SolvedCandidates
-from .sensitivity import Sensitivities, TeacherStates, measure_sensitivities, record_states
+from .sensitivity import Sensitivities, TeacherStates, measure_sensitivities, record_states, whole_errors
 from .store import FinishedLayer, LayerStore
 
 
@@ -131,7 +131,7 @@ def calibrate(
         calibration=calibration.to_dict(),
         versions=_versions(pipeline),
         sensitivity=ranking,
-        velocity_nmse={component: held.error(models[component]) for component, held in states.items()},
+        velocity_nmse=whole_errors(pipeline, states),
     )
 
 

@@ -53,7 +53,7 @@ def record_states(
     """Runs the first prompts of the calibration with other noise, and keeps a few steps of each.
 
     Raises:
-        ValueError: if the denoiser is called without a timestep.
+        ValueError: if the denoiser is called without a timestep, or its output is not finite.
     """
     held = dataclasses.replace(
         rollouts, prompts=rollouts.prompts[: settings.prompts], seed=rollouts.seed + len(rollouts.prompts)
@@ -66,6 +66,12 @@ def record_states(
             count = calls[-1].step + 1 if calls else 0
             steps = {math.floor((i + 0.5) * count / settings.steps) for i in range(settings.steps)}
             kept += [call for call in calls if call.step in steps]
+    for call in kept:
+        if not bool(torch.isfinite(call.output).all()):
+            raise ValueError(
+                f"{component}: its own output holds NaN or Inf at step {call.step} (timestep {call.timestep:g}). Load "
+                "the pipeline in bfloat16 or float32 instead of float16, and check that it draws images."
+            )
     energy = sum(float(call.output.double().square().sum()) for call in kept)
     return TeacherStates(f"{settings.prompts}x{settings.steps}", tuple(kept), energy)
 
@@ -116,6 +122,14 @@ def measure_sensitivities(
             result[name] = {candidate: known[candidate.label] for candidate in candidates}
     pipeline.maybe_free_model_hooks()  # an offloaded denoiser goes back to where it was
     return result
+
+
+def whole_errors(pipeline: DiffusionPipeline, states: Mapping[str, TeacherStates]) -> dict[str, float]:
+    """The error of each denoiser as it is now, all its layers together."""
+    with prepared(pipeline):
+        errors = {component: held.error(pipeline.components[component]) for component, held in states.items()}
+    pipeline.maybe_free_model_hooks()
+    return errors
 
 
 @contextlib.contextmanager

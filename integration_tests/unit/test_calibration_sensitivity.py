@@ -217,6 +217,15 @@ def test_an_output_that_is_not_finite_names_the_layer(monkeypatch):
         calibrate(build(), PROMPTS, BASE, settings())
 
 
+def test_a_teacher_whose_output_is_not_finite_is_named():
+    pipeline = build()
+    pipeline.transformer.proj_out.weight.data[0, 0] = float("nan")
+    # In one step, nothing but the output is NaN: more steps would find it in the statistics of the next one.
+    call = {**settings().call_kwargs, "num_inference_steps": 1}
+    with pytest.raises(ValueError, match=r"transformer: its own output holds NaN or Inf at step 0 \(timestep"):
+        calibrate(pipeline, PROMPTS, BASE, settings(call_kwargs=call))
+
+
 @pytest.mark.parametrize(
     "arguments", [{"prompts": 0}, {"steps": -1}, {"group_sizes": (64, 0)}, {"ranks": ("a",)}, {"prompts": True}]
 )
