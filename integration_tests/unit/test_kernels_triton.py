@@ -5,6 +5,7 @@ The interpreter is chosen when Triton is imported, so without a GPU `test_kernel
 in a process of its own. Inputs lie between poisoned guards, outputs and scratch are poisoned before each run.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -138,6 +139,27 @@ def test_8_bit_product(plan, shape, layout, activation_dtype):
     rounded = values.cpu()[:, :k] * scale.cpu()[:, None]
     expected = F.linear(rounded, expected_weight(weight, activation_dtype), bias.cpu().float())
     assert relative_rms(y, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("plan", [GEMV, FUSED, FUSED_LEFT], ids=["gemv", "fused", "left"])
+@pytest.mark.parametrize("activation_dtype", ["none", *EIGHT_BITS])
+@pytest.mark.parametrize("k", [512, 700])  # groups of 64 end with blocks of 64, or inside them
+def test_group_scales_of_sums(plan, activation_dtype, k):
+    m, n = (5 if plan is GEMV else 19), 37
+    weight = make_weight(n, k, "double")
+    x = guarded(torch.randn(m, k).half())
+    plan = dataclasses.replace(plan, scale_sums=True)
+    y = product.run(plan, x, weight, None, activation_dtype, TARGET).cpu()
+    rounded = x.cpu().float()
+    if activation_dtype != "none":
+        codes, scale = launch.quantize_activations(x, activation_dtype)
+        values = codes.float() if activation_dtype == "int8" else codes.view(torch.float8_e4m3fn).float()
+        rounded = values.cpu()[:, :k] * scale.cpu()[:, None]
+    # Sums take the multipliers as they are; only scaled codes of float8 have them rounded.
+    exact = weight.group_mode(plan.block_k) == 1
+    assert exact == (k == 512)
+    expected = rounded @ expected_weight(weight, "none" if exact else activation_dtype).T
+    assert relative_rms(y, expected) < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("plan", [GEMV, FUSED, FUSED_LEFT], ids=lambda plan: plan.path)

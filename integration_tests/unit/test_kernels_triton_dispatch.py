@@ -126,6 +126,15 @@ def test_group_mode(in_features, group_size, block_k, mode):
     assert group_mode(in_features, group_size, block_k) == mode
 
 
+def test_sums_take_group_scales_where_that_is_shorter():
+    def scaled(target: Target, **changes: object) -> set[bool]:
+        plans = candidates(target, ask(**changes), "int8")
+        return {plan.scale_sums for plan in plans if plan.path in ("gemv", "fused")}
+
+    assert scaled(A100, rows=512) == scaled(H200, rows=1) == scaled(MI300, rows=1) == {True}
+    assert scaled(H200, rows=512) == scaled(A100, rows=512, per_row=True) == {False}
+
+
 @pytest.mark.parametrize("rows", [64, 1024])
 def test_groups_that_end_inside_blocks_are_unpacked_first(rows):
     for activation_dtype in ("none", "int8"):

@@ -6,7 +6,8 @@
 {0, 2, -2}; as the high byte of a float16, bfloat16 or float32 {0, 2, -2}. The constant is undone in the epilogue.
 
 `KIND` names the dot product: `"float"` (the activations as they are), `"int8"` or `"fp8"`.
-`GROUPS` says how scales vary along K: 0 = one per row (epilogue), 1 = one per row and block, 2 = one per element.
+`GROUPS` says how scales vary along K, and what they multiply: 0 = one per row (the output, in the epilogue), 1 = one
+per row and block (the codes), 2 = one per element (the codes), 3 = one per row and block (the sum over the block).
 """
 
 import triton
@@ -150,16 +151,16 @@ def decode(
 
     Args:
         packed: int8 block of packed bytes.
-        group: what `load_groups` returned, broadcastable to `packed`; ignored with `GROUPS == 0`.
+        group: what `load_groups` returned, broadcastable to `packed`; used with `GROUPS` 1 and 2.
         DTYPE: dtype of the activations, with `KIND == "float"`.
     """
     if KIND == "int8":
         weight = plane_bits(packed, SHIFT, ASM)
-        if GROUPS > 0:
+        if GROUPS == 1 or GROUPS == 2:
             weight = times_integers(weight, group, ASM)
     elif KIND == "fp8":
         weight = plane_bits(packed, SHIFT, ASM)
-        if GROUPS > 0:
+        if GROUPS == 1 or GROUPS == 2:
             magnitude = four_bits(group.to(tl.float32)).to(tl.float8e4nv).to(tl.int8, bitcast=True)
             weight = times_floats8(weight, magnitude, ASM)
         weight = weight.to(tl.float8e4nv, bitcast=True)
@@ -168,7 +169,7 @@ def decode(
             weight = (plane_bits(packed, SHIFT, ASM).to(tl.int32) << 24).to(DTYPE, bitcast=True)
         else:
             weight = plane_halves(packed, SHIFT, ASM).to(DTYPE, bitcast=True)
-        if GROUPS > 0:
+        if GROUPS == 1 or GROUPS == 2:
             weight = times_floats(weight, group.to(DTYPE), ASM)
     return weight
 

@@ -55,7 +55,7 @@ class Target:
     @property
     def register_operands(self) -> bool:
         """Whether it is an NVIDIA GPU whose matrix instructions read both operands from registers."""
-        return self.backend == "cuda" and int(self.arch) < 90
+        return self.backend == "cuda" and not 90 <= int(self.arch) < 120  # sm_120 is like sm_89 in this
 
     @property
     def activation_dtypes(self) -> tuple[str, ...]:
@@ -105,6 +105,8 @@ class Plan:
         path (`str`): `"gemv"`, `"fused"`, `"dense"` (unpack, then the Triton product) or `"library"` (unpack, then
             the vendor's product: `mm`, `_int_mm` or `_scaled_mm`).
         block_m, block_n, block_k, num_warps, num_stages, weight_left: the tile, not used by `"library"`.
+        scale_sums (`bool`): group scales multiply the sums over blocks instead of the codes, where groups end with
+            blocks.
     """
 
     path: str
@@ -114,6 +116,7 @@ class Plan:
     num_warps: int = 4
     num_stages: int = 3
     weight_left: bool = False
+    scale_sums: bool = False
 
     def shared_memory(self, x_bytes: int) -> int:
         """Upper estimate of the bytes of shared memory for the operands of the pipeline."""
@@ -159,6 +162,7 @@ def candidates(target: Target, request: Request, activation_dtype: str) -> tuple
         dense = _dense_plans(target, request, activation_dtype)
         unpack_first = request.rows >= UNPACK_FIRST_ROWS or not fused
         plans = dense + fused if unpack_first else fused + dense
+    plans = tuple(dataclasses.replace(plan, scale_sums=_scale_sums(target, request, plan)) for plan in plans)
     fitting = tuple(plan for plan in plans if plan.shared_memory(x_bytes) <= target.shared_memory)
     return fitting or (Plan("library"),)
 
@@ -209,6 +213,16 @@ def _fused_plans(target: Target, request: Request, activation_dtype: str) -> tup
 def _gathers(request: Request, block_k: int) -> bool:
     """Whether groups end inside blocks of `block_k` bytes, so that each element has a scale of its own."""
     return not request.per_row and group_mode(request.in_features, request.group_size, block_k) == 2
+
+
+def _scale_sums(target: Target, request: Request, plan: Plan) -> bool:
+    """Whether scaling the sums over blocks is shorter than scaling the codes (see `accumulate.multiply_add`).
+
+    The second set of accumulators spills on sm_90 (152 bytes a thread in tiles of 128 x 128), not in those of a GEMV.
+    """
+    if request.per_row:
+        return False
+    return plan.path == "gemv" or (plan.path == "fused" and target.register_operands)
 
 
 def _weight_left(target: Target, activation_dtype: str, block_m: int) -> bool:

@@ -5,6 +5,7 @@
 import triton
 import triton.language as tl
 
+from .accumulate import multiply_add
 from .decode import decode, load_groups
 from .epilogue import store_output
 from .tiles import tile_of_program
@@ -75,15 +76,12 @@ def fused_kernel(
                 inside = (c + x_k < KP) & (first + c + x_k < K)
                 x = tl.load(x_rows + (first + c + x_k), mask=inside, other=0)
             group = 0
-            if GROUPS == 1:
+            if GROUPS == 1 or GROUPS == 3:
                 group = load_groups(scale_ptr, multiplier_ptr, n, first + c, N, K, G, group_size, KIND)
             elif GROUPS == 2:
                 group = load_groups(scale_ptr, multiplier_ptr, n, first + c + w_k, N, K, G, group_size, KIND)
             if KIND == "fp8":
                 x = x.to(tl.float8e4nv, bitcast=True)
             weight = decode(packed, group, KIND, GROUPS, x.dtype, 2 * j, ASM)
-            if WEIGHT_LEFT:
-                acc = tl.dot(weight, x, acc, input_precision="ieee")
-            else:
-                acc = tl.dot(x, weight, acc, input_precision="ieee")
+            acc = multiply_add(acc, weight, x, group, KIND, GROUPS, WEIGHT_LEFT)
     store_output(acc, m, n, M, N, row_scale_ptr, x_scale_ptr, bias_ptr, y_ptr, factor)

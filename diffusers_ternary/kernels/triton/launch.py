@@ -35,13 +35,13 @@ def padded(in_features: int) -> int:
     return -(-in_features // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def factor_of(kind: str, per_row: bool) -> float:
+def factor_of(kind: str, per_row: bool, *, scale_sums: bool = False) -> float:
     """What undoes the constants of decoded codes (64 or 2) and of integer multipliers (63)."""
     if kind == "float":
         return 0.5
     if per_row:
         return 1 / 64 if kind == "int8" else 0.5
-    return 1 / 63
+    return 1 / 126 if kind == "fp8" and scale_sums else 1 / 63
 
 
 def rotate(x: torch.Tensor, hadamard: int) -> torch.Tensor:
@@ -178,6 +178,8 @@ def packed_product(
     rows = x.shape[0]
     width = weight.plane_width
     groups = 0 if weight.per_row else weight.group_mode(plan.block_k)
+    if groups == 1 and plan.scale_sums:
+        groups = 3
     # With float activations the scales of groups are multiplied into the operand, and nothing is left for the end.
     row_scale = weight.scale if kind != "float" or weight.per_row else None
     arguments = (
@@ -196,7 +198,7 @@ def packed_product(
         weight.groups,
         weight.group_size,
         x.shape[1],
-        factor_of(kind, weight.per_row),
+        factor_of(kind, weight.per_row, scale_sums=groups == 3),
     )
     options = {
         "KIND": kind,
