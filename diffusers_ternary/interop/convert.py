@@ -152,6 +152,7 @@ def _convert_part(part: _Part, folder: pathlib.Path, max_shard_size: int, verify
         misfits=misfits,
         source_bytes=source_bytes,
         bytes=size,
+        packed_bytes=writer.layer_bytes,
         verified=verify,
     )
 

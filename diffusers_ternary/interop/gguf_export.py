@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 CONFIG_KEY = "diffusers_ternary.config"
 # As ComfyUI-GGUF's converter does: tensors of one dimension and tiny ones are float32.
 _SMALL = 1024
+# The patch embedding of Stable Diffusion 3.
+_CONVOLUTION = "x_embedder.proj.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +161,8 @@ def _shared_type(model: PackedFolder, tensor: GgufTensor, options: _Options) -> 
 
 
 def _check(model: PackedFolder, tensor: GgufTensor, options: _Options) -> None:
+    if tensor.name == _CONVOLUTION and model.spec(tensor.parts[0]) is not None:
+        raise ValueError(f"{tensor.parts[0]} is a packed convolution, which GGML does not know. Keep it in float.")
     kind, reason = _shared_type(model, tensor, options)
     if kind is None and options.fallback is None:
         raise ValueError(

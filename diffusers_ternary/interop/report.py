@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 from ..format import LayerSpec, TernarySpec
-from ..quantizers import bits_per_weight
 from ..ternarize import TernaryFit
 
 
@@ -21,6 +20,7 @@ class ConversionReport:
         misfits (`dict[str, TernaryFit]`): layers that are not ternary and were kept.
         source_bytes (`int`): of the tensors as they were stored.
         bytes (`int`): of the tensors as they are stored now.
+        packed_bytes (`int`): of these, what the packed layers take.
         verified (`bool`): whether what was written was read again and compared with the source.
     """
 
@@ -30,6 +30,7 @@ class ConversionReport:
     misfits: dict[str, TernaryFit]
     source_bytes: int
     bytes: int
+    packed_bytes: int
     verified: bool
 
     @property
@@ -37,12 +38,18 @@ class ConversionReport:
         """Kept layers that are ternary for the most part: look at these."""
         return {name: fit for name, fit in self.misfits.items() if fit.almost}
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per packed weight, scales included."""
+        weights = sum(spec.weights for spec in self.layers.values())
+        return 8 * self.packed_bytes / weights if weights else 0.0
+
     def summary(self) -> str:
         """A few lines for people."""
         sizes = collections.Counter(_grouping(spec) for spec in self.layers.values())
         kinds = ", ".join(f"{count} with {grouping}" for grouping, count in sizes.most_common())
         name = f"{self.name}: " if self.name else ""
-        packed = f" ({kinds}) at {bits_per_weight(self.layers):.3f} bits per weight" if self.layers else ""
+        packed = f" ({kinds}) at {self.bits_per_weight:.3f} bits per weight" if self.layers else ""
         lines = [
             f"{name}{self.format}: {len(self.layers)} ternary layers packed{packed}; {len(self.misfits)} layers that "
             "are not ternary kept."
@@ -61,6 +68,7 @@ class ConversionReport:
             "misfits": {name: dataclasses.asdict(fit) for name, fit in self.misfits.items()},
             "source_bytes": self.source_bytes,
             "bytes": self.bytes,
+            "bits_per_weight": self.bits_per_weight,
             "verified": self.verified,
         }
 

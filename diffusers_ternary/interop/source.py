@@ -2,6 +2,7 @@
 """What a reader of somebody else's format hands over, and the checks that all formats share."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 
+logger = logging.getLogger(__name__)
 # A tensor and its name in the host library; ternary weights are dense here, and found again by their structure.
 Item = tuple[str, torch.Tensor]
 
@@ -69,13 +71,15 @@ def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, sour
     missing = sorted(expected.keys() - shapes.keys() - tied)
     unexpected = sorted(shapes.keys() - expected.keys())
     name = type(model).__name__
-    if missing or unexpected:
+    if missing:
         raise ValueError(
             f"{source} is no {name}: {_some(missing)} missing, {_some(unexpected)} unexpected. The weights belong to "
             "another architecture, or the file is incomplete."
         )
+    if unexpected:  # as the host libraries have it: they load what they know
+        logger.warning("%s holds %s that %s does not use; kept.", source, _some(unexpected), name)
     for tensor, shape in shapes.items():
-        if shape != expected[tensor]:
+        if shape != expected.get(tensor, shape):
             raise ValueError(
                 f"{source}: {tensor} is {list(shape)}, but {name} with this config.json has {list(expected[tensor])}. "
                 "The config belongs to another model."

@@ -68,6 +68,7 @@ class PackedFolderWriter:
         self.weights_name = weights_name
         self.max_shard_size = max_shard_size
         self.layers: dict[str, LayerSpec] = {}
+        self.layer_bytes = 0
         self.checksums: dict[str, int] = {}
         self._shards: list[_Shard] = []
 
@@ -76,6 +77,7 @@ class PackedFolderWriter:
         self.layers[name] = weight.spec
         for suffix, tensor in _file_tensors(weight).items():
             self.add_tensor(f"{name}.{suffix}", tensor)
+            self.layer_bytes += tensor.numel() * tensor.element_size()
 
     def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Stores a tensor as it is.

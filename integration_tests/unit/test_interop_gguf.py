@@ -284,6 +284,11 @@ class TestRefusals:
         error = (torch.from_numpy(tensors_of(file)[name].copy()) - exact).abs().max()
         assert float(error) <= limit * float(exact.abs().max()) + 1e-7
 
+    def test_packed_convolutions(self, tmp_path):
+        packed(tmp_path / "in", denoisers.sd3, overrides={"pos_embed.proj": "ternary"}, group_size=None)
+        with pytest.raises(ValueError, match="is a packed convolution"):
+            export_gguf(tmp_path / "in", tmp_path / "model.gguf", fallback="f32")
+
     def test_odd_group_sizes(self, tmp_path):
         packed(tmp_path / "in", group_size=48)
         with pytest.raises(ValueError, match="group size 48 is not a multiple of 32"):

@@ -202,6 +202,18 @@ class TestBadInput:
         denoisers.sd3().save_config(tmp_path / "in")
         self.refused(tmp_path, r"is no SD3Transformer2DModel: \d+ tensors \(.*\) missing")
 
+    def test_tensors_that_the_model_does_not_use_are_no_reason(self, tmp_path, caplog):
+        model = denoisers.flux().bfloat16()
+        make_ternary(model, torch.bfloat16)
+        model.save_pretrained(tmp_path / "in")
+        file = tmp_path / "in" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        file.unlink()
+        save_file({**tensors, "training.step": torch.zeros(1)}, file, {"format": "pt"})
+        convert(tmp_path / "in", tmp_path / "out")
+        assert "training.step" in caplog.text
+        assert "training.step" in load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+
     def test_another_size(self, tmp_path):
         denoisers.flux().save_pretrained(tmp_path / "in")
         file = tmp_path / "in" / "config.json"

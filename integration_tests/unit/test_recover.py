@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from support import denoisers
+from support import denoisers, text_encoders
 from torch import nn
 
 from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
@@ -217,6 +217,44 @@ class TestModels:
         denoisers.flux().save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"no layer whose weights are ternary .* never rounds"):
             FluxTransformer2DModel.from_pretrained(tmp_path, quantization_config=TernaryConfig(rounding="recover"))
+
+    @pytest.mark.parametrize("rounding", ["twn", "recover"])
+    def test_text_encoders(self, tmp_path, caplog, rounding):
+        torch.manual_seed(0)
+        source = text_encoders.t5(64).bfloat16()
+        layers = {name: module for name, module in source.named_modules() if type(module) is nn.Linear}
+        for seed, module in enumerate(layers.values()):
+            rows, columns = module.weight.shape
+            module.weight.data = ternary_weight(rows, columns, 32, torch.bfloat16, seed=seed)
+        other = source.encoder.block[0].layer[0].SelfAttention.q
+        other.weight.data.normal_()
+        source.save_pretrained(tmp_path / "in")
+        config = TernaryConfig(rounding=rounding)
+        with caplog.at_level(logging.WARNING):
+            model = type(source).from_pretrained(tmp_path / "in", quantization_config=config, dtype=torch.bfloat16)
+        packed = packed_layers(model)
+        assert len(packed) == len(layers) - (rounding == "recover")
+        assert lines(caplog, f"the weights of {len(layers) - 1} layers are ternary already")
+        for name, layer in packed.items():
+            if layers[name] is not other:
+                assert torch.equal(layer.dequantize(torch.bfloat16), layers[name].weight)
+        if rounding == "recover":
+            assert torch.equal(model.encoder.block[0].layer[0].SelfAttention.q.weight, other.weight)
+        model.save_pretrained(tmp_path / "out")
+        again = type(source).from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+        ids = torch.tensor([[1, 2, 3]])
+        assert torch.equal(again(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)
+
+    def test_convolutions(self, caplog):
+        model = denoisers.sana()
+        conv = model.transformer_blocks[0].ff.conv_point
+        conv.weight.data = ternary_weight(*conv.weight.shape[:2], 32, torch.float32)[..., None, None]
+        dense = conv.weight.detach().clone()
+        with caplog.at_level(logging.WARNING):
+            quantize(model)
+        packed = model.transformer_blocks[0].ff.conv_point
+        assert torch.equal(packed.dequantize(), dense)
+        assert lines(caplog, "of 1 layers are ternary already")
 
     def test_in_memory(self, caplog):
         model = ternary_flux(torch.float32, damage=True)
