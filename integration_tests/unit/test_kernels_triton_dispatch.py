@@ -268,8 +268,27 @@ class TestTuner:
         assert tuning.PlanCache(path).get("b") == self.PLANS[1]
         assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
-    def test_the_file_is_named_after_device_triton_and_kernels(self, tuning):
+    def test_the_file_is_named_after_the_device_the_versions_and_the_kernels(self, tuning):
         import triton
 
         path = tuning.cache_file("NVIDIA H200 (SXM)", Path("/x"))
-        assert path.name == f"nvidia-h200-sxm-triton-{triton.__version__}-{tuning.kernels_hash()}.json"
+        versions = f"torch-{torch.__version__}-triton-{triton.__version__}"
+        assert path.name == f"nvidia-h200-sxm-{versions}-{tuning.kernels_hash()}.json"
+
+    def test_a_bucket_is_measured_once_whatever_the_rows(self, tuning, tmp_path):
+        tuner, run, runs = self.tuner(tuning, tmp_path / "a.json", dict.fromkeys(self.PLANS, 1.0))
+        for rows in range(2049, 4097, 64):
+            tuner.choose(ask(rows=rows), "none", self.PLANS, run, may_measure=True)
+        assert len(runs) == len(self.PLANS)
+
+
+def test_the_choice_of_auto_is_logged_once(caplog):
+    product = pytest.importorskip("diffusers_ternary.kernels.triton.product")
+    product._resolve.cache_clear()
+    product._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, "diffusers_ternary"):
+        for rows in (1000, 2000, 3000):
+            assert product._resolve(A100, ask(rows=rows))[0] == "int8"
+    assert [record.message for record in caplog.records] == [
+        "Activations on cuda 80: activation_dtype='auto' uses 'int8'."
+    ]

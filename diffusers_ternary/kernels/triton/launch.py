@@ -8,7 +8,6 @@ with streams and CUDA graphs.
 import dataclasses
 
 import torch
-import triton
 
 from .activations import quantize_kernel
 from .dense import dense_kernel
@@ -30,9 +29,20 @@ MAX_TOKEN_BLOCK = 16384
 ROTATION_BLOCK = 2048
 
 
+# Triton's own functions for these two take microseconds on the host, in each call of each layer.
+def ceil_div(size: int, block: int) -> int:
+    """Blocks that cover a size."""
+    return -(-size // block)
+
+
+def power_of_two_from(size: int) -> int:
+    """The smallest power of two of at least `size`."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded(in_features: int) -> int:
     """K rounded up to whole 16-byte words of an 8-bit dtype."""
-    return -(-in_features // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return ceil_div(in_features, ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def factor_of(kind: str, per_row: bool, *, scale_sums: bool = False) -> float:
@@ -53,8 +63,8 @@ def rotate(x: torch.Tensor, hadamard: int) -> torch.Tensor:
     """
     rows, columns = x.shape
     out = torch.empty_like(x)
-    block = max(hadamard, min(triton.next_power_of_2(columns), ROTATION_BLOCK))
-    rotate_kernel[(rows, triton.cdiv(columns, block))](
+    block = max(hadamard, min(power_of_two_from(columns), ROTATION_BLOCK))
+    rotate_kernel[(rows, ceil_div(columns, block))](
         x, out, columns, STAGES=hadamard.bit_length() - 1, BLOCK_K=block, num_warps=token_warps(block)
     )
     return out
@@ -83,7 +93,7 @@ def quantize_activations(
     stride = padded(columns)
     out = torch.empty(rows, stride, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = max(hadamard, min(triton.next_power_of_2(stride), MAX_TOKEN_BLOCK))
+    block = max(hadamard, min(power_of_two_from(stride), MAX_TOKEN_BLOCK))
     quantize_kernel[(rows,)](
         x,
         out,
@@ -106,7 +116,7 @@ def derive_multipliers(weight: PackedWeight) -> PackedWeight:
     multiplier = torch.empty(weight.out_features, groups, dtype=torch.int8, device=device)
     row_scale = torch.empty(weight.out_features, 1, dtype=torch.float32, device=device)
     derive_multipliers_kernel[(weight.out_features,)](
-        weight.scale, multiplier, row_scale, groups, BLOCK_G=triton.next_power_of_2(groups), num_warps=1
+        weight.scale, multiplier, row_scale, groups, BLOCK_G=power_of_two_from(groups), num_warps=1
     )
     return dataclasses.replace(weight, scale=row_scale, multiplier=multiplier)
 
@@ -135,7 +145,7 @@ def _unpack(
     block_k = next((width for width in (128, 64, 32) if weight.group_mode(width) == 1), 128)
     block_n = 2048 // block_k
     groups = 0 if kind != "exact" and weight.per_row else weight.group_mode(block_k)
-    grid = (triton.cdiv(weight.out_features, block_n), triton.cdiv(weight.plane_width, block_k))
+    grid = (ceil_div(weight.out_features, block_n), ceil_div(weight.plane_width, block_k))
     unpack_kernel[grid](
         weight.packed,
         weight.scale,
@@ -211,11 +221,11 @@ def packed_product(
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
     }
-    tiles_n = triton.cdiv(weight.out_features, plan.block_n)
+    tiles_n = ceil_div(weight.out_features, plan.block_n)
     if plan.path == "gemv":
         gemv_kernel[(tiles_n,)](*arguments, **options)
     else:
-        tiles = triton.cdiv(rows, plan.block_m) * tiles_n
+        tiles = ceil_div(rows, plan.block_m) * tiles_n
         fused_kernel[(tiles,)](*arguments, **options, WEIGHT_LEFT=plan.weight_left, GROUP_M=8)
 
 
@@ -233,7 +243,7 @@ def dense_product(
 ) -> None:
     """Runs the dense 8-bit kernel into `y`: x int8 `[M, K']`, dense int8 `[N, K']`."""
     rows, columns = x.shape
-    grid = (triton.cdiv(rows, plan.block_m) * triton.cdiv(dense.shape[0], plan.block_n),)
+    grid = (ceil_div(rows, plan.block_m) * ceil_div(dense.shape[0], plan.block_n),)
     dense_kernel[grid](
         x,
         dense,
@@ -263,7 +273,7 @@ def epilogue(
     """Scales an int32 product `[M, N]` into `y`."""
     rows, columns = acc.shape
     block_m, block_n = 16, 256
-    grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n))
+    grid = (ceil_div(rows, block_m), ceil_div(columns, block_n))
     epilogue_kernel[grid](
         acc, row_scale, x_scale, bias, y, rows, columns, 1.0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4
     )

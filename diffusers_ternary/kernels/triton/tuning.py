@@ -2,7 +2,8 @@
 """The fastest plan for a product on this device, measured once and remembered on disk.
 
 The key holds the bucket of M, not M: a new image size or batch never measures again. The file is named after the
-device, the version of Triton and a hash of the kernels' sources, so it cannot outlive what it was measured with.
+device, the versions of torch and Triton and a hash of the kernels' sources: it cannot outlive what it was measured
+with.
 """
 
 import dataclasses
@@ -47,7 +48,8 @@ def kernels_hash() -> str:
 def cache_file(device_name: str, folder: Path) -> Path:
     """Tuning file of a device."""
     device = re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-").lower()
-    return folder / f"{device}-triton-{triton.__version__}-{kernels_hash()}.json"
+    # torch brings the vendor's products, which are among the plans.
+    return folder / f"{device}-torch-{torch.__version__}-triton-{triton.__version__}-{kernels_hash()}.json"
 
 
 def request_key(request: Request, activation_dtype: str) -> str:
