@@ -13,21 +13,18 @@ results/quality_seed<n>.png. A rerun keeps the rows that are there, so an interr
 """
 
 import argparse
-import csv
 import dataclasses
 import hashlib
-import importlib.metadata
-import platform
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from quality_peers import PEERS, apply_peer
+from quality_table import SHOWN, Row, Table, load_strip, save_strip
 
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.calibration import CalibrationConfig, SensitivityConfig, SolverConfig, calibrate
@@ -45,7 +42,6 @@ VELOCITY_PROMPTS = 32
 # At 128 columns a correction of rank 16 costs 4 bits per weight: none is offered.
 SENSITIVITY = SensitivityConfig(prompts=8, steps=4, group_sizes=(64, 32), ranks=())
 ROTATED = {"hadamard": 128}
-SHOWN = 8  # images of each method on the contact sheet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,29 +80,6 @@ class Method:
 
     apply: Callable[[DiffusionPipeline, Seed], float]
     calibrated: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table. Fractions between 0 and 1; the teacher's own scores of the same images beside them."""
-
-    method: str
-    seed: str
-    bits_per_weight: float
-    attribute_accuracy: float
-    all_attributes: float
-    teacher_attribute_accuracy: float
-    teacher_all_attributes: float
-    psnr_db: float
-    velocity_nmse: float
-    images: int
-    calibration_prompts: int
-    quantize_seconds: float
-
-    @classmethod
-    def parse(cls, record: dict[str, str]) -> "Row":
-        """Reads a line of the table."""
-        return cls(**{field.name: field.type(record[field.name]) for field in dataclasses.fields(cls)})  # type: ignore[operator, misc]
 
 
 def rounding(rule: str) -> Method:
@@ -174,52 +147,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-class Table:
-    """The rows so far, in a file that is complete after every row."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._rows: dict[tuple[str, str], Row] = {}
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                lines = [line for line in file if not line.startswith("#")]
-            rows = [Row.parse(record) for record in csv.DictReader(lines)]
-            self._rows = {(row.method, row.seed): row for row in rows if row.seed != "mean"}
-
-    def has(self, method: str, seed: int, *, images: int) -> bool:
-        """Whether there is a row of as many images."""
-        row = self._rows.get((method, str(seed)))
-        return row is not None and row.images == images
-
-    def add(self, row: Row) -> None:
-        """Replaces or adds a row, and writes the file."""
-        self._rows[row.method, row.seed] = row
-        order = list(METHODS)
-        rows = sorted(self._rows.values(), key=lambda r: (order.index(r.method) if r.method in order else -1, r.seed))
-        by_method: dict[str, list[Row]] = {}
-        for known in rows:
-            by_method.setdefault(known.method, []).append(known)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("w", newline="", encoding="utf-8") as file:
-            file.write(f"# {machine()}\n")
-            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            for group in by_method.values():
-                for line in [*group, mean(group)]:
-                    values = vars(line).items()
-                    writer.writerow({key: round(x, 6) if isinstance(x, float) else x for key, x in values})
-
-
-def mean(rows: Sequence[Row]) -> Row:
-    """The mean over the seeds of one method."""
-    means = {
-        field.name: sum(getattr(row, field.name) for row in rows) / len(rows)
-        for field in dataclasses.fields(Row)
-        if field.type is float
-    }
-    return dataclasses.replace(rows[0], seed="mean", **means)
-
-
 def measure(name: str, run: TeacherRun, seed: Seed) -> tuple[Row, tuple[Image.Image, ...]]:
     """Converts a fresh pipeline, draws and judges."""
     method = METHODS[name]
@@ -279,38 +206,6 @@ def run_seed(methods: Iterable[str], table: Table, seed: Seed, *, images: int, o
     sheet.save(output.with_name(f"{output.stem}_seed{seed.number}.png"))
 
 
-def save_strip(folder: Path, name: str, images: Sequence[Image.Image]) -> None:
-    """Keeps the first images of a method side by side, for the contact sheet of a later run."""
-    width, height = images[0].size
-    strip = Image.new("RGB", (SHOWN * width, height))
-    for index, image in enumerate(images[:SHOWN]):
-        strip.paste(image, (index * width, 0))
-    folder.mkdir(parents=True, exist_ok=True)
-    strip.save(folder / f"{_slug(name)}.png")
-
-
-def load_strip(folder: Path, name: str) -> tuple[Image.Image, ...]:
-    """What [`save_strip`] kept; empty if there is nothing."""
-    path = folder / f"{_slug(name)}.png"
-    if not path.exists():
-        return ()
-    strip = Image.open(path)
-    width = strip.width // SHOWN
-    return tuple(strip.crop((i * width, 0, (i + 1) * width, strip.height)) for i in range(SHOWN))
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower())
-
-
-def machine() -> str:
-    names = ["diffusers-ternary", "diffusers", "transformers", "torch"]
-    packages = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
-    names += [name for name in ("sdnq", "optimum-quanto", "torchao") if name in packages]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    return f"{platform.machine()}, {torch.get_num_threads()} thread(s); python {platform.python_version()}, {versions}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
@@ -324,7 +219,7 @@ def main() -> None:
     if arguments.fresh:
         arguments.output.unlink(missing_ok=True)
         shutil.rmtree(arguments.output.with_suffix(".layers"), ignore_errors=True)
-    table = Table(arguments.output)
+    table = Table(arguments.output, list(METHODS))
     for number in arguments.seeds:
         seed = Seed(number, arguments.prompts, arguments.output.with_suffix(".layers"))
         run_seed(arguments.methods, table, seed, images=arguments.images, output=arguments.output)
