@@ -161,14 +161,23 @@ class TeacherRecorder:
             steps.append(step)
         return steps
 
-    def _observe(self, batch: RolloutBatch) -> tuple[list[DenoiserCall], torch.Tensor]:
-        with recorded_calls(self.denoiser) as calls:
-            latents = self.rollouts.draw(self.pipeline, batch)
-        if not calls:
-            raise ValueError(f"The pipeline did not call its {type(self.denoiser).__name__}; name the component.")
+    def draw(self, batch: RolloutBatch) -> torch.Tensor:
+        """One pipeline call: clean latents, float32 on the CPU.
+
+        Raises:
+            ValueError: if the pipeline returns something else.
+        """
+        latents = self.rollouts.draw(self.pipeline, batch)
         if not isinstance(latents, torch.Tensor) or len(latents) != len(batch.prompts):
             raise ValueError(f"{type(self.pipeline).__name__} does not return one tensor of latents per prompt.")
-        return calls, latents.detach().to("cpu", torch.float32)
+        return latents.detach().to("cpu", torch.float32)
+
+    def _observe(self, batch: RolloutBatch) -> tuple[list[DenoiserCall], torch.Tensor]:
+        with recorded_calls(self.denoiser) as calls:
+            latents = self.draw(batch)
+        if not calls:
+            raise ValueError(f"The pipeline did not call its {type(self.denoiser).__name__}; name the component.")
+        return calls, latents
 
     def _branches(self, calls: list[DenoiserCall], *, prompts: int) -> list[tuple[DenoiserCall, int]]:
         """The guidance branches of the first step of `calls`: the call, and the branch's first row in it."""

@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,7 +51,7 @@ class DenoiserCall:
 
 @contextlib.contextmanager
 def recorded_calls(denoiser: nn.Module) -> Iterator[list[DenoiserCall]]:
-    """Records the calls of a denoiser while its pipeline runs. The hook is gone afterwards, whatever happens.
+    """Records the calls of a denoiser while its pipeline runs in this thread. The hook is gone afterwards.
 
     Consecutive calls with the same timestep are one step: the branches of classifier-free guidance.
 
@@ -59,8 +60,11 @@ def recorded_calls(denoiser: nn.Module) -> Iterator[list[DenoiserCall]]:
     """
     calls: list[DenoiserCall] = []
     store = _Store()
+    ours = threading.get_ident()
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if threading.get_ident() != ours:
+            return  # a training loop beside this pipeline calls the same denoiser
         timestep = timestep_of(module, args, kwargs)
         step = 0
         if calls:
