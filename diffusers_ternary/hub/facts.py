@@ -219,6 +219,8 @@ def _quality(evaluation: Evaluation | None) -> Quality | None:
 def _limits(evaluation: Evaluation | None, recipes: tuple[Recipe, ...]) -> Iterator[str]:
     if evaluation is None:
         yield "**Quality was not measured** for this card. Compare with the float model before you rely on it."
+    elif evaluation.prompts_sha256 in {recipe.prompts_sha256 for recipe in recipes}:
+        yield "Quality was measured on **the prompts that the weights were made with**; others may score lower."
     if not recipes:
         yield (
             "No report of a calibration or distillation came with these weights. Weights that were only rounded to "

@@ -20,11 +20,13 @@ class Recipe:
         method (`str`): a sentence.
         entries (`tuple[tuple[str, str], ...]`): name and value, formatted.
         file (`str`): of the whole report in the repository.
+        prompts_sha256 (`str`, *optional*): hash of the prompts that the weights were made with.
     """
 
     method: str
     entries: tuple[tuple[str, str], ...]
     file: str
+    prompts_sha256: str | None = None
 
 
 def calibration_recipe(report: Mapping[str, Any]) -> Recipe:
@@ -39,6 +41,7 @@ def calibration_recipe(report: Mapping[str, Any]) -> Recipe:
         "rollouts, from prompts alone, without images or training.",
         tuple(_calibration_entries(report)),
         CALIBRATION,
+        report["prompts_sha256"],
     )
 
 
@@ -53,6 +56,7 @@ def distillation_recipe(report: Mapping[str, Any]) -> Recipe:
         "**Distilled** with `diffusers_ternary.distill`: trained on the outputs of the float model.",
         tuple(_distillation_entries(report)),
         DISTILLATION,
+        report.get("training_prompts_sha256"),
     )
 
 

@@ -85,8 +85,12 @@ class Evaluation:
 
     @property
     def prompts_sha256(self) -> str:
-        """Hash of the prompts, one a line."""
-        return hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+        """Hash of the prompts, in order; the one that reports of calibration and distillation give."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            data = prompt.encode()
+            digest.update(len(data).to_bytes(8, "little") + data)
+        return digest.hexdigest()
 
     def to_eval_results(self, task: str) -> list[EvalResult]:
         """In the form of the card's `model-index`."""

@@ -5,6 +5,7 @@ import ast
 import copy
 import json
 import pathlib
+import types
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from diffusers_ternary.evaluation.velocity import VelocityError
 from diffusers_ternary.format import FileLayout, Int8Spec, TernarySpec, crc32, pack_base3
 from diffusers_ternary.hub.base_card import BaseCard, Licence, Terms, read_base_card
 from diffusers_ternary.hub.push import check_target, prepare
+from diffusers_ternary.rollouts.rollouts import Rollouts
 
 
 GOLDEN = pathlib.Path(__file__).with_name("golden_model_card.md")
@@ -176,6 +178,15 @@ def test_nothing_is_said_that_was_not_measured(make):
     card = make(report=identical).card
     assert "PSNR" not in card.text
     assert [result.metric_type for result in card.data.eval_results] == ["judge_accuracy"]
+
+
+def test_scores_on_the_prompts_of_calibration_are_marked(make):
+    result = evaluation()
+    same = Rollouts.sha256(types.SimpleNamespace(prompts=result.prompts))
+    mark = "the prompts that the weights were made with"
+    assert mark in make(report=result, calibration={**CALIBRATION, "prompts_sha256": same}).card.text
+    assert mark in make(report=result, distillation={**DISTILLATION, "training_prompts_sha256": same}).card.text
+    assert mark not in make(report=result, calibration=CALIBRATION).card.text
 
 
 def test_what_goes_along(make, folder):
