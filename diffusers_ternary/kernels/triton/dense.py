@@ -22,7 +22,7 @@ def not_prefetched(block):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # no compilation for a new number of rows
 def dense_kernel(
     x_ptr,
     weight_ptr,

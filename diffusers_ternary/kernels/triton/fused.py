@@ -11,7 +11,7 @@ from .epilogue import store_output
 from .tiles import tile_of_program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # no compilation for a new number of rows
 def fused_kernel(
     x_ptr,
     weight_ptr,
