@@ -19,6 +19,8 @@ _VARIANTS = ((), ("use_dora",), ("mica",))
 class _LoraMixin(PackedBaseMixin):
     """What LoRA on packed layers does differently."""
 
+    base_layer: nn.Module
+    lora_A: nn.ModuleDict  # noqa: N815 - PEFT's name
     lora_B: nn.ModuleDict  # noqa: N815 - PEFT's name
     lora_bias: dict[str, bool]
     lora_variant: dict[str, Any]
@@ -62,7 +64,8 @@ class TernaryLoraLinear(_LoraMixin, LoraLinear):
     """LoRA (also DoRA) on a packed linear layer: the packed product, plus PEFT's own adapter arithmetic.
 
     Made by PEFT for every packed layer that a `LoraConfig` targets. Plain LoRA does not look at the base weight; DoRA
-    uses its norms, for which the weight is dequantized in each forward.
+    uses its norms, for which the weight is dequantized in each forward. Without gradients, plain LoRA is added to the
+    packed product in place: three passes over `[M, N]` less, which is half of what an adapter costs on a CPU.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
@@ -83,6 +86,33 @@ class TernaryLoraLinear(_LoraMixin, LoraLinear):
         self.check_initialisation(config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`[..., K]` to `[..., N]`."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        in_place = not (args or kwargs or self.merged or self.disable_adapters) and self._can_add_in_place(names, x)
+        if not in_place:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x).contiguous()
+        rows = result.view(-1, result.shape[-1])  # [M, N]
+        for name in names:
+            inner = self.lora_A[name](x) * self.scaling[name]  # [..., r]
+            rows.addmm_(inner.reshape(-1, inner.shape[-1]), self.lora_B[name].get_parameter("weight").t())
+        return result
+
+    def _can_add_in_place(self, names: list[str], x: torch.Tensor) -> bool:
+        """Whether nobody needs what PEFT's own forward does beyond the two products."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+            return False
+        if self.base_layer._forward_hooks:
+            return False  # they may keep the output of the packed product
+        return all(
+            name not in self.lora_variant
+            and isinstance(self.lora_dropout[name], nn.Identity)
+            and _is_bare(self.lora_B[name])
+            and self.lora_A[name].weight.dtype == self.lora_B[name].weight.dtype == x.dtype
+            for name in names
+        )
+
     def mica_init(self, adapter_name: str) -> None:
         """Minor components of the effective weight, whose float values are formed for this."""
         with self.float_base(values=True):
@@ -92,6 +122,12 @@ class TernaryLoraLinear(_LoraMixin, LoraLinear):
         """PEFT asks the base weight for the dtype."""
         with self.float_base(values=False):
             super().orthogonal_init(adapter_name)
+
+
+def _is_bare(linear: nn.Module) -> bool:
+    """Whether the module is its weight and nothing else: no bias, no hooks, no forward put in by offloading."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    return type(linear) is nn.Linear and linear.bias is None and not hooked
 
 
 class TernaryLoraConv2d(_LoraMixin, LoraConv2d):

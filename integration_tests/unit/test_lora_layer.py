@@ -368,6 +368,61 @@ def test_the_memory_cost_is_logged_once(caplog):
     assert "32 bits per weight" in line
 
 
+class TestInPlace:
+    """Without gradients, plain LoRA is added to the packed product in place."""
+
+    @staticmethod
+    def layer(**options: object) -> TernaryLoraLinear:
+        options = {"r": 4, "lora_alpha": 6, "target_modules": [LINEAR], **options}
+        return adapted(LoraConfig(**options))[0].base_model.model.linear
+
+    @pytest.mark.parametrize("shape", [(36,), (5, 36), (2, 3, 36), (0, 36)], ids=str)
+    @pytest.mark.parametrize("scaling", [0.0, 0.7, torch.tensor(0.7)], ids=str)
+    def test_gives_what_peft_gives(self, shape, scaling):
+        layer = self.layer()
+        layer.scaling["default"] = scaling
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        kept = x.clone()
+        expected = layer(x)  # with gradients: PEFT's own forward
+        with torch.no_grad():
+            assert layer._can_add_in_place(["default"], x)
+            actual = layer(x)
+        assert actual.shape == expected.shape
+        torch.testing.assert_close(actual, expected, **CLOSE)
+        assert torch.equal(x, kept)
+
+    def test_inputs_that_are_not_contiguous(self):
+        layer, x = self.layer(), torch.randn(36, 3, 2).permute(2, 1, 0)
+        expected = layer(x)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected, **CLOSE)
+
+    @pytest.mark.parametrize(
+        "needs_more",
+        [
+            lambda layer: layer.lora_B["default"].register_forward_hook(lambda *_: None),
+            lambda layer: layer.base_layer.register_forward_hook(lambda *_: None),
+            lambda layer: setattr(layer.lora_B["default"], "forward", layer.lora_B["default"].forward),
+            lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.5)}),
+            lambda layer: (layer.lora_A.to(torch.bfloat16), layer.lora_B.to(torch.bfloat16)),
+        ],
+        ids=["hook on B", "hook on the base", "offloaded B", "dropout", "another dtype"],
+    )
+    @torch.no_grad()
+    def test_not_where_more_is_to_be_done(self, needs_more):
+        layer = self.layer()
+        needs_more(layer)
+        assert not layer._can_add_in_place(["default"], inputs())
+        layer(inputs())
+
+    @torch.no_grad()
+    def test_what_a_hook_kept_is_not_changed(self):
+        layer, kept = self.layer(), []
+        layer.base_layer.register_forward_hook(lambda module, args, output: kept.append(output))
+        layer(inputs())
+        assert torch.equal(kept[0], layer.base_layer(inputs()))
+
+
 @pytest.mark.parametrize(
     "lora",
     [CONFIGS["lora"], LoraConfig(r=4, use_dora=True, target_modules=[LINEAR])],
