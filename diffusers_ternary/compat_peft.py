@@ -7,7 +7,7 @@ Each has a canary in `integration_tests/unit/test_compat_peft.py`, which fails r
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.loha.layer import Conv2d as LoHaConv2d
 from peft.tuners.loha.layer import Linear as LoHaLinear
 from peft.tuners.loha.model import LoHaModel
@@ -28,6 +28,7 @@ __all__ = [
     "LoKrLinear",
     "LoraConv2d",
     "LoraLinear",
+    "PeftModel",
     "add_custom_modules",
     "add_lycoris_modules",
     "check_adapters_to_merge",

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .base import QuantizedLayer
 from .conv import why_not_convertible
 
 
@@ -15,6 +16,8 @@ FloatLayer = nn.Linear | nn.Conv2d
 
 def matrix_shape(module: FloatLayer) -> tuple[int, int]:
     """`[N, K]` of the weight with all but its first dimension flattened; K = C * kh * kw of a convolution."""
+    if isinstance(module, QuantizedLayer):
+        return module.spec.out_features, module.spec.in_features
     weight = module.weight
     return weight.shape[0], weight.numel() // max(1, weight.shape[0])
 
