@@ -243,6 +243,22 @@ class TestTuner:
 
         assert tuner.choose(FLUX, "none", self.PLANS, run, may_measure=True) == self.PLANS[0]
 
+    def test_what_ran_out_of_memory_is_not_remembered_on_disk(self, tuning, tmp_path):
+        path = tmp_path / "a.json"
+        tuner, _, _ = self.tuner(tuning, path, {})
+        runs = []
+
+        def run(plan):
+            runs.append(plan)
+            if plan.path == "library":
+                raise torch.OutOfMemoryError("its scratch does not fit today")
+            return 2.0 if plan == self.PLANS[1] else 1.0
+
+        for _ in range(2):
+            assert tuner.choose(FLUX, "none", self.PLANS, run, may_measure=True) == self.PLANS[2]
+        assert len(runs) == len(self.PLANS)
+        assert not path.exists()
+
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', '{"a": {"tile": 3}}', "\x00\x01"])
     def test_a_corrupt_file_is_ignored_with_a_warning(self, tuning, tmp_path, caplog, content):
         path = tmp_path / "a.json"

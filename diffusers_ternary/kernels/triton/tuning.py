@@ -90,8 +90,11 @@ class PlanCache:
         """The plan remembered for a key."""
         return self._plans.get(key)
 
-    def put(self, key: str, plan: Plan) -> None:
-        """Remembers a plan, together with what other processes have written meanwhile."""
+    def put(self, key: str, plan: Plan, *, on_disk: bool = True) -> None:
+        """Remembers a plan; on disk together with what other processes have written meanwhile."""
+        if not on_disk:
+            self._plans[key] = plan
+            return
         self._plans = {**self._read(), **self._plans, key: plan}
         data = {name: dataclasses.asdict(value) for name, value in sorted(self._plans.items())}
         temporary = None
@@ -105,6 +108,14 @@ class PlanCache:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
             logger.warning("The tuning file %s cannot be written (%s).", self.path, error)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """Seconds of a plan; infinite if it could not run."""
+
+    seconds: float
+    out_of_memory: bool = False
 
 
 class Tuner:
@@ -148,20 +159,24 @@ class Tuner:
             return known
         if not may_measure:
             return plans[0]
-        seconds = {plan: self._seconds(plan, run) for plan in plans}
-        best = min(plans, key=lambda plan: seconds[plan])
-        logger.info("Tuned %s: %s, %.1f us.", key, best, seconds[best] * 1e6)
-        self.cache.put(key, best)
+        measured = {plan: self._measured(plan, run) for plan in plans}
+        best = min(plans, key=lambda plan: measured[plan].seconds)
+        logger.info("Tuned %s: %s, %.1f us.", key, best, measured[best].seconds * 1e6)
+        # What did not fit beside another model may fit tomorrow.
+        self.cache.put(key, best, on_disk=not any(each.out_of_memory for each in measured.values()))
         return best
 
-    def _seconds(self, plan: Plan, run: Callable[[Plan], Any]) -> float:
+    def _measured(self, plan: Plan, run: Callable[[Plan], Any]) -> _Measured:
         try:
-            return self.measure(lambda: run(plan))
+            return _Measured(self.measure(lambda: run(plan)))
+        except torch.OutOfMemoryError:
+            logger.info("%s needs more memory than is free.", plan)
+            return _Measured(float("inf"), out_of_memory=True)
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, RuntimeError) as error:
             # A library that refuses a shape, or a tile that does not fit, is no candidate; a sick device raises
             # again from the plan that is chosen.
             logger.info("%s cannot run here: %s", plan, error)
-            return float("inf")
+            return _Measured(float("inf"))
 
 
 def measure_on_stream(device: torch.device) -> Callable[[Callable[[], Any]], float]:
