@@ -25,7 +25,8 @@ QUANT_METHOD = "diffusers_ternary"
 # The "rounding" that never rounds: packs layers whose weights are ternary already, and keeps all others.
 RECOVER = "recover"
 
-OVERRIDE_KINDS = ("ternary", "int8", "keep")
+KINDS = ("ternary", "int8")
+OVERRIDE_KINDS = (*KINDS, "keep")
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # transformer, transformer_2 (Wan), unet, prior (Kandinsky, Cascade): what denoises, and nothing else.
@@ -59,8 +60,10 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
             `"auto"`: the fastest that the device's kernels have.
         compute_dtype (`str` or `torch.dtype`, *optional*):
             Dtype of the product, and of the model if `torch_dtype` is not given. `None` follows the input.
-        components (`list[str]`, *optional*):
-            Components of a pipeline to quantize. `None` = its denoisers.
+        components (`list[str]` or `dict[str, str]`, *optional*):
+            Components of a pipeline to quantize. `None` = its denoisers. A dictionary gives each component its own
+            `kind`: `{"transformer": "ternary", "text_encoder_2": "int8"}` is what is safe without calibration,
+            because int8 hardly changes a text encoder's output and rounding one to ternary spoils the prompt.
         rounding (`str`, *optional*, defaults to `"twn"`):
             Rule for on-the-fly quantization: `"twn"`, `"optimum"` (least squares), `"absmean"` (comparison only), or
             `"recover"`: no rounding; packs the layers whose weights are ternary already and keeps the others. Such
@@ -74,6 +77,8 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
             hurts others when rounding; `calibrate` decides per layer. 0 = no rotation.
         rank (`int`, *optional*, defaults to 0):
             Store a correction of this rank beside the codes: 16 r (N + K) / (N K) bits per weight. 0 = none.
+        kind (`str`, *optional*, defaults to `"ternary"`):
+            What the layers become that the policy converts: `"ternary"` or `"int8"`. `overrides` come first.
         format_version (`int`, *optional*):
             Version of the packed format.
 
@@ -93,11 +98,12 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         overrides: Mapping[str, str] | None = None,
         activation_dtype: str = "auto",
         compute_dtype: str | torch.dtype | None = None,
-        components: Sequence[str] | None = None,
+        components: Sequence[str] | Mapping[str, str] | None = None,
         rounding: str = "twn",
         scales: str = "auto",
         hadamard: int = 0,
         rank: int = 0,
+        kind: str = "ternary",
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -109,20 +115,21 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         self.overrides = _check_overrides(overrides)
         self.activation_dtype = _check_choice("activation_dtype", activation_dtype, ACTIVATION_DTYPES)
         self.compute_dtype = _check_compute_dtype(compute_dtype)
-        self.components = _check_names("components", components)
+        self.components = _check_components(components)
         self.rounding = _check_choice("rounding", rounding, (*ROUNDINGS, RECOVER))
         self.scales = _check_choice("scales", scales, ("auto", *SCALE_LAYOUTS))
         check_hadamard(hadamard)
         self.hadamard = hadamard
         check_rank(rank)
         self.rank = rank
+        self.kind = _check_choice("kind", kind, KINDS)
         check_format_version(format_version, source="TernaryConfig")
         self.format_version = format_version
 
     @property
     def components_to_quantize(self) -> list[str] | None:
         """`components` by the name that the pipeline loader checks against the pipeline's own components."""
-        return self.components
+        return None if self.components is None else list(self.components)
 
     @property
     def torch_compute_dtype(self) -> torch.dtype | None:
@@ -176,9 +183,20 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
             return component in self.components
         return DENOISER_COMPONENTS.fullmatch(component) is not None
 
+    def for_component(self, component: str) -> "TernaryConfig | None":
+        """The config of one pipeline component: `None` if it is not to be quantized."""
+        if not self.selects(component):
+            return None
+        if not isinstance(self.components, dict):
+            return self
+        return type(self)(**{**self._fields(), "components": None, "kind": self.components[component]})
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: value for name, value in copy.deepcopy(self.__dict__).items() if name != "quant_method"}
+
     def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Any:
         """Called by the pipeline loader for each component; see `PipelineQuantizationConfig`."""
-        return self if module_name is not None and self.selects(module_name) else None
+        return None if module_name is None else self.for_component(module_name)
 
 
 def _unknown_arguments(unknown: Mapping[str, Any]) -> str:
@@ -208,6 +226,14 @@ def _check_names(field: str, value: Any) -> list[str] | None:
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
         raise TypeError(f"{field}={value!r} must be a list of names, e.g. ['proj_out'].")
     return list(value)
+
+
+def _check_components(value: Any) -> list[str] | dict[str, str] | None:
+    if not isinstance(value, Mapping):
+        return _check_names("components", value)
+    for component, kind in value.items():
+        _check_choice(f"components[{component!r}]", kind, KINDS)
+    return dict(value)
 
 
 def _check_overrides(value: Any) -> dict[str, str] | None:

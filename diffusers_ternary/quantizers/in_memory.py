@@ -51,7 +51,7 @@ def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> 
     config = config or TernaryConfig()
     if isinstance(model_or_pipeline, DiffusionPipeline):
         for name, plan in plan_pipeline(model_or_pipeline, config).items():
-            replace_layers(model_or_pipeline.components[name], plan, config)
+            replace_layers(model_or_pipeline.components[name], plan, config.for_component(name) or config)
     elif isinstance(model_or_pipeline, nn.Module):
         replace_layers(model_or_pipeline, _checked_plan(model_or_pipeline, config), config)
     else:
@@ -68,13 +68,13 @@ def plan_pipeline(pipeline: "DiffusionPipeline", config: TernaryConfig) -> dict[
     """
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     missing = [name for name in config.components or [] if name not in modules]
-    selected = [name for name in modules if config.selects(name)]
+    selected = {name: own for name in modules if (own := config.for_component(name)) is not None}
     if missing or not selected:
         raise ValueError(
             f"{type(pipeline).__name__} has no component {', '.join(missing) or 'that denoises'} to quantize. "
             f"Choose from {', '.join(modules)} with TernaryConfig(components=[...])."
         )
-    return {name: _checked_plan(modules[name], config) for name in selected}
+    return {name: _checked_plan(modules[name], own) for name, own in selected.items()}
 
 
 def _checked_plan(model: nn.Module, config: TernaryConfig) -> ConversionPlan:

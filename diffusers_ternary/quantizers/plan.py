@@ -76,7 +76,7 @@ def plan_conversion(
         elif (reason := policy.reason_to_keep(name, module) or reason_not_to_pack(module)) is not None:
             kept[name] = reason
         else:
-            kinds[name] = "ternary"
+            kinds[name] = config.kind
     for pattern in [*overrides, *skipped]:
         if pattern not in used:
             logger.warning(
