@@ -62,7 +62,7 @@ def run_until_killed(folder: Path | str, calls: int, **changes: Any) -> None:
         if done == calls:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    pipeline.transformer.register_forward_hook(count)
+    pipeline.transformer.register_forward_pre_hook(count)  # also of forwards that are cut short
     run(folder, pipeline=pipeline, **changes)
 
 

@@ -98,14 +98,16 @@ def test_starts_from_a_folder_and_from_calibration(tmp_path):
     assert report(tmp_path / "two").start_error == pytest.approx(report(tmp_path / "rounded").best_error, rel=1e-4)
 
 
-@pytest.mark.parametrize(("mode", "kills"), [("full", (12, 47)), ("blockwise", (45,))])
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "kills"), [("full", (76, 23)), ("blockwise", (12, 77))])
 def test_killed_and_resumed_is_bit_for_bit_the_same(mode, kills, tmp_path):
-    """SIGKILL while caching, and between checkpoints."""
+    """SIGKILL while caching (12), and between checkpoints; caching and set-up ask the teacher 59 times, later 14."""
     settings = {"mode": mode, "steps": 13, "checkpoint_every": 3, "evaluate_every": 4, "gradient_accumulation": 2}
     whole = run_python(RUN + _HASH, tmp_path / "whole", json.dumps(settings))
     for calls in kills:
         _kill(tmp_path / "killed", calls, settings)
-        assert not (tmp_path / "killed" / "distill.json").exists()
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000009" if mode == "full" else "step-00000006"]
     resumed = run_python(RUN + _HASH, tmp_path / "killed", json.dumps(settings))
     assert resumed == whole
     histories = [report(tmp_path / name).history for name in ("whole", "killed")]
