@@ -52,18 +52,21 @@ def convert_command(
     if destination.suffix == ".gguf":
         _export(source, destination, ternary_type, round_scales, fallback, as_json, overwrite)
         return
-    from ..interop import convert
+    from ..interop import MissingGgufError, convert
 
     with explained_errors():
-        reports = convert(
-            source,
-            destination,
-            components=component,
-            config=config,
-            variant=variant,
-            verify=verify,
-            overwrite=overwrite,
-        )
+        try:
+            reports = convert(
+                source,
+                destination,
+                components=component,
+                config=config,
+                variant=variant,
+                verify=verify,
+                overwrite=overwrite,
+            )
+        except MissingGgufError as error:
+            raise ValueError(str(error)) from error
     if as_json:
         print(json.dumps([report.to_dict() for report in reports], indent=2))
         return
@@ -83,20 +86,22 @@ def _export(
     as_json: bool,
     overwrite: bool,
 ) -> None:
-    from ..interop import export_gguf
+    from ..interop import MissingGgufError, export_gguf
 
     with explained_errors():
-        report = export_gguf(
-            source,
-            destination,
-            ternary_type=ternary_type,
-            round_scales=round_scales,
-            fallback=fallback,
-            overwrite=overwrite,
-        )
+        try:
+            report = export_gguf(
+                source,
+                destination,
+                ternary_type=ternary_type,
+                round_scales=round_scales,
+                fallback=fallback,
+                overwrite=overwrite,
+            )
+        except MissingGgufError as error:
+            raise ValueError(str(error)) from error
     if as_json:
-        print(json.dumps({"path": str(report.path), "architecture": report.architecture, "types": report.types,
-                          "inexact": report.inexact, "bytes": report.bytes}, indent=2))  # fmt: skip
+        print(json.dumps(report.to_dict(), indent=2))
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.types.items()))
     exact = "bit-equal" if not report.inexact else f"{len(report.inexact)} of them not bit-equal, as asked for"

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..inspection import UNPACKED, Component, Row, inspect_path
+from ..interop import MissingGgufError
 from .console import console, escape, explained_errors, format_bytes
 
 
@@ -25,7 +26,10 @@ def inspect_command(
     Example: diffusers-ternary inspect out/transformer
     """
     with explained_errors():
-        components = inspect_path(path)
+        try:
+            components = inspect_path(path)
+        except MissingGgufError as error:
+            raise ValueError(str(error)) from error
     if as_json:
         print(json.dumps([component.to_dict() for component in components], indent=2))
         return

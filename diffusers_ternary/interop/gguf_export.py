@@ -47,6 +47,10 @@ class GgufReport:
     inexact: list[str]
     bytes: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return {**dataclasses.asdict(self), "path": str(self.path)}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Options:

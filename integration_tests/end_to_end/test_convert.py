@@ -2,6 +2,7 @@
 """`convert` as people call it: a published ternary pipeline to a packed one, to GGUF and back."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -114,3 +115,10 @@ def test_bad_input_has_exit_code_3_and_writes_nothing(published, converted, tmp_
     assert result.exit_code == 3
     assert message in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_without_the_gguf_package(converted, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    result = run("convert", converted, tmp_path / "flux.gguf")
+    assert result.exit_code == 3
+    assert "pip install diffusers-ternary[gguf]" in result.output
