@@ -174,6 +174,18 @@ class TestPipelines:
         s.pipeline.load_lora_weights(str(file), adapter_name="file")
         assert torch.equal(s.run(), first)
 
+    def test_rounded_activations(self, pair):
+        """A8 rounds what the packed layers see, not what the adapter sees."""
+        for module in pair.ternary.denoiser.modules():
+            if isinstance(module, QuantizedLayer):
+                module.activation_dtype = "int8"
+        rounding = difference(pair.ternary.run(), pair.plain)
+        assert 0 < rounding < 0.1
+        pair.load("style", rank=4, seed=1)
+        actual, expected = pair.ternary.run(), pair.dense.run()
+        assert difference(actual, expected) < 2 * rounding
+        assert difference(actual, pair.plain) > 2 * difference(actual, expected)
+
     def test_train_and_save_the_adapter(self, pair, tmp_path):
         denoiser = pair.ternary.denoiser
         denoiser.add_adapter(LoraConfig(r=2, target_modules=pair.packed, init_lora_weights=False), adapter_name="new")

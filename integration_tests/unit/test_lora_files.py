@@ -12,6 +12,7 @@ from torch import nn
 
 from diffusers_ternary import TernaryConfig
 from diffusers_ternary.layers import QuantizedLayer
+from diffusers_ternary.lora import TernaryLoKrLinear
 
 
 RANK, ALPHA = 4, 3.0
@@ -111,6 +112,32 @@ def test_original_prefix(name, tmp_path):
         one.pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="style")
     assert difference(subject.run(), dense.run()) < 1e-4
     assert difference(subject.run(), plain) > 0.005
+
+
+def test_lokr_file(tmp_path):
+    """Kronecker factors of the attention projections, as ai-toolkit writes them for Z-Image."""
+    subject = ternary_subject("z_image")
+    plain, dense = subject.run(), subject.twin(dequantized=True)
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name in packed_names(subject.denoiser):
+        if name.endswith(("to_q", "to_v")):
+            assert subject.denoiser.get_submodule(name).weight_shape == (64, 64)
+            for factor in ("lokr_w1", "lokr_w2"):
+                state[f"diffusion_model.{name}.{factor}"] = torch.randn(8, 8, generator=generator) * 0.2
+    save_file(state, tmp_path / "lokr.safetensors")
+    for one in (subject, dense):
+        one.pipeline.load_lora_weights(str(tmp_path / "lokr.safetensors"), adapter_name="style")
+    before = subject.run()
+    assert any(isinstance(module, TernaryLoKrLinear) for module in subject.denoiser.modules())
+    assert difference(before, dense.run()) < 1e-4
+    assert difference(before, plain) > 0.005
+    subject.pipeline.fuse_lora()
+    assert difference(subject.run(), before) < 1e-4
+    subject.pipeline.unfuse_lora()
+    assert torch.equal(subject.run(), before)
+    subject.pipeline.unload_lora_weights()
+    assert torch.equal(subject.run(), plain)
 
 
 class TestFluxControl:
