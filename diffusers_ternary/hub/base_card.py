@@ -6,8 +6,10 @@ import enum
 import logging
 
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
+from ..compat import HubTransportError
 
 
 logger = logging.getLogger(__name__)
@@ -109,7 +111,7 @@ def read_base_card(repo_id: str, *, token: str | None = None) -> BaseCard:
         ) from error
     try:
         data = ModelCard.load(repo_id, token=token, ignore_metadata_errors=True).data
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except (HubTransportError, OSError, ValueError) as error:
         return BaseCard(repo_id, problem=f"its card cannot be read: {_first_line(error)}")
     link = data.get("license_link")
     if isinstance(link, str) and "://" not in link:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from ..quantizers.checkpoint import owner
 from .base_card import HUB, BaseCard, Terms
 from .dense import dense_bytes
+from .loader import has_loader
 from .recipes import Recipe
 from .records import Evaluation
 from .source import PackedModel, Source
@@ -137,7 +138,7 @@ def gather_facts(
         bits_per_weight=f"{source.bits_per_weight:.3f}",
         ternary_layers=source.ternary_layers,
         usage=usage(source, repo_id, base, evaluation),
-        loader=loader_usage(repo_id) if source.is_pipeline else None,
+        loader=loader_usage(repo_id) if has_loader(source) else None,
         dense=dense_usage(source, repo_id, base.repo_id) if include_dequantized else None,
         dense_size=_bytes(sum(dense_bytes(part) for part in source.packed)) if include_dequantized else None,
         sizes=tuple(_size_rows(source)),

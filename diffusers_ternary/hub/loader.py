@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pipeline.py` of a repository: loads it without the import line, for who trusts remote code."""
+"""`ternary_pipeline.py` of a repository: loads it without the import line, for who trusts remote code."""
 
-LOADER = "pipeline.py"
-"""Its name, which `custom_pipeline="pipeline"` finds."""
+from .source import Source
+
+
+LOADER = "ternary_pipeline.py"
+"""Its name, which `custom_pipeline="ternary_pipeline"` finds."""
 
 _TEXT = '''# SPDX-License-Identifier: Apache-2.0
 """Loads this repository without `import diffusers_ternary` in your code (the package must be installed):
 
-    DiffusionPipeline.from_pretrained(REPO, custom_pipeline="pipeline", trust_remote_code=True)
+    DiffusionPipeline.from_pretrained(REPO, custom_pipeline="ternary_pipeline", trust_remote_code=True)
 """
 
 import diffusers_ternary  # noqa: F401 - registers the packed format
@@ -17,6 +20,13 @@ from diffusers import {name}
 class Ternary{name}({name}):
     """The stock {name}; the import above is all that is new."""
 '''
+
+
+def has_loader(source: Source) -> bool:
+    """Whether a repository gets the file: pipelines of diffusers' own classes do."""
+    import diffusers
+
+    return source.is_pipeline and hasattr(diffusers, source.class_name)
 
 
 def loader_text(class_name: str) -> str:

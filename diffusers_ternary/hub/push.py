@@ -20,7 +20,7 @@ from .card import card_data, render_card
 from .consistency import check_reports, is_generated, merge_own_card
 from .dense import write_dense_copy
 from .facts import gather_facts
-from .loader import LOADER, loader_text
+from .loader import LOADER, has_loader, loader_text
 from .recipes import CALIBRATION, DISTILLATION, calibration_recipe, distillation_recipe
 from .records import SHEET, WEIGHTS_KEY, Evaluation, read_evaluation, read_record
 from .source import CARD, DENSE, Source, read_source
@@ -96,6 +96,14 @@ def push_to_hub(
 
     Returns:
         `huggingface_hub.CommitInfo`: with `commit_url` and, for pull requests, `pr_url`.
+
+    Example:
+
+    ```python
+    diffusers_ternary.push_to_hub(
+        "flux-ternary", "me/flux-ternary", base_model="black-forest-labs/FLUX.1-dev", report="report", create_pr=True
+    )
+    ```
 
     Raises:
         ValueError: if the source is not packed, incomplete or damaged, or a report or card contradicts it; for a
@@ -180,7 +188,7 @@ def prepare(
         files[EVALUATION] = _write(generated / EVALUATION, _json(data))
         if evaluation.contact_sheet is not None:
             files[SHEET] = evaluation.contact_sheet
-    if source.is_pipeline:
+    if has_loader(source):
         files[LOADER] = _write(generated / LOADER, loader_text(source.class_name))
     if include_dequantized:
         for part in source.packed:

@@ -107,7 +107,9 @@ def read_source(folder: str | os.PathLike[str]) -> Source:
     index = read_json(root / "model_index.json")
     config = read_json(root / "config.json")
     if index is not None:
-        library, class_name = "diffusers", str(index.get("_class_name"))
+        # Custom pipelines name their file first.
+        named_class = index.get("_class_name")
+        library, class_name = "diffusers", str(named_class[-1] if isinstance(named_class, list) else named_class)
         named = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0]}
         folders = {name: root / name for name in named}
     elif config is not None:

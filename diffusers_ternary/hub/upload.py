@@ -23,7 +23,7 @@ EVALUATION = "evaluation.json"
 GENERATED = (EVALUATION, CALIBRATION, DISTILLATION, SHEET, LOADER)
 """Files beside the weights that a push writes, or removes when they would tell of other weights."""
 
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|index\.json)")
+_WEIGHTS = re.compile(r"(?P<checkpoint>.+?)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 _ATTEMPTS = 3
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
@@ -76,12 +76,19 @@ def upload(
 
 
 def stale_files(present: Iterable[str], files: Mapping[str, pathlib.Path]) -> list[str]:
-    """Files of a repository that an earlier push left and that do not belong to this one."""
-    folders = {path.rpartition("/")[0] for path in files if _WEIGHTS.fullmatch(path)}
+    """Files of a repository that an earlier push left and that do not belong to this one.
+
+    Shards and indices of the same checkpoints, and what pushes generate; everything else is somebody's own.
+    """
+
+    def checkpoint(path: str) -> str | None:
+        match = _WEIGHTS.fullmatch(path)
+        return None if match is None else match["checkpoint"]
+
+    written = {checkpoint(path) for path in files} - {None}
 
     def replaced(path: str) -> bool:
-        is_weights = path.rpartition("/")[0] in folders and _WEIGHTS.fullmatch(path) is not None
-        return is_weights or path in GENERATED or path.startswith(f"{DENSE}/")
+        return checkpoint(path) in written or path in GENERATED or path.startswith(f"{DENSE}/")
 
     return sorted(path for path in present if path not in files and replaced(path))
 

@@ -5,6 +5,7 @@ import json
 
 from .base_card import BaseCard
 from .dense import VARIANT
+from .loader import LOADER
 from .records import Evaluation
 from .source import DENSE, Source
 
@@ -41,10 +42,11 @@ def usage(source: Source, repo_id: str, base: BaseCard, evaluation: Evaluation |
 
 
 def loader_usage(repo_id: str) -> str:
-    """Loads a pipeline by its `pipeline.py`."""
+    """Loads a pipeline by its loader file."""
     return (
         "from diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="pipeline", trust_remote_code=True)'
+        "pipe = DiffusionPipeline.from_pretrained(\n"
+        f'    "{repo_id}", custom_pipeline="{LOADER.removesuffix(".py")}", trust_remote_code=True\n)'
     )
 
 

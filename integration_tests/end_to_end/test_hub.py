@@ -317,7 +317,7 @@ def test_a_process_that_trusts_remote_code_needs_no_import_line(server, publishe
         LOAD
         + """
     name = "user/pipeline"
-    pipe = DiffusionPipeline.from_pretrained(name, custom_pipeline="pipeline", trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained(name, custom_pipeline="ternary_pipeline", trust_remote_code=True)
     print(json.dumps([type(pipe).__name__, torch.equal(pipelines.draw("flux", pipe), drawn)]))
     """
     )

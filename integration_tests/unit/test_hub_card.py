@@ -194,7 +194,7 @@ def test_what_goes_along(make, folder):
     own = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     added = {
         "README.md",
-        "pipeline.py",
+        "ternary_pipeline.py",
         "evaluation.json",
         "contact_sheet.png",
         "calibration.json",
@@ -204,7 +204,7 @@ def test_what_goes_along(make, folder):
     with Image.open(files["contact_sheet.png"]) as sheet:
         assert sheet.width > 8
     assert json.loads(files["evaluation.json"].read_text())["psnr_db"] == 24.1875
-    ast.parse(files["pipeline.py"].read_text())
+    ast.parse(files["ternary_pipeline.py"].read_text())
 
 
 def test_reports_in_the_folder_are_taken(make, folder):

@@ -179,6 +179,10 @@ def test_stale_files(tmp_path):
         "bf16/transformer/config.json": True,
         "evaluation.json": True,
         "contact_sheet.png": True,
-        "pipeline.py": True,
+        "ternary_pipeline.py": True,
+        "transformer/model.bin": True,
+        "transformer/another.safetensors": False,
+        "model.safetensors": False,
+        "pipeline.py": False,
     }
     assert stale_files(present, new) == sorted(name for name, stale in present.items() if stale)
