@@ -39,10 +39,11 @@ def test_linear(tmp_path):
     failed = {row["layer"]: row["note"] for row in rows if row["note"].startswith(("wrong", "Assertion"))}
     assert failed == {}
     layers = {row["layer"] for row in rows}
-    for path in ("gemv", "fused", "dense", "library"):
+    for path in ("gemv", "fused", "dense", "library", "rotated", "_int_mm"):
         assert any(path in layer for layer in layers), path
     assert all(row["device"] and "torch" in row["versions"] for row in rows)
     assert text.splitlines()[-1].startswith("Written to")
+    assert "goal 1.40x" in text
     assert list(tmp_path.glob("*.png"))
 
 

@@ -88,7 +88,7 @@ def linear(
     Returns:
         `torch.Tensor`: `[..., N]`, dtype of `x`. With 8-bit activations the scales of groups are integers of 1..63
         times a row scale: exact for the `"double"` layout in int8, within 1/126 of the row's largest scale for the
-        `"group"` layout, and rounded to four significant bits (at most 1/16) in float8.
+        `"group"` layout; in float8 those that multiply codes are rounded to four significant bits (at most 1/16).
 
     Raises:
         RuntimeError: if Triton cannot serve the device of `x`.

@@ -5,8 +5,9 @@
     TRITON_INTERPRET=1 python integration_tests/benchmarks/gpu/bench_linear.py --dry-run    # no GPU: tiny shapes
 
 Whole layers: quantisation of activations, unpacking and epilogue included; compiling and tuning are not. Candidates
-are interleaved, caches are cold, each output is checked (on poisoned memory) before it is timed. The table comes last;
-results/linear_<device>.csv and .png hold the same figures.
+are interleaved, caches are cold, each output is checked (on poisoned memory) before it is timed. Other libraries'
+layers join where they are installed: `pip install torchao gemlite sdnq bitsandbytes`. The table comes last, then the
+goals; results/linear_<device>.csv and .png hold the same figures.
 """
 
 import argparse
@@ -69,6 +70,24 @@ SHAPES = (
     Shape("SD3.5 text", 333, 1536, 1536, 92),
 )
 DRY_SHAPES = (Shape("dry", 3, 48, 64, 1), Shape("dry", 33, 48, 256, 1))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a layer is to reach over cuBLAS bf16 on every shape of `least_rows` to `most_rows` rows."""
+
+    layer: str
+    least_rows: int
+    most_rows: int
+    speed: float
+
+
+GOALS = (
+    Goal(f"ternary auto, tuned, g{GROUP}", 4096, 1 << 20, 1.4),
+    Goal(f"ternary A16, tuned, g{GROUP}", 4096, 1 << 20, 0.9),
+    Goal(f"ternary auto, tuned, g{GROUP}", 1, 1, 3.0),
+    Goal(f"ternary auto, tuned, g{GROUP}", 1, 1 << 20, 1.0),
+)
 
 
 @dataclass(frozen=True)
@@ -253,6 +272,23 @@ def baseline_seconds(rows: list[Row], shape: Shape) -> float:
     return next((timing.seconds for timing in timings if timing is not None), float("nan"))
 
 
+def print_goals(rows: list[Row]) -> None:
+    """The slowest shape of each goal."""
+    print()
+    for goal in GOALS:
+        speeds = {
+            row.shape: baseline_seconds(rows, row.shape) / row.timing.seconds
+            for row in rows
+            if row.timing is not None and row.name == goal.layer and goal.least_rows <= row.shape.m <= goal.most_rows
+        }
+        label = f"{goal.layer}, {goal.least_rows} rows" + ("" if goal.most_rows == goal.least_rows else " and more")
+        if not speeds:
+            print(f"goal {goal.speed:.2f}x  {label}: no such shape was measured")
+            continue
+        slowest = min(speeds, key=lambda shape: speeds[shape])
+        print(f"goal {goal.speed:.2f}x  {label}: {speeds[slowest]:.2f}x at {slowest.m}, {slowest.n}, {slowest.k}")
+
+
 def save(rows: list[Row], folder: Path, device: torch.device) -> Path:
     """Writes the CSV file and the plot."""
     name = device_name(device).lower().replace(" ", "-")
@@ -333,6 +369,7 @@ def main() -> None:
             save(rows, options.output, device)  # a run that is cut short leaves its figures
             print(f"{shape}: done after {time.monotonic() - start:.0f} s", flush=True)
     print_table(rows)
+    print_goals(rows)
     if options.dry_run:
         print("\nDry run: the harness works; the times are the interpreter's and mean nothing.")
     print(f"\nWritten to {save(rows, options.output, device)}")

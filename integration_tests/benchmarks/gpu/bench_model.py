@@ -7,7 +7,8 @@
 Weights are random (nothing is downloaded): time and memory do not depend on them, quality is measured elsewhere.
 A step is one call of the transformer at 1024 x 1024, batch 1, eager and compiled block by block. The two models are
 interleaved. Memory is that of the weights plus the peak of a step over what was allocated before it. Load time is
-`from_pretrained` from a local folder to the device. The table comes last; results/model_<device>.csv holds the same.
+`from_pretrained` from a local folder to the device. The models are written below the temporary folder, 27 GB for
+FLUX.1-dev (`TMPDIR` names another). The table comes last; results/model_<device>.csv holds the same.
 """
 
 import argparse
