@@ -32,6 +32,8 @@ from .writer import PackedFolderWriter
 logger = logging.getLogger(__name__)
 # Rows that say how much of an ordinary weight is ternary; ternary ones are read completely.
 _SAMPLE_ROWS = 64
+# Written anew, or said of weights that are no longer there (gemlite).
+_CONFIG_FILES = ("config.json", "quantization_config.json")
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".gguf")
 
 
@@ -88,10 +90,10 @@ def convert(
     # Everything that headers can tell is checked here, before the destination is touched.
     parts = [_open_part(root, name, config=config, variant=variant) for name in names]
     with save_atomically(destination, overwrite=overwrite) as folder:
-        _copy_rest(root, folder, {part.folder for part in parts})
         reports = [_convert_part(part, folder / part.folder, max_shard_size, verify) for part in parts]
         if not any(report.layers for report in reports):
             raise ValueError(_nothing_ternary(root, reports))
+        _copy_rest(root, folder, {part.folder for part in parts})
     for report in reports:
         for name, fit in report.almost.items():
             logger.warning("%s is almost ternary (%s): kept.", name, fit)
@@ -220,6 +222,6 @@ def _copy_rest(root: pathlib.Path, folder: pathlib.Path, converted: set[str]) ->
         hidden = {name for name in names if name.startswith(".")}
         if ("" if place == "." else place) not in converted:
             return hidden
-        return hidden | {name for name in names if name == "config.json" or name.endswith(_WEIGHT_FILES)}
+        return hidden | {name for name in names if name in _CONFIG_FILES or name.endswith(_WEIGHT_FILES)}
 
     shutil.copytree(root, folder, ignore=written_here, dirs_exist_ok=True)

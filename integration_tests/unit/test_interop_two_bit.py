@@ -95,7 +95,9 @@ def test_the_config_of_the_backend_does_not_survive(tmp_path):
     published(tmp_path / "in", lambda weight: foreign.gemlite(weight, mode=3, bits=8))
     file = tmp_path / "in" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "gemlite"}}))
+    (tmp_path / "in" / "quantization_config.json").write_text("{}")
     convert(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out" / "quantization_config.json").exists()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "diffusers_ternary"
 
