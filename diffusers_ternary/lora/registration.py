@@ -18,8 +18,8 @@ def register() -> None:
 
 
 def _register_with_peft() -> None:
-    from ..compat_peft import DEQUANTIZE_MARK, add_custom_modules, add_lycoris_modules
-    from . import layers
+    from ..compat_peft import DEQUANTIZE_MARK, add_custom_modules, add_lycoris_modules, watch_injection
+    from . import layers, other_methods
 
     setattr(QuantizedLayer, DEQUANTIZE_MARK, property(lambda layer: layer.weight))
     add_custom_modules({QuantizedLinear: layers.TernaryLoraLinear, QuantizedConv2d: layers.TernaryLoraConv2d})
@@ -27,6 +27,7 @@ def _register_with_peft() -> None:
         loha={QuantizedLinear: layers.TernaryLoHaLinear, QuantizedConv2d: layers.TernaryLoHaConv2d},
         lokr={QuantizedLinear: layers.TernaryLoKrLinear, QuantizedConv2d: layers.TernaryLoKrConv2d},
     )
+    watch_injection(before=other_methods.check_method, after=other_methods.refuse_merging)
 
 
 def _is_packed_linear(module: object) -> bool:

@@ -43,7 +43,7 @@ def settle_merged(
         The state dict to store, and the layers that are still packed.
 
     Raises:
-        ValueError: if none is.
+        ValueError: if none is, or something overwrote packed codes with floats.
     """
     tensors = dict(state_dict)
     packed = dict(records)
@@ -51,6 +51,11 @@ def settle_merged(
         weight = tensors.get(f"{layer}.fused_weight", tensors.get(f"{layer}.weight"))
         if weight is None or not weight.is_floating_point():
             continue
+        if f"{layer}.weight_scale" in tensors and f"{layer}.fused_weight" not in tensors:
+            raise ValueError(
+                f"{layer}.weight was overwritten with {weight.dtype} values beside the scales of its packed codes. "
+                "Load or quantize the model again; adapters are merged by fuse_lora() or merge_and_unload()."
+            )
         bias = tensors.get(f"{layer}.fused_bias", tensors.get(f"{layer}.bias"))
         tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] != layer}
         tensors[f"{layer}.weight"] = weight

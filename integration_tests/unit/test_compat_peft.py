@@ -110,6 +110,12 @@ class TestPeft:
         )
         assert "self._kernel_dim = base_layer.weight.dim()" in source(layer._ConvNd.__init__)
 
+    def test_injection_goes_through_one_method(self):
+        text = source(tuners_utils.BaseTuner.inject_adapter)
+        assert "self._create_and_replace(" in text, f"layers are replaced otherwise {VERSIONS}"
+        parameters = list(inspect.signature(tuners_utils.BaseTuner._create_and_replace).parameters)
+        assert parameters[:4] == ["self", "peft_config", "adapter_name", "target"], f"{parameters} {VERSIONS}"
+
     def test_hotswap_pads_ours(self):
         assert "isinstance(module, Linear)" in source(hotswap._pad_lora_weights), f"chosen otherwise {VERSIONS}"
         assert hotswap.Linear is compat_peft.LoraLinear

@@ -6,7 +6,18 @@ import warnings
 
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import nn
 
 from diffusers_ternary import TernaryConfig, quantize
@@ -366,6 +377,47 @@ def test_the_memory_cost_is_logged_once(caplog):
     (line,) = [r.message for r in caplog.records if "Fused adapters" in r.message]
     assert "float32" in line
     assert "32 bits per weight" in line
+
+
+class TestOtherMethods:
+    """Methods of PEFT that are not made for packed layers: they run, or they are refused; none goes wrong quietly."""
+
+    CONFIGS = {  # noqa: RUF012
+        "ia3": IA3Config(target_modules=[LINEAR], feedforward_modules=[]),
+        "oft": OFTConfig(r=2, oft_block_size=0, target_modules=[LINEAR]),
+        "vera": VeraConfig(r=2, target_modules=[LINEAR]),
+        "miss": MissConfig(r=2, target_modules=[LINEAR]),
+    }
+
+    @pytest.mark.parametrize("kind", ["ternary", "int8"])
+    @pytest.mark.parametrize("method", CONFIGS)
+    @torch.no_grad()
+    def test_forward_runs_and_merging_is_refused(self, method, kind):
+        models = [get_peft_model(model, copy.deepcopy(self.CONFIGS[method])) for model in make(kind)]
+        for model in models:
+            generator = torch.Generator().manual_seed(0)
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.data = torch.rand(parameter.shape, generator=generator)
+            model.eval()
+        packed, dense = models
+        torch.testing.assert_close(packed(inputs()), dense(inputs()), **CLOSE)
+        before = packed(inputs())
+        for merge in (packed.merge_adapter, packed.merge_and_unload, copy.deepcopy(packed).merge_adapter):
+            with pytest.raises(ValueError, match=r"would change the packed weight.*unmerged, or call dequantize"):
+                merge()
+        assert torch.equal(packed(inputs()), before)
+        layer = packed.base_model.model.linear
+        layer.base_layer = layer.base_layer.to_float()
+        packed.merge_adapter()
+        torch.testing.assert_close(packed(inputs()), before, **CLOSE)
+
+    @pytest.mark.parametrize("kind", ["ternary", "int8"])
+    def test_methods_that_read_the_base_weight_are_refused(self, kind):
+        packed, dense = make(kind)
+        with pytest.raises(ValueError, match=r"HRA reads or changes the base weight.*LORA.*dequantize\(\)"):
+            get_peft_model(packed, HRAConfig(r=2, target_modules=[LINEAR]))
+        assert isinstance(packed.linear, QuantizedLayer)
+        get_peft_model(dense, HRAConfig(r=2, target_modules=[LINEAR]))
 
 
 class TestInPlace:

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from support import denoisers, text_encoders
 from support.adapters import EXACT, difference
@@ -131,6 +131,22 @@ def test_a_bias_that_was_merged_is_stored():
     assert torch.equal(tensors["a.weight"], torch.ones(2, 4, dtype=torch.bfloat16))
     assert torch.equal(tensors["a.bias"], torch.ones(2, dtype=torch.bfloat16))
     assert "a.fused_weight" in state
+
+
+def test_overwritten_codes_are_refused():
+    state = {"a.weight": torch.zeros(2, 1), "a.weight_scale": torch.zeros(2, 1, dtype=torch.int16)}
+    with pytest.raises(ValueError, match=r"a.weight was overwritten with torch.float32"):
+        settle_merged(state, {"a": 1})
+
+
+def test_peft_saves_and_loads_the_adapter_itself(model, tmp_path):
+    base = copy.deepcopy(model)
+    wrapped = get_peft_model(model, copy.deepcopy(LORA))
+    expected = run(model)
+    wrapped.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(run(base), expected)
 
 
 class TestTextEncoder:
