@@ -115,6 +115,9 @@ def distill_command(
         pathlib.Path | None,
         typer.Option(help="Folder of the teacher's latents, to share between runs. Default: in the work folder."),
     ] = None,
+    online_pool: Annotated[
+        int, typer.Option(help="Rows that the teacher renews during training, instead of a cache; 0 = cache.", min=0)
+    ] = 0,
     work_dir: Annotated[
         pathlib.Path | None,
         typer.Option(help="Where checkpoints are kept for a rerun. Default: a hidden folder beside DST."),
@@ -174,6 +177,7 @@ def distill_command(
             evaluate_every=evaluate_every,
             checkpoint_every=checkpoint_every,
             trackers=tuple(tracker or ()),
+            online_pool=online_pool,
             calibration=None if rounded else CalibrationConfig(),
             call_kwargs=settings,
         )

@@ -61,6 +61,8 @@ class DistillConfig:
         calibration ([`CalibrationConfig`], *optional*): how the student is made that training starts from; `None` =
             plain rounding. Not used if a student is given.
         calibration_prompts (`int`, *optional*, defaults to 128): how many of the training prompts it uses.
+        online_pool (`int`, *optional*, defaults to 0): rows of a pool per process that the teacher renews while the
+            student trains, one denoising step a forward, instead of a cache of all prompts on disk. 0 = cache.
         call_kwargs (`Mapping[str, Any]`, *optional*): further arguments of the pipeline call (steps, guidance, size)
             for cache and calibration; use what the student will be run with.
 
@@ -95,6 +97,7 @@ class DistillConfig:
     trackers: tuple[str, ...] = ()
     calibration: CalibrationConfig | None = dataclasses.field(default_factory=CalibrationConfig)
     calibration_prompts: int = 128
+    online_pool: int = 0
     call_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -168,4 +171,5 @@ _INTEGERS = {
     "evaluate_every": 1,
     "checkpoint_every": 1,
     "calibration_prompts": 1,
+    "online_pool": 0,
 }

@@ -2,6 +2,7 @@
 """`distill`: trains a ternary student on its own teacher, with prompts only."""
 
 import importlib.metadata
+import math
 import os
 import pathlib
 import platform
@@ -24,6 +25,7 @@ from .held_out import HeldOutError, check_disjoint, float_dtype
 from .inputs import InputMaker
 from .memory import available_memory, check_memory, observed_tokens
 from .noise import observe_noise
+from .online import TeacherPool
 from .progress import Progress
 from .report import DistillReport
 from .run_folder import check_run, flat, start_run
@@ -35,6 +37,7 @@ _REPORT = "distill.json"
 # Training prompt i of seed s starts from the noise of s * stride + i, held-out prompts from noise beyond all of these.
 _SEED_STRIDE = 1_000_000
 _HELD_OUT_SEED = 1 << 60
+_POOL_SEED_STRIDE = 1 << 40
 # Settings that change how a run is watched, not what comes of it.
 _WITHOUT_EFFECT = ("trackers", "checkpoint_every")
 
@@ -80,7 +83,8 @@ def distill(
             Prompts for the evaluation during the run; default: the last `held_out` of `prompts`, which are then not
             trained on.
         cache_dir (`str` or `os.PathLike`, *optional*):
-            Folder of the teacher's latents, to share it between runs; default: inside `output_dir`.
+            Folder of the teacher's latents, to share it between runs; default: inside `output_dir`. With
+            `online_pool`, only those of the held-out prompts are kept.
         accelerator (`Accelerator`, *optional*):
             Default: made from `distill_config` and the environment.
         progress (`bool`, *optional*, defaults to `True`):
@@ -137,7 +141,11 @@ def distill(
             _save_start(start, folder)
     accelerator.wait_for_everyone()
     caches = pathlib.Path(cache_dir) if cache_dir is not None else folder / "cache"
-    data = _cache(teacher_pipeline, training, caches / "training", component, accelerator)
+    data: TeacherCache | TeacherPool
+    if distill_config.online_pool:
+        data = _pool(teacher_pipeline, training, distill_config.online_pool, component, accelerator)
+    else:
+        data = _cache(teacher_pipeline, training, caches / "training", component, accelerator)
     unseen = _cache(teacher_pipeline, held_out, caches / "held_out", component, accelerator)
     if distill_config.trackers:
         accelerator.init_trackers("diffusers-ternary", config=flat(distill_config.to_dict()))
@@ -167,6 +175,8 @@ def distill(
         show_progress=progress,
     )
     result = trainer.run()
+    if isinstance(data, TeacherPool):
+        data.close()
     for tracker in accelerator.trackers:
         tracker.finish()  # not end_training(): the process group is the caller's
     if accelerator.is_main_process:
@@ -262,6 +272,21 @@ def _cache(
     )
     accelerator.wait_for_everyone()
     return cache
+
+
+def _pool(
+    pipeline: DiffusionPipeline, rollouts: Rollouts, size: int, component: str, accelerator: Accelerator
+) -> TeacherPool:
+    """A pool for each process, of other noise."""
+    return TeacherPool(
+        pipeline,
+        rollouts.prompts,
+        call_kwargs=rollouts.call_kwargs,
+        seed=rollouts.seed + accelerator.process_index * _POOL_SEED_STRIDE,
+        size=size,
+        batch_size=math.gcd(size, rollouts.batch_size),
+        component=component,
+    )
 
 
 def _report(

@@ -18,6 +18,7 @@ from .guard import DivergenceGuard
 from .held_out import HeldOutError, float_dtype
 from .inputs import InputMaker
 from .loss import StudentNetwork, TeacherNetwork
+from .online import load_pool, save_pool
 from .optimizer import MAX_GRADIENT_NORM, make_optimizer, parameter_groups, rate_factor
 from .phases import Phase, plan_phases
 from .progress import Progress
@@ -72,6 +73,7 @@ class Trainer:
         phases = plan_phases(self.config, layers, self._blocks_in_order())
         checkpoint = latest_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:
+            load_pool(self.inputs.data, checkpoint.folder.parent, checkpoint.step, self.accelerator.process_index)
             self.progress = Progress.from_dict(checkpoint.progress)
             self._bar.update(self.progress.step)
         else:
@@ -152,8 +154,12 @@ class Trainer:
         self._bar.set_postfix(loss=f"{self.progress.loss:.4g}", held_out=f"{self.progress.history[-1].held_out:.4g}")
         self.accelerator.log({"loss": self.progress.loss}, step=step)
         if step % self.config.checkpoint_interval == 0 and not last:
+            folder = self.folder / "checkpoints"
+            # Before the checkpoint, which is not complete without it.
+            save_pool(self.inputs.data, folder, step, self.accelerator.process_index)
+            self.accelerator.wait_for_everyone()
             save_checkpoint(
-                self.folder / "checkpoints",
+                folder,
                 step,
                 network,
                 optimizer.optimizer,

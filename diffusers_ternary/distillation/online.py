@@ -3,6 +3,8 @@
 
 import copy
 import functools
+import io
+import pathlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ from ..rollouts import DenoiserCall, RolloutBatch, make_rollouts, prepared, reco
 from .batch import TeacherBatch
 from .layout import InputLayout, Path, TeacherRow, assemble
 from .recording import TeacherRecorder
+from .shards import write_bytes
 
 
 class _Abandoned(BaseException):
@@ -259,6 +262,40 @@ class TeacherPool:
                 orders[rounds] = torch.randperm(count, generator=torch.Generator().manual_seed(seed + rounds))
             prompts.append(self.prompts[int(orders[rounds][place])])
         return RolloutBatch(tuple(prompts), tuple(seed + number for number in numbers))
+
+
+def save_pool(data: Any, folder: pathlib.Path, step: int, process: int) -> None:
+    """Keeps a pool's state for the checkpoint of a step, and none older than the checkpoint before it.
+
+    Data that is no pool needs no state.
+    """
+    if not isinstance(data, TeacherPool):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    older = sorted(folder.glob(_pool_name("*", process)))
+    buffer = io.BytesIO()
+    torch.save(data.state_dict(), buffer)
+    write_bytes(folder / _pool_name(f"{step:08d}", process), buffer.getvalue())
+    for path in older[:-1]:  # the last one belongs to the checkpoint that is there until the new one is complete
+        path.unlink(missing_ok=True)
+
+
+def load_pool(data: Any, folder: pathlib.Path, step: int, process: int) -> None:
+    """Puts a pool back to the checkpoint of a step.
+
+    Raises:
+        FileNotFoundError: if the checkpoint has no state of the pool.
+    """
+    if not isinstance(data, TeacherPool):
+        return
+    path = folder / _pool_name(f"{step:08d}", process)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, so the run cannot go on as it was. Start it in another folder.")
+    data.load_state_dict(torch.load(path, weights_only=True))
+
+
+def _pool_name(step: str, process: int) -> str:
+    return f"pool-{step}-process-{process}.pt"
 
 
 def _row_state(row: TeacherRow) -> dict[str, Any]:
