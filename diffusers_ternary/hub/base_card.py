@@ -129,4 +129,4 @@ def read_base_card(repo_id: str, *, token: str | None = None) -> BaseCard:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
