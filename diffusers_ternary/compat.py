@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every name of another library that is not part of its documented API, in one place.
 
-Each has a canary in `integration_tests/unit/test_compat.py`, which fails readably when a new version moves it.
+Each has a canary in `integration_tests/unit/test_compat.py` (those of LoRA: `test_compat_peft.py`), which fails
+readably when a new version moves it.
 """
 
 import functools
@@ -40,6 +41,7 @@ __all__ = [
     "keep_in_fp32_names",
     "patch_flux_expansion",
     "patch_lora_mixin",
+    "refuse_unknown_components",
     "wrap_fuse_projections",
 ]
 
@@ -166,3 +168,27 @@ def wrap_fuse_projections(cls: type, wrapper: Callable[[Any, Callable[[], None]]
 
     fuse_projections.wrapper = wrapper  # type: ignore[attr-defined]
     owner.fuse_projections = fuse_projections  # type: ignore[attr-defined]
+
+
+def refuse_unknown_components(config_class: type) -> None:
+    """Makes the pipeline loader raise where it only warns: at components of a `config_class` that a pipeline lacks."""
+    from diffusers.pipelines import pipeline_utils  # not at import: it loads half of diffusers
+
+    original = pipeline_utils._maybe_warn_for_wrong_component_in_quant_config
+    if getattr(original, "config_class", None) is config_class:
+        return
+
+    @functools.wraps(original)
+    def check(pipe_init_dict: dict[str, Any], quant_config: Any) -> None:
+        if isinstance(quant_config, config_class):
+            wanted = getattr(quant_config, "components_to_quantize", None) or []
+            missing = [name for name in wanted if name not in pipe_init_dict]
+            if missing:
+                raise ValueError(
+                    f"The pipeline has no component {', '.join(missing)} to quantize. Choose from "
+                    f"{', '.join(pipe_init_dict)} with {config_class.__name__}(components=[...])."
+                )
+        original(pipe_init_dict, quant_config)
+
+    check.config_class = config_class  # type: ignore[attr-defined]
+    pipeline_utils._maybe_warn_for_wrong_component_in_quant_config = check

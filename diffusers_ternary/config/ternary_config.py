@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import PipelineQuantizationConfig
 
-from ..compat import DiffusersConfigMixin, TransformersConfigMixin
+from ..compat import DiffusersConfigMixin, TransformersConfigMixin, refuse_unknown_components
 from ..format import FORMAT_VERSION, check_format_version
 from ..format.spec import SCALE_LAYOUTS, check_hadamard, check_rank
 from ..ops import ACTIVATION_DTYPES
@@ -116,6 +116,8 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         self.activation_dtype = _check_choice("activation_dtype", activation_dtype, ACTIVATION_DTYPES)
         self.compute_dtype = _check_compute_dtype(compute_dtype)
         self.components = _check_components(components)
+        if components is not None:
+            refuse_unknown_components(TernaryConfig)
         self.rounding = _check_choice("rounding", rounding, (*ROUNDINGS, RECOVER))
         self.scales = _check_choice("scales", scales, ("auto", *SCALE_LAYOUTS))
         check_hadamard(hadamard)

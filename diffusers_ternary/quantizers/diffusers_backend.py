@@ -26,6 +26,7 @@ from .checkpoint import (
 )
 from .convert import insert_packed, insert_placeholders
 from .dequantize import dequantize_layers
+from .foreign import refuse_gguf, refuse_quantized_headers
 from .fused_projections import enable_fused_projections, without_fused_projections
 from .plan import plan_conversion
 from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
@@ -99,7 +100,9 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
                 f"config.json in {source} declares diffusers_ternary, but the weights beside it are not packed. "
                 "Restore the packed weights, or delete quantization_config from config.json to load float weights."
             )
-        if layout is not None:
+        if layout is None:
+            refuse_quantized_headers(tensors, source=source)
+        else:
             check_headers(layout, tensors, source=source)
             self.checkpoint = PackedCheckpoint(layout, tensors)
         return loaded_keys
@@ -147,6 +150,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Turns the packed tensors of a shard into their memory layout, checking every tensor on the way."""
         if self.checkpoint is None:
+            refuse_gguf(state_dict, source="the checkpoint")
             _refuse_packed_single_file(state_dict)
             # Kept tensors are copied out of the mapped file: one that stays would keep the whole of it mapped.
             return {name: tensor if name in self.to_pack else tensor.clone() for name, tensor in state_dict.items()}

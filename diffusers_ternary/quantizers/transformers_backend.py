@@ -22,6 +22,7 @@ from .checkpoint import (
 )
 from .convert import insert_packed, insert_placeholders
 from .dequantize import dequantize_layers
+from .foreign import refuse_quantized_headers
 from .plan import plan_conversion
 from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
 from .summary import packed_layers, summarize
@@ -131,6 +132,7 @@ class TernaryTransformersQuantizer(HfQuantizer):
                 'config.json that was saved with them (it has "quant_method": "diffusers_ternary").'
             )
         if not self.pre_quantized:
+            refuse_quantized_headers(tensors, source=source)
             plan = plan_conversion(model, self.quantization_config)
             insert_placeholders(model, plan, self.quantization_config)
             self.kept = plan.kept

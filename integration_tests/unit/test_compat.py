@@ -210,3 +210,12 @@ def test_fuse_projections_can_be_wrapped_wherever_it_is_defined():
     module.fuse_projections(fuse="yes")
     assert calls == [module]
     assert module.fused == "yes"
+
+
+def test_the_pipeline_loader_checks_components_where_we_replace_its_check():
+    from diffusers.pipelines import pipeline_utils
+
+    name = "_maybe_warn_for_wrong_component_in_quant_config"
+    parameters = inspect.signature(getattr(pipeline_utils, name)).parameters
+    assert list(parameters) == ["pipe_init_dict", "quant_config"], f"{name} changed {VERSIONS}"
+    assert f"{name}(" in inspect.getsource(pipeline_utils.DiffusionPipeline.from_pretrained)

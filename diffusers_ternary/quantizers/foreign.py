@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recognises checkpoints that another quantization method has written."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .checkpoint import StoredTensor
+
+
+# Names that a method stores beside a weight.
+_MARKS = {
+    "bitsandbytes": (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".SCB", ".weight_format"),
+    "GPTQ": (".qweight", ".qzeros"),
+    "Nunchaku": (".wscales", ".smooth_factor"),
+}
+_REMEDY = "Ternary rounding needs the float weights: load the original checkpoint of the model."
+
+
+def refuse_quantized_headers(tensors: Mapping[str, StoredTensor], *, source: str) -> None:
+    """Raises if the headers of a checkpoint show weights that another method has quantized.
+
+    Raises:
+        ValueError: names the method, the tensor and the remedy.
+    """
+    for method, marks in _MARKS.items():
+        found = next((name for name in tensors if name.endswith(marks)), None)
+        if found is not None:
+            raise ValueError(f"{source} holds weights that {method} has quantized ({found}). {_REMEDY}")
+    for name, stored in tensors.items():
+        if name.endswith(".weight") and stored.dtype in ("U8", "I8", "I16", "I32") and len(stored.shape) > 1:
+            raise ValueError(f"{source}: {name} is {stored.dtype}, not a float weight. {_REMEDY}")
+
+
+def refuse_gguf(state_dict: Mapping[str, Any], *, source: str) -> None:
+    """Raises if a state dict holds tensors that diffusers has read from a GGUF file.
+
+    Raises:
+        ValueError: names the tensor and the remedy.
+    """
+    for name, tensor in state_dict.items():
+        if getattr(tensor, "quant_type", None) is not None:
+            raise ValueError(f"{source}: {name} is quantized ({tensor.quant_type!r}, GGUF). {_REMEDY}")
