@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .config import TernaryConfig
-from .layers import Int8Linear, TernaryLinear
+from .layers import Int8Conv2d, Int8Linear, TernaryConv2d, TernaryLinear
 from .lora import register as register_adapters
 from .quantizers import quantize, register
 
@@ -16,20 +16,34 @@ from .quantizers import quantize, register
 if TYPE_CHECKING:
     from .calibration import CalibrationConfig, CalibrationReport, calibrate
     from .demo.pipeline import demo_folder, demo_pipeline
+    from .distillation import DistillConfig, DistillReport, distill
     from .evaluation import EvaluationResult, evaluate
+    from .hub import push_to_hub
+    from .interop import convert, export_gguf
+    from .lora import MergeReport, merge_lora
 
 __version__ = "0.1.0"
 __all__ = [
     "CalibrationConfig",
     "CalibrationReport",
+    "DistillConfig",
+    "DistillReport",
     "EvaluationResult",
+    "Int8Conv2d",
     "Int8Linear",
+    "MergeReport",
     "TernaryConfig",
+    "TernaryConv2d",
     "TernaryLinear",
     "calibrate",
+    "convert",
     "demo_folder",
     "demo_pipeline",
+    "distill",
     "evaluate",
+    "export_gguf",
+    "merge_lora",
+    "push_to_hub",
     "quantize",
 ]
 
@@ -37,11 +51,19 @@ __all__ = [
 _LAZY = {
     "CalibrationConfig": ".calibration",
     "CalibrationReport": ".calibration",
-    "calibrate": ".calibration",
+    "DistillConfig": ".distillation",
+    "DistillReport": ".distillation",
     "EvaluationResult": ".evaluation",
+    "MergeReport": ".lora",
+    "calibrate": ".calibration",
+    "convert": ".interop",
     "demo_folder": ".demo.pipeline",
     "demo_pipeline": ".demo.pipeline",
+    "distill": ".distillation",
     "evaluate": ".evaluation",
+    "export_gguf": ".interop",
+    "merge_lora": ".lora",
+    "push_to_hub": ".hub",
 }
 
 

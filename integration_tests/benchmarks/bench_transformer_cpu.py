@@ -23,11 +23,11 @@ from diffusers import PixArtTransformer2DModel, SanaTransformer2DModel
 from torch import nn
 
 import diffusers_ternary
+from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.kernels import cpu
 from diffusers_ternary.kernels.cpu import linear as cpu_linear
 from diffusers_ternary.kernels.cpu import native
-from diffusers_ternary.layers import TernaryLinear
-from diffusers_ternary.ternarize import ternarize
+from diffusers_ternary.quantizers.dequantize import dequantize_layers as dense_layers
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,17 +36,6 @@ SLOW_ROUNDS = 2  # bfloat16 takes seconds per call where the CPU has no instruct
 LAYERS = 2
 GROUP = 128
 TOLERANCE = 0.05  # of the output, from int8 activations
-
-
-class PointwiseConv(nn.Module):
-    """A 1x1 convolution computed by the ternary linear map over the pixels."""
-
-    def __init__(self, linear: TernaryLinear):
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def pixart() -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -81,23 +70,13 @@ def sana() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return model, inputs
 
 
-def convert(model: nn.Module, group_size: int | None, *, dense: bool, convolutions: bool) -> nn.Module:
-    """A copy with the linears (and 1x1 convolutions) of the blocks ternary, or float with the same ternary values."""
-    converted = copy.deepcopy(model)
-    for name, module in list(converted.transformer_blocks.named_modules()):
-        pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
-        if not isinstance(module, nn.Linear) and not (convolutions and pointwise):
-            continue
-        weight = module.weight.detach().flatten(1)
-        layer = TernaryLinear.from_weight(
-            ternarize(weight, group_size=group_size), module.bias, activation_dtype="int8", compute_dtype=torch.float32
-        )
-        if dense:
-            module.weight.data = layer.dequantize(torch.float32).view_as(module.weight)
-        else:
-            parent = converted.transformer_blocks.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], PointwiseConv(layer) if pointwise else layer)
-    return converted
+def ternary(model: nn.Module, group_size: int | None, *, convolutions: bool) -> nn.Module:
+    """A ternary copy, with or without its 1x1 convolutions."""
+    keep = {} if convolutions else {"*.conv_inverted": "keep", "*.conv_point": "keep"}
+    config = TernaryConfig(
+        group_size, overrides=keep, rounding="twn", activation_dtype="int8", compute_dtype=torch.float32
+    )
+    return quantize(copy.deepcopy(model), config)
 
 
 def forward(model: nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
@@ -118,8 +97,9 @@ def measure(model: nn.Module, inputs: dict[str, torch.Tensor], *, convolutions: 
         for with_convolutions in (False, True) if convolutions else (False,):
             name = f"ternary, {'row' if group_size is None else f'group {group_size}'}"
             name += ", 1x1 convolutions too" if with_convolutions else ""
-            models[name] = convert(model, group_size, dense=False, convolutions=with_convolutions)
-            dense = convert(model, group_size, dense=True, convolutions=with_convolutions)
+            models[name] = ternary(model, group_size, convolutions=with_convolutions)
+            dense = copy.deepcopy(models[name])
+            dense_layers(dense)
             expected = forward(dense, inputs, torch.float32)()
             error = (forward(models[name], inputs, torch.float32)() - expected).norm() / expected.norm()
             if not error < TOLERANCE:
