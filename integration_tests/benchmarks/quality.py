@@ -37,6 +37,7 @@ from diffusers_ternary.quantizers import plan_pipeline
 
 
 RESULTS = Path(__file__).parent / "results"
+WORK = Path(__file__).parents[2] / "runs" / "quality"  # ignored by git
 BATCH = 32
 VELOCITY_PROMPTS = 32
 # At 128 columns a correction of rank 16 costs 4 bits per weight and smaller groups gain 4 %: only int8 is offered.
@@ -51,7 +52,7 @@ class Seed:
     Args:
         number (`int`): from 0.
         calibration_prompts (`int`): how many.
-        work (`Path`): where calibrations keep finished layers, for a rerun and for each other.
+        work (`Path`): where calibrations keep finished layers, for a rerun and for each other, and images are kept.
     """
 
     number: int
@@ -113,7 +114,7 @@ def calibrated(
         ternary = TernaryConfig(activation_dtype=activations, **(config or {}))
         # Budgets of different sizes, and none, share their layers.
         shared = repr((config, solver, correct_bias, sequential, activations)).encode()
-        work_dir = seed.work / f"{seed.number}-{hashlib.sha256(shared).hexdigest()[:8]}"
+        work_dir = seed.work / "layers" / f"{seed.number}-{hashlib.sha256(shared).hexdigest()[:8]}"
         return calibrate(pipeline, seed.prompts(), ternary, settings, work_dir=work_dir).bits_per_weight
 
     return Method(apply, calibrated=True)
@@ -188,7 +189,7 @@ def run_seed(methods: Iterable[str], table: Table, seed: Seed, *, images: int, o
         velocity_prompts=VELOCITY_PROMPTS,
         progress=False,
     )
-    strips = output.with_suffix(".images") / str(seed.number)
+    strips = seed.work / "images" / str(seed.number)
     save_strip(strips, "teacher", run.images)
     for name in missing:
         row, drawn = measure(name, run, seed)
@@ -213,15 +214,16 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256, help="calibration prompts")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--output", type=Path, default=RESULTS / "quality.csv")
+    parser.add_argument("--work", type=Path, default=WORK, help="for layers and images that a rerun needs")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the model is small: one thread is fastest, and sums are in the same order everywhere
     if arguments.fresh:
         arguments.output.unlink(missing_ok=True)
-        shutil.rmtree(arguments.output.with_suffix(".layers"), ignore_errors=True)
+        shutil.rmtree(arguments.work, ignore_errors=True)
     table = Table(arguments.output, list(METHODS))
     for number in arguments.seeds:
-        seed = Seed(number, arguments.prompts, arguments.output.with_suffix(".layers"))
+        seed = Seed(number, arguments.prompts, arguments.work)
         run_seed(arguments.methods, table, seed, images=arguments.images, output=arguments.output)
 
 
