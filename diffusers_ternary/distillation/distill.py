@@ -21,12 +21,13 @@ from .cache import TeacherCache
 from .checkpoint import new_folder
 from .config import DistillConfig
 from .engine import Trainer
-from .held_out import HeldOutError, check_disjoint, float_dtype
+from .held_out import HeldOutError, float_dtype
 from .inputs import InputMaker
 from .memory import available_memory, check_memory, observed_tokens
 from .noise import observe_noise
 from .online import TeacherPool
 from .progress import Progress
+from .prompts import check_disjoint
 from .report import DistillReport
 from .run_folder import check_run, flat, start_run
 from .start import StudentSource, given_student, make_student, teacher_component, with_denoiser

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The held-out evaluation: how far the packed student is from the teacher on prompts that nothing was trained on."""
 
-import hashlib
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -62,23 +59,3 @@ class HeldOutError:
 def float_dtype(module: nn.Module) -> torch.dtype:
     """Dtype of a module's first floating parameter."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-
-
-def check_disjoint(training: Sequence[str], held_out: Sequence[str]) -> None:
-    """Raises if a held-out prompt is trained on, whatever its case and spacing.
-
-    Raises:
-        ValueError: names how many and the first.
-    """
-    seen = {prompt_hash(prompt) for prompt in training}
-    shared = [prompt for prompt in held_out if prompt_hash(prompt) in seen]
-    if shared:
-        raise ValueError(
-            f"{len(shared)} of {len(held_out)} held-out prompts are among the training prompts, e.g. {shared[0]!r}: "
-            "the held-out error would be that of memorised prompts. Remove them from one of the lists."
-        )
-
-
-def prompt_hash(prompt: str) -> str:
-    """SHA-256 of a prompt without regard to case and spacing."""
-    return hashlib.sha256(" ".join(prompt.casefold().split()).encode("utf-8")).hexdigest()

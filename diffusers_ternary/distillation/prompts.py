@@ -93,13 +93,13 @@ def check_disjoint(train: Iterable[str], held_out: Iterable[str]) -> None:
     Raises:
         ValueError: names some of them.
     """
-    keys = {prompt_key(prompt) for prompt in train}
-    common = [prompt for prompt in held_out if prompt_key(prompt) in keys]
+    keys, unseen = {prompt_key(prompt) for prompt in train}, list(held_out)
+    common = [prompt for prompt in unseen if prompt_key(prompt) in keys]
     if common:
-        examples = ", ".join(repr(prompt) for prompt in common[:3])
+        examples = ", ".join(repr(prompt) for prompt in common[:3]) + (", ..." if len(common) > 3 else "")
         raise ValueError(
-            f"{len(common)} held-out prompts are also trained on ({examples}{', ...' if len(common) > 3 else ''}), so "
-            "the held-out error would be flattered. Remove them from one of the two lists."
+            f"{len(common)} of {len(unseen)} held-out prompts are also trained on ({examples}), so the held-out error "
+            "would be flattered. Remove them from one of the two lists."
         )
 
 

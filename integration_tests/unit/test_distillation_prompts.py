@@ -153,7 +153,7 @@ def test_holding_out_everything_is_refused():
 
 def test_overlap_is_named():
     check_disjoint(["a red cat"], ["a blue cat"])
-    with pytest.raises(ValueError, match=r"1 held-out prompts are also trained on \('A red cat!'\)"):
+    with pytest.raises(ValueError, match=r"1 of 2 held-out prompts are also trained on \('A red cat!'\)"):
         check_disjoint(["a dog", "a red cat"], ["A red cat!", "a bird"])
 
 
