@@ -177,7 +177,8 @@ def measure(name: str, run: TeacherRun, seed: Seed) -> tuple[Row, tuple[Image.Im
 
 def run_seed(methods: Iterable[str], table: Table, seed: Seed, *, images: int, output: Path) -> None:
     """Measures what the table lacks for one seed, and draws its contact sheet."""
-    missing = [name for name in methods if not table.has(name, seed.number, images=images)]
+    done = {"images": images, "prompts": seed.calibration_prompts}
+    missing = [name for name in methods if not table.has(name, seed.number, **done)]
     if not missing:
         return
     shown = tuple(held_out_prompts(images, 200 + seed.number))

@@ -57,10 +57,10 @@ class Table:
             rows = [Row.parse(record) for record in csv.DictReader(lines)]
             self._rows = {(row.method, row.seed): row for row in rows if row.seed != "mean"}
 
-    def has(self, method: str, seed: int, *, images: int) -> bool:
-        """Whether there is a row of as many images."""
+    def has(self, method: str, seed: int, *, images: int, prompts: int) -> bool:
+        """Whether there is a row of as many images and, if it was calibrated, as many prompts."""
         row = self._rows.get((method, str(seed)))
-        return row is not None and row.images == images
+        return row is not None and row.images == images and row.calibration_prompts in (0, prompts)
 
     def add(self, row: Row) -> None:
         """Replaces or adds a row, and writes the file."""
