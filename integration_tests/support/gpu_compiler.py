@@ -32,7 +32,6 @@ TARGETS = {
     "sm_86": Target("cuda", 86, 99 * 1024),
     "sm_89": Target("cuda", 89, 99 * 1024),
     "sm_90": Target("cuda", 90, 227 * 1024),
-    "sm_100": Target("cuda", 100, 227 * 1024),
     "sm_120": Target("cuda", 120, 99 * 1024),
     "gfx942": Target("hip", "gfx942", 64 * 1024),
 }

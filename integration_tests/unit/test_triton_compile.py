@@ -96,10 +96,8 @@ FUSED = [
     Case("sm_80", "fused", "int8", 1024, None),
     Case("sm_80", "fused", "int8", 40),
     Case("sm_86", "fused", "int8", 1024, hadamard=128),
-    Case("sm_89", "fused", "int8", 1024, None),
     Case("sm_89", "fused", "float8_e4m3fn", 300),
     Case("sm_90", "fused", "none", 1024),
-    Case("sm_90", "fused", "none", 300, None),
     Case("sm_90", "fused", "float8_e4m3fn", 1024, None),
     Case("sm_90", "fused", "float8_e4m3fn", 512),
     Case("sm_90", "fused", "int8", 1024),
@@ -164,8 +162,7 @@ def test_library_products(case):
     assert {"unpack_kernel"} < compile_product(dataclasses.replace(case, hadamard=128)).keys()
 
 
-@pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("in_features", [3072, 2240])
+@pytest.mark.parametrize(("name", "in_features"), [*((name, 3072) for name in TARGETS), ("sm_90", 2240)])
 def test_dequantized_weights(name, in_features):
     """With one scale for a block, and with scales of single elements."""
     with launches_on(name) as launches:
@@ -176,7 +173,7 @@ def test_dequantized_weights(name, in_features):
     assert not any(launched.spills for launched in launches)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_120", "gfx942"])
 def test_rotation(name):
     with launches_on(name) as launches:
         launch.rotate(torch.empty(4096, 3072, dtype=torch.bfloat16, device="cuda"), 128)
