@@ -2,6 +2,7 @@
 """The training loop: on one device, DDP or FSDP2, whatever `accelerate launch` says."""
 
 import dataclasses
+import logging
 import pathlib
 import time
 from typing import Any
@@ -26,6 +27,7 @@ from .trainable import whole
 from .trainee import make_trainee, ternary_layers, train_others, write_back
 
 
+logger = logging.getLogger(__name__)
 CHECKPOINTED_WEIGHTS = 500_000_000  # gradient checkpointing from here on, where the user does not say
 
 
@@ -191,8 +193,12 @@ class Trainer:
         wanted = self.config.gradient_checkpointing
         if wanted is None:
             wanted = sum(layer.spec.weights for layer in ternary_layers(self.student).values()) > CHECKPOINTED_WEIGHTS
-        if wanted and getattr(trainee, "_supports_gradient_checkpointing", False):
+        if not wanted:
+            return
+        try:
             trainee.enable_gradient_checkpointing()  # type: ignore[operator]
+        except (AttributeError, ValueError) as error:
+            logger.warning("All activations are kept, which takes memory: %s", error)
 
     def _blocks_in_order(self) -> list[str]:
         """Blocks as they run, which is not always the order in which they are defined."""

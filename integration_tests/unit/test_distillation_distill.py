@@ -237,3 +237,11 @@ def test_impossible_settings_are_refused(changes, error, match):
 
 def test_settings_are_json():
     assert json.loads(json.dumps(DistillConfig(call_kwargs={"height": 8}).to_dict()))["call_kwargs"] == {"height": 8}
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain = distillation.run(tmp_path / "plain", mode="full", steps=2, gradient_checkpointing=False)
+    checkpointed = distillation.run(tmp_path / "checkpointed", mode="full", steps=2, gradient_checkpointing=True)
+    errors = [report(tmp_path / name).best_error for name in ("plain", "checkpointed")]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+    assert type(plain.transformer) is type(checkpointed.transformer)
