@@ -124,13 +124,13 @@ def sdxl_unet() -> UNet2DConditionModel:
     )
 
 
-def wan() -> WanTransformer3DModel:
+def wan(channels: int = 4) -> WanTransformer3DModel:
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=4,
         attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         text_dim=32,
         freq_dim=64,
         ffn_dim=128,

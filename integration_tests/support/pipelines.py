@@ -26,7 +26,7 @@ from diffusers import (
 from . import denoisers, text_encoders, tokenizers
 
 
-def _autoencoder(latent_channels: int = 4, **options: Any) -> AutoencoderKL:
+def autoencoder(latent_channels: int = 4, **options: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
@@ -41,7 +41,7 @@ def _autoencoder(latent_channels: int = 4, **options: Any) -> AutoencoderKL:
 def _flux() -> DiffusionPipeline:
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_autoencoder(1, shift_factor=0.0, scaling_factor=1.0),
+        vae=autoencoder(1, shift_factor=0.0, scaling_factor=1.0),
         text_encoder=text_encoders.clip(),
         tokenizer=tokenizers.clip_tokenizer(),
         text_encoder_2=text_encoders.t5(),
@@ -53,7 +53,7 @@ def _flux() -> DiffusionPipeline:
 def _sd3() -> DiffusionPipeline:
     return StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_autoencoder(4, shift_factor=0.0),
+        vae=autoencoder(4, shift_factor=0.0),
         text_encoder=text_encoders.clip_with_projection(),
         tokenizer=tokenizers.clip_tokenizer(),
         text_encoder_2=text_encoders.clip_with_projection(),
@@ -94,7 +94,7 @@ def _sana() -> DiffusionPipeline:
 def _pixart() -> DiffusionPipeline:
     return PixArtSigmaPipeline(
         scheduler=DDIMScheduler(),
-        vae=_autoencoder(4),
+        vae=autoencoder(4),
         text_encoder=text_encoders.t5(),
         tokenizer=tokenizers.t5_tokenizer(),
         transformer=denoisers.pixart(),
@@ -122,7 +122,7 @@ def _qwen_image() -> DiffusionPipeline:
 def _z_image() -> DiffusionPipeline:
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_autoencoder(16, shift_factor=0.0, scaling_factor=1.0),
+        vae=autoencoder(16, shift_factor=0.0, scaling_factor=1.0),
         text_encoder=text_encoders.qwen3(),
         tokenizer=tokenizers.qwen_tokenizer(),
         transformer=denoisers.z_image(),
@@ -132,7 +132,7 @@ def _z_image() -> DiffusionPipeline:
 def _sdxl() -> DiffusionPipeline:
     return StableDiffusionXLPipeline(
         scheduler=EulerDiscreteScheduler(),
-        vae=_autoencoder(4, use_quant_conv=True, use_post_quant_conv=True),
+        vae=autoencoder(4, use_quant_conv=True, use_post_quant_conv=True),
         text_encoder=text_encoders.clip(),
         tokenizer=tokenizers.clip_tokenizer(),
         text_encoder_2=text_encoders.clip_with_projection(),

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Further stock pipelines, tiny: conditioned ones, two denoisers, ControlNets, video."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderKLWan,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    ControlNetModel,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
+from PIL import Image
+
+from . import architectures, denoisers, text_encoders, tokenizers
+from .pipelines import PIPELINES, autoencoder, quiet, realign
+
+
+FLUX = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": (8, 12, 12),
+}
+PICTURE = Image.new("RGB", (16, 16), (200, 40, 90))
+
+
+def _flux_like(cls: type[DiffusionPipeline], in_channels: int, **extra: Any) -> DiffusionPipeline:
+    components = PIPELINES["flux"].make().components
+    components["transformer"] = FluxTransformer2DModel(
+        in_channels=in_channels, out_channels=4, guidance_embeds=True, **FLUX
+    )
+    components = {name: components[name] for name in cls._get_signature_keys(cls)[0] if name in components}
+    return cls(**components, **extra)
+
+
+def _t5_and(cls: type[DiffusionPipeline], transformer: torch.nn.Module, channels: int) -> DiffusionPipeline:
+    return cls(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder(channels, shift_factor=0.0, scaling_factor=1.0),
+        text_encoder=text_encoders.t5(),
+        tokenizer=tokenizers.t5_tokenizer(),
+        transformer=transformer,
+    )
+
+
+def _chroma() -> DiffusionPipeline:
+    config = {**architectures.descriptions()["ChromaTransformer2DModel"]["config"], "joint_attention_dim": 32}
+    return _t5_and(ChromaPipeline, ChromaTransformer2DModel(**{**config, "in_channels": 4}), 1)
+
+
+def _aura_flow() -> DiffusionPipeline:
+    config = {**architectures.descriptions()["AuraFlowTransformer2DModel"]["config"], "joint_attention_dim": 32}
+    return _t5_and(AuraFlowPipeline, AuraFlowTransformer2DModel(**config), config["in_channels"])
+
+
+def _wan() -> DiffusionPipeline:
+    return WanPipeline(
+        tokenizer=tokenizers.t5_tokenizer(),
+        text_encoder=text_encoders.t5(),
+        vae=AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        ),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=denoisers.wan(channels=16),
+        transformer_2=denoisers.wan(channels=16),
+        boundary_ratio=0.875,
+    )
+
+
+def _stable_diffusion(cls: type[DiffusionPipeline] = StableDiffusionPipeline, **extra: Any) -> DiffusionPipeline:
+    unet = {**architectures.descriptions()["UNet2DConditionModel"]["config"], "cross_attention_dim": 32}
+    return cls(
+        vae=autoencoder(4, use_quant_conv=True, use_post_quant_conv=True),
+        text_encoder=text_encoders.clip(),
+        tokenizer=tokenizers.clip_tokenizer(),
+        unet=UNet2DConditionModel(**unet),
+        scheduler=EulerDiscreteScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **extra,
+    )
+
+
+def _stable_diffusion_controlnet() -> DiffusionPipeline:
+    config = {**architectures.descriptions()["ControlNetModel"]["config"], "cross_attention_dim": 32}
+    config["conditioning_embedding_out_channels"] = [4, 8]
+    return _stable_diffusion(StableDiffusionControlNetPipeline, controlnet=ControlNetModel(**config))
+
+
+def _sana_sprint() -> DiffusionPipeline:
+    config = dict(denoisers.sana().config)
+    components = PIPELINES["sana"].make().components
+    options = {name: value for name, value in config.items() if not name.startswith("_")}
+    return SanaSprintPipeline(
+        tokenizer=components["tokenizer"],
+        text_encoder=components["text_encoder"],
+        vae=components["vae"],
+        transformer=SanaTransformer2DModel(
+            **{**options, "guidance_embeds": True, "guidance_embeds_scale": 0.1, "qk_norm": "rms_norm_across_heads"}
+        ),
+        scheduler=SCMScheduler(),
+    )
+
+
+def _lumina2() -> DiffusionPipeline:
+    config = {**architectures.descriptions()["Lumina2Transformer2DModel"]["config"], "cap_feat_dim": 32}
+    return Lumina2Pipeline(
+        transformer=Lumina2Transformer2DModel(**config),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder(config["in_channels"], shift_factor=0.0, scaling_factor=1.0),
+        text_encoder=text_encoders.gemma(),
+        tokenizer=tokenizers.gemma_tokenizer(),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Further:
+    """How a pipeline is built and called.
+
+    Args:
+        make (`Callable`): builds it; weights follow torch's global seed.
+        call (`dict`): arguments beside the prompt and the size.
+        denoisers (`tuple[str, ...]`): components that are quantized by default.
+    """
+
+    make: Callable[[], DiffusionPipeline]
+    call: dict[str, Any]
+    denoisers: tuple[str, ...] = ("transformer",)
+
+    def build(self) -> DiffusionPipeline:
+        torch.manual_seed(0)
+        return quiet(self.make())
+
+
+_SHORT = {"max_sequence_length": 16}
+MORE_PIPELINES = {
+    "flux_kontext": Further(
+        lambda: _flux_like(FluxKontextPipeline, 4),
+        {**_SHORT, "image": PICTURE, "_auto_resize": False, "max_area": 256},
+    ),
+    "flux_fill": Further(
+        lambda: _flux_like(FluxFillPipeline, 24), {**_SHORT, "image": PICTURE, "mask_image": PICTURE.convert("L")}
+    ),
+    "flux_control": Further(lambda: _flux_like(FluxControlPipeline, 8), {**_SHORT, "control_image": PICTURE}),
+    "flux_controlnet": Further(
+        lambda: _flux_like(FluxControlNetPipeline, 4, controlnet=FluxControlNetModel(in_channels=4, **FLUX)),
+        {**_SHORT, "control_image": PICTURE},
+    ),
+    "chroma": Further(_chroma, {**_SHORT, "negative_prompt": "a dog"}),
+    "aura_flow": Further(_aura_flow, {**_SHORT}),
+    "wan_2_2": Further(_wan, {**_SHORT, "num_frames": 5}, ("transformer", "transformer_2")),
+    "sana_sprint": Further(
+        _sana_sprint,
+        {**_SHORT, "complex_human_instruction": None, "use_resolution_binning": False, "height": 32, "width": 32},
+    ),
+    "lumina2": Further(_lumina2, {**_SHORT}),
+    "stable_diffusion": Further(_stable_diffusion, {}, ("unet",)),
+    "stable_diffusion_controlnet": Further(_stable_diffusion_controlnet, {"image": PICTURE}, ("unet",)),
+}
+
+
+def draw_more(name: str, pipeline: DiffusionPipeline) -> torch.Tensor:
+    """Latents after two steps from a fixed seed, in float32."""
+    realign(pipeline)
+    output = quiet(pipeline)(
+        **{
+            "prompt": "a red cat",
+            "height": 16,
+            "width": 16,
+            "num_inference_steps": 2,
+            "output_type": "latent",
+            "generator": torch.Generator().manual_seed(0),
+            "return_dict": False,
+            **MORE_PIPELINES[name].call,
+        }
+    )
+    return torch.as_tensor(output[0]).float()
