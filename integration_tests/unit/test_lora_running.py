@@ -6,7 +6,9 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers import SanaTransformer2DModel
 from peft import LoraConfig
+from support import denoisers
 from support.adapters import EXACT, Subject, difference, lora_state, packed_names, ternary_subject, with_prefix
 from support.pipelines import PIPELINES, draw
 
@@ -185,6 +187,20 @@ def test_a_16_bit_model_has_16_bit_adapters(original):
     dtypes = {p.dtype for name, p in pipeline.transformer.named_parameters() if ".lora_" in name}
     assert dtypes == {torch.bfloat16}
     assert pipeline.transformer.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_loaded_layers_know_the_dtype_of_the_model(dtype, tmp_path):
+    """SANA's projections have no bias that would show it; new adapters follow it."""
+    denoisers.sana().save_pretrained(tmp_path / "float")
+    model = SanaTransformer2DModel.from_pretrained(
+        tmp_path / "float", quantization_config=TernaryConfig(), torch_dtype=dtype
+    )
+    model.save_pretrained(tmp_path / "packed")
+    for one in (model, SanaTransformer2DModel.from_pretrained(tmp_path / "packed", torch_dtype=dtype)):
+        layers = [module for module in one.modules() if isinstance(module, QuantizedLayer)]
+        assert any(layer.bias is None for layer in layers)
+        assert {layer.float_dtype for layer in layers} == {dtype}
 
 
 def test_scale_of_a_call(original):
