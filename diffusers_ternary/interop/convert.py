@@ -32,6 +32,7 @@ from .writer import PackedFolderWriter
 logger = logging.getLogger(__name__)
 # Rows that say how much of an ordinary weight is ternary; ternary ones are read completely.
 _SAMPLE_ROWS = 64
+_CHUNK_WEIGHTS = 1 << 20
 # Written anew, or said of weights that are no longer there (gemlite).
 _CONFIG_FILES = ("config.json", "quantization_config.json")
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".gguf")
@@ -198,12 +199,21 @@ def _prove(model: ForeignModel, folder: pathlib.Path, layers: Mapping[str, Layer
         if isinstance(spec, TernarySpec):
             layer = name.removesuffix(".weight")
             codes = unpack_base3(read(name), (spec.out_features, spec.in_features))
-            scales = expand_scales(read(f"{layer}.weight_scale").float(), spec.group_size, spec.in_features)
-            equal = torch.equal((codes * scales).to(tensor.dtype), tensor.flatten(1))
+            equal = _same_values(codes, read(f"{layer}.weight_scale"), spec.group_size, tensor.flatten(1))
         else:
             equal = _same_bits(read(name), tensor)
         if not equal:
             raise RuntimeError(f"{name} differs from the source after packing. This is a bug; please report it.")
+
+
+def _same_values(codes: torch.Tensor, scale: torch.Tensor, group_size: int, weight: torch.Tensor) -> bool:
+    """Whether codes times scales, rounded to the dtype of `weight`, equal it; some rows at a time, to save memory."""
+    rows = max(1, _CHUNK_WEIGHTS // weight.shape[1])
+    for part, part_scale, dense in zip(codes.split(rows), scale.split(rows), weight.split(rows), strict=True):
+        scales = expand_scales(part_scale.float(), group_size, weight.shape[1])
+        if not torch.equal((part * scales).to(weight.dtype), dense):
+            return False
+    return True
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
