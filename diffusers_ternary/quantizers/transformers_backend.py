@@ -225,7 +225,9 @@ class TernaryTransformersQuantizer(HfQuantizer):
         converted, layout = state_dict_to_file(model.state_dict(), records)
         return converted, layout.to_metadata()
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)  # save_pretrained leaves its name in the model's config
         dequantize_layers(model, dtype)
         return model
 

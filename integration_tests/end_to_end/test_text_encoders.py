@@ -183,3 +183,11 @@ def test_rotation_and_low_rank_are_saved_and_loaded(tmp_path):
     half = type(first).from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, layer in packed_layers(half).items():
         assert torch.equal(layer.low_rank.up, packed_layers(first)[name].low_rank.up)  # never cast with the model
+
+
+def test_dequantize_after_saving(tmp_path):
+    model = quantize(build("t5"), CONFIG)
+    expected = run(model)
+    model.save_pretrained(tmp_path)  # writes the dtype into the config, as a string
+    model.dequantize()
+    torch.testing.assert_close(run(model), expected, atol=1e-4, rtol=0)
