@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..compat_peft import check_adapters_to_merge
-from ..layers import QuantizedConv2d, QuantizedLayer
+from ..layers import QuantizedLayer
 
 
 logger = logging.getLogger(__name__)
@@ -147,19 +147,8 @@ class PackedBaseMixin(_TunerLayer):
 
 def _empty_float(packed: QuantizedLayer) -> nn.Module:
     """The float module that the packed one stands for, without values."""
-    if isinstance(packed, QuantizedConv2d):
-        return nn.Conv2d(
-            packed.in_channels,
-            packed.out_channels,
-            packed.kernel_size,  # type: ignore[arg-type] # torch annotates what its constructor takes, not what it keeps
-            stride=packed.stride,  # type: ignore[arg-type]
-            padding=packed.padding,  # type: ignore[arg-type]
-            dilation=packed.dilation,  # type: ignore[arg-type]
-            bias=packed.bias is not None,
-            device="meta",
-        )
-    rows, columns = packed.weight_shape
-    return nn.Linear(columns, rows, packed.bias is not None, device="meta")
+    bias = None if packed.bias is None else torch.empty(packed.bias.shape, device="meta")
+    return packed.float_module(torch.empty(packed.weight_shape, device="meta"), bias)
 
 
 @functools.cache
