@@ -226,9 +226,8 @@ class TernaryTransformersQuantizer(HfQuantizer):
         return converted, layout.to_metadata()
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)  # save_pretrained leaves its name in the model's config
-        dequantize_layers(model, dtype)
+        # save_pretrained leaves the name of the dtype in the model's config.
+        dequantize_layers(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return model
 
     def is_serializable(self) -> bool:
