@@ -19,7 +19,8 @@ BETAS = (0.9, 0.99)
 MAX_GRADIENT_NORM = 1.0
 WARMUP = 0.05
 FINAL_RATE = 0.05
-# Of the latents' rate: scales that move with their codes are to move less than these, scales alone much more.
+# Of the latents' rate. Alone, on the embedded model, 60 updates of 32 rows: factor 0.5 leaves a velocity error of
+# 0.0067, 5 of 0.0048, 20 of 0.0055 (calibrated: 0.0149). With latents, scales move the borders of all their codes.
 _SCALE_FACTOR_WITH_LATENTS = 0.5
 _SCALE_FACTOR_ALONE = 5.0
 
