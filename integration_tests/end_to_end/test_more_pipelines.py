@@ -48,7 +48,7 @@ def test_controlnets_are_quantized_by_name(tmp_path):
 def test_modular_pipelines(tmp_path):
     """Components are named in `load_components`, and the blocks then run what was loaded."""
     PIPELINES["sdxl"].build().save_pretrained(tmp_path)
-    pipeline = ModularPipeline.from_pretrained(tmp_path)
+    pipeline = ModularPipeline.from_pretrained(str(tmp_path))
     pipeline.load_components(quantization_config={"unet": TernaryConfig()})
     assert packed_layers(pipeline.unet)
     assert not packed_layers(pipeline.vae)
