@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distills FLUX.1-dev: a low-rank correction of rank 64 beside calibrated ternary codes, on one GPU of 80 GB.
+"""Distills FLUX.1-dev: a low-rank correction of rank 64 beside calibrated ternary codes, an estimated 45 GB.
 
 python examples/distill_flux.py --output flux-ternary
 accelerate launch --multi_gpu examples/distill_flux.py --output flux-ternary   # data parallel

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distills SANA 1.6B to ternary codes, all of them trained: about 25 GB on one GPU with bitsandbytes, 34 GB without.
+"""Distills SANA 1.6B to ternary codes, all of them trained: an estimated 25 GB with bitsandbytes, 35 GB without.
 
 python examples/distill_sana.py --output sana-ternary
 accelerate launch --multi_gpu examples/distill_sana.py --output sana-ternary   # data parallel
