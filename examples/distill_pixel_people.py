@@ -69,7 +69,7 @@ def main() -> None:
         student=find_variant("calibrated").load(torch.float32),
         held_out_prompts=held_out_prompts(32, 700 + arguments.seed),
     )
-    distilled = Variant(arguments.mode, lambda dtype: student.to(dtype), "distilled here")
+    distilled = Variant(arguments.mode, lambda dtype: student, "distilled here")
     scores = json.dumps(judge(distilled, seed=arguments.seed, images=arguments.images), indent=2)
     (output / "scores.json").write_text(scores + "\n", encoding="utf-8")
     print(scores)
