@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..format import LOW_RANK_DTYPE, TernarySpec
-from ..ops import kernel_name, ternary_dequantize, ternary_linear
-from ..ternarize import LowRank, TernaryWeight, rotate, ternarize
+from ..ops import kernel_name, ternary_dequantize, ternary_linear, ternary_rotate
+from ..ternarize import LowRank, TernaryWeight, ternarize
 from .base import QuantizedLayer, bits_to_scale
 from .conv import QuantizedConv2d
 from .linear import QuantizedLinear
@@ -27,7 +27,7 @@ class TernaryLayer(QuantizedLayer):
     @property
     def kernel(self) -> str:
         """Name of the kernel that serves the layer where it is now."""
-        return kernel_name(self.weight.device.type, self.activation_dtype)
+        return kernel_name(self.weight.device, self.activation_dtype)
 
     def install_weight(self, packed: TernaryWeight) -> None:
         """Installs a packed weight, whose spec may differ from the placeholder's in all but its shape."""
@@ -63,7 +63,7 @@ class TernaryLayer(QuantizedLayer):
             self.spec.group_size,
             dtype if low_rank is None and not block else torch.float32,
         )
-        dense = rotate(dense, block)
+        dense = ternary_rotate(dense, block) if block else dense
         if low_rank is not None:
             dense = dense + low_rank.up[rows].float() @ low_rank.down.float()
         return dense.to(dtype)

@@ -89,7 +89,7 @@ def test_usage_errors_and_help():
     assert run("quantize").exit_code == 2
     assert run("nonsense").exit_code == 2
     assert run("inspect", "/no/such/path").exit_code == 3
-    for command in ("quantize", "calibrate", "inspect", "evaluate", "demo"):
+    for command in ("quantize", "calibrate", "distill", "convert", "inspect", "evaluate", "push", "demo"):
         result = run(command, "--help")
         assert result.exit_code == 0
         assert "Example" in result.output, command

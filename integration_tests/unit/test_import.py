@@ -53,7 +53,19 @@ def test_imports_no_optional_library(imported, library):
 
 
 @pytest.mark.parametrize(
-    "part", ["cli", "demo", "evaluation", "calibration", "inspection", "sources", "kernels.triton"]
+    "part",
+    [
+        "cli",
+        "demo",
+        "evaluation",
+        "calibration",
+        "distillation",
+        "hub",
+        "interop",
+        "inspection",
+        "sources",
+        "kernels.triton",
+    ],
 )
 def test_imports_no_part_that_is_not_needed(imported, part):
     prefix = f"diffusers_ternary.{part}"
