@@ -9,7 +9,9 @@ noise, and the prompts and noise that are compared. The judge counts attributes;
 the teacher's images and denoiser outputs. Peers (see quality_peers.py) run where they are installed.
 
 Results go to results/quality.csv, one row per method and seed and one with the mean, and contact sheets to
-results/quality_seed<n>.png. A rerun keeps the rows that are there, so an interrupted table goes on.
+results/quality_seed<n>.png. A rerun keeps the rows that are there, so an interrupted table goes on. PSNR is of the
+mean squared error over all images, so one trajectory that ends elsewhere weighs as much as all others.
+quantize_seconds is wall time on whatever else the machine did, and without the layers that rows share.
 """
 
 import argparse
