@@ -4,4 +4,4 @@
 from .linear import dequantize_rows, kernel_name, linear_exact, linear_int8
 
 
-__all__ = ["kernel_name", "linear_exact", "linear_int8"]
+__all__ = ["dequantize_rows", "kernel_name", "linear_exact", "linear_int8"]
