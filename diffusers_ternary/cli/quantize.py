@@ -23,7 +23,7 @@ def quantize_command(
     group_size: Annotated[
         int, typer.Option(help="Input columns that share a scale; 0 = one scale per row.", min=0)
     ] = 128,
-    rounding: Annotated[str, typer.Option(help="twn, optimum (least squares), absmean, or recover (never round).")] = "twn",
+    rounding: Annotated[str, typer.Option(help="twn, optimum, absmean, or recover (never round).")] = "twn",
     scales: Annotated[str, typer.Option(help="Scale layout: auto, group, or double.")] = "auto",
     skip: Annotated[
         list[str] | None, typer.Option(help="Module to keep as it is (name or glob; repeatable).", metavar="PATTERN")

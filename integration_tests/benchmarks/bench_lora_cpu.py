@@ -18,7 +18,7 @@ import warnings
 import torch
 from bench_transformer_cpu import RESULTS, ROUNDS, SLOW_ROUNDS, TOLERANCE, forward, pixart, ternary
 from cpu_timing import interleaved, processor, restart_limited_to_avx2
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 import diffusers_ternary
@@ -35,13 +35,13 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 def with_adapter(model: nn.Module) -> nn.Module:
     """A copy with an active adapter; the same one for every base."""
-    adapted = copy.deepcopy(model)
-    adapted.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS)
+    adapted = inject_adapter_in_model(config, copy.deepcopy(model))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             noise = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
-            parameter.data = (0.3 * noise).to(parameter)
+            parameter.data = (0.6 * noise).to(parameter)
     return adapted.requires_grad_(False)
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     expected = forward(dense, inputs, torch.float32)()
     error = (forward(adapted, inputs, torch.float32)() - expected).norm() / expected.norm()
     effect = (expected - forward(packed, inputs, torch.float32)()).norm() / expected.norm()
-    if not error < TOLERANCE < effect:
+    if not error < min(TOLERANCE, 0.2 * effect):
         raise SystemExit(f"relative error {error:.2g}, effect of the adapter {effect:.2g}; no figure.")
     bases = {"ternary": (packed, torch.float32), "float32": (model, torch.float32)}
     half = {"bfloat16": (copy.deepcopy(model).bfloat16(), torch.bfloat16)}
