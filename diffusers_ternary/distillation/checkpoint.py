@@ -130,12 +130,13 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())  # a name must never be there before its content
         umask = os.umask(0)
         os.umask(umask)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(0o666 & ~umask)  # safetensors and mkdtemp make files and folders private
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())  # a name must never be there before its content
         temporary.chmod(0o777 & ~umask)
         if target.exists():
             old = temporary.with_name(f"{temporary.name}.old")
@@ -147,6 +148,15 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def recover_folder(target: pathlib.Path) -> None:
+    """Puts back a folder that [`new_folder`] was about to replace when the process was killed."""
+    for old in target.parent.glob(f".{target.name}.*.old"):
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from diffusers.utils.logging import tqdm
 from torch import nn
 
 from .blocks import BlockRecorder, block_names
-from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, new_folder, save_checkpoint
+from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, new_folder, recover_folder, save_checkpoint
 from .config import DistillConfig
 from .guard import DivergenceGuard
 from .held_out import HeldOutError, float_dtype
@@ -74,6 +74,8 @@ class Trainer:
         layers = list(ternary_layers(self.student))
         phases = plan_phases(self.config, layers, self._blocks_in_order())
         checkpoint = latest_checkpoint(self.folder / "checkpoints")
+        if self.accelerator.is_main_process:
+            recover_folder(self.folder / "best")
         if checkpoint is not None:
             load_pool(self.inputs.data, checkpoint.folder.parent, checkpoint.step, self.accelerator.process_index)
             self.progress = Progress.from_dict(checkpoint.progress)

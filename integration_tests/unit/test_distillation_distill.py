@@ -16,6 +16,7 @@ from support.fresh_process import ROOT, run_python
 
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.distillation import DistillConfig, DistillReport, distill
+from diffusers_ternary.distillation.checkpoint import recover_folder
 from diffusers_ternary.distillation.trainee import ternary_layers
 
 
@@ -245,3 +246,11 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     errors = [report(tmp_path / name).best_error for name in ("plain", "checkpointed")]
     assert errors[0] == pytest.approx(errors[1], rel=1e-5)
     assert type(plain.transformer) is type(checkpointed.transformer)
+
+
+def test_a_folder_that_was_being_replaced_is_recovered(tmp_path):
+    (tmp_path / ".best.abc.old").mkdir()
+    (tmp_path / ".best.abc.old" / "config.json").write_text("{}")
+    recover_folder(tmp_path / "best")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert (tmp_path / "best" / "config.json").read_text() == "{}"
