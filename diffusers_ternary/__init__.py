@@ -14,7 +14,7 @@ from .quantizers import quantize, register
 
 
 if TYPE_CHECKING:
-    from .calibration import CalibrationConfig, CalibrationReport, calibrate
+    from .calibration import CalibrationConfig, CalibrationReport, SensitivityConfig, SolverConfig, calibrate
     from .demo.pipeline import demo_folder, demo_pipeline
     from .distillation import DistillConfig, DistillReport, distill
     from .evaluation import EvaluationResult, evaluate
@@ -32,6 +32,8 @@ __all__ = [
     "Int8Conv2d",
     "Int8Linear",
     "MergeReport",
+    "SensitivityConfig",
+    "SolverConfig",
     "TernaryConfig",
     "TernaryConv2d",
     "TernaryLinear",
@@ -55,6 +57,8 @@ _LAZY = {
     "DistillReport": ".distillation",
     "EvaluationResult": ".evaluation",
     "MergeReport": ".lora",
+    "SensitivityConfig": ".calibration",
+    "SolverConfig": ".calibration",
     "calibrate": ".calibration",
     "convert": ".interop",
     "demo_folder": ".demo.pipeline",

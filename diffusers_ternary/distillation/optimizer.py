@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .config import DistillConfig
-from .trainable import TrainableTernaryLinear, whole
+from .trainable import TrainableTernaryLayer, whole
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def parameter_groups(trainee: nn.Module, config: DistillConfig, *, steps: int) -
     divisor = min(max(steps / 2, 200), 2500)
     ternary: set[int] = set()
     for module in trainee.modules():
-        if not isinstance(module, TrainableTernaryLinear):
+        if not isinstance(module, TrainableTernaryLayer):
             continue
         ternary.update(id(parameter) for parameter in module.parameters())
         mean_scale = float(whole(module.scale).mean())

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..format import LOW_RANK_DTYPE, expand_scales, group_scales, pack_planes, unpack_planes
-from ..layers import TernaryLinear
+from ..layers import QuantizedConv2d, TernaryLayer
 from ..ternarize import LowRank, rotate
 from ..ternarize import TernaryWeight as PackedWeight
 from .fake_quantize import consistent_latent, fake_quantize, round_scales, round_to, stored_scales, ternary_codes
@@ -38,8 +38,27 @@ class LayerTraining:
     seed: int = 0
 
 
-class TrainableTernaryLinear(nn.Module):
-    """Multiplies by the weight that [`~TrainableTernaryLinear.pack`] would store, and lets gradients through.
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """How a convolution applies its weight: the arguments of `F.conv2d`."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layer: QuantizedConv2d) -> "Convolution":
+        """Those of a packed layer."""
+        return cls(layer.weight_shape, layer.stride, layer.padding, layer.dilation)
+
+    def __call__(self, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Convolves with the matrix `[N, C * kh * kw]`."""
+        return F.conv2d(x, matrix.view(self.shape), bias, self.stride, self.padding, self.dilation)
+
+
+class TrainableTernaryLayer(nn.Module):
+    """Multiplies by the weight that [`~TrainableTernaryLayer.pack`] would store, and lets gradients through.
 
     Parameters, all float32 (an update of 1e-5 is lost in 16 bits); those that are not trained take no gradient:
 
@@ -49,8 +68,8 @@ class TrainableTernaryLinear(nn.Module):
     - `low_rank_up` `[N, r]`, `low_rank_down` `[r, K]`, if there is a correction.
 
     Args:
-        layer ([`TernaryLinear`]): packed; where training starts. Not changed.
-        weight (`torch.Tensor`): the teacher's float weight `[N, K]`, for the latents.
+        layer ([`TernaryLayer`]): packed; where training starts. Not changed.
+        weight (`torch.Tensor`): the teacher's float weight, for the latents: `[N, K]`, or `[N, C, kh, kw]`.
         training ([`LayerTraining`]): what is trained.
     """
 
@@ -62,10 +81,11 @@ class TrainableTernaryLinear(nn.Module):
     frozen_scale: torch.Tensor | None
     frozen_multiplier: torch.Tensor | None
 
-    def __init__(self, layer: TernaryLinear, weight: torch.Tensor, training: LayerTraining) -> None:
+    def __init__(self, layer: TernaryLayer, weight: torch.Tensor, training: LayerTraining) -> None:
         super().__init__()
         self.spec = layer.spec
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.in_features, self.out_features = layer.spec.in_features, layer.spec.out_features
+        self.convolution = Convolution.of(layer) if isinstance(layer, QuantizedConv2d) else None
         self.scale_dtype = layer.scale_dtype
         multiplier = None if layer.weight_multiplier is None else layer.weight_multiplier.detach()
         effective = group_scales(layer.scales.detach(), multiplier).clone()
@@ -82,8 +102,8 @@ class TrainableTernaryLinear(nn.Module):
         # Not persistent: a checkpoint is to hold what is trained.
         self.register_buffer(name, None if tensor is None else tensor.detach().clone(), persistent=False)
 
-    def _latent(self, layer: TernaryLinear, weight: torch.Tensor) -> nn.Parameter:
-        target = weight.detach().float()
+    def _latent(self, layer: TernaryLayer, weight: torch.Tensor) -> nn.Parameter:
+        target = weight.detach().float().flatten(1)
         if layer.low_rank is not None:
             target = target - layer.low_rank.dense()  # the codes stand for what the correction leaves
         target = rotate(target, self.spec.hadamard)
@@ -124,16 +144,25 @@ class TrainableTernaryLinear(nn.Module):
         return codes * expand_scales(scales, self.spec.group_size, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` to `[..., N]`, in the dtype that a float `nn.Linear` would return."""
+        """What the float layer computes, in the dtype that it would return."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x = x.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
+        if self.convolution is not None:
+            return self.convolution(x, self._whole_weight().to(dtype), bias)
         product = F.linear(rotate(x, self.spec.hadamard), self.quantized_weight().to(dtype), bias)
         if self.low_rank_up is None or self.low_rank_down is None:
             return product
         up, down = (round_to(part, LOW_RANK_DTYPE).to(dtype) for part in (self.low_rank_up, self.low_rank_down))
         return product + F.linear(F.linear(x, down), up)
+
+    def _whole_weight(self) -> torch.Tensor:
+        """The dense weight float32 `[N, K]`, rotation and correction included."""
+        weight = rotate(self.quantized_weight(), self.spec.hadamard)
+        if self.low_rank_up is None or self.low_rank_down is None:
+            return weight
+        return weight + round_to(self.low_rank_up, LOW_RANK_DTYPE) @ round_to(self.low_rank_down, LOW_RANK_DTYPE)
 
     @torch.no_grad()
     def pack(self) -> PackedWeight:

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from ..layers import TernaryLinear
+from ..layers import TernaryLayer
 from ..quantizers import packed_layers
 from ..ternarize import LowRank, TernaryWeight
-from .trainable import LayerTraining, TrainableTernaryLinear, whole
+from .trainable import LayerTraining, TrainableTernaryLayer, whole
 
 
-def ternary_layers(student: nn.Module) -> dict[str, TernaryLinear]:
+def ternary_layers(student: nn.Module) -> dict[str, TernaryLayer]:
     """The ternary layers of a quantized denoiser by name."""
-    return {name: layer for name, layer in packed_layers(student).items() if isinstance(layer, TernaryLinear)}
+    return {name: layer for name, layer in packed_layers(student).items() if isinstance(layer, TernaryLayer)}
 
 
 def make_trainee(student: nn.Module, teacher: nn.Module, training: Mapping[str, LayerTraining]) -> nn.Module:
@@ -34,7 +34,7 @@ def make_trainee(student: nn.Module, teacher: nn.Module, training: Mapping[str, 
     for name, layer in ternary_layers(student).items():
         if name in training:
             weight = teacher.get_parameter(f"{name}.weight")
-            twins[id(layer)] = TrainableTernaryLinear(layer, weight, training[name])
+            twins[id(layer)] = TrainableTernaryLayer(layer, weight, training[name])
     # Deepcopy takes what is in its memo for copied: the trainable twins, instead of copies of the packed layers.
     quantizer = getattr(student, "hf_quantizer", None)
     trainee = copy.deepcopy(student, {**twins, id(quantizer): None})
@@ -62,7 +62,7 @@ def train_others(trainee: nn.Module, which: str) -> None:
 def other_parameters(trainee: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Floating parameters outside the trainable ternary layers, with their module and their name in it."""
     for module in list(trainee.modules()):
-        if isinstance(module, TrainableTernaryLinear):
+        if isinstance(module, TrainableTernaryLayer):
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_floating_point():
@@ -79,12 +79,12 @@ def write_back(trainee: nn.Module, student: nn.Module) -> None:
     """
     own = dict(student.named_parameters())
     for name, module in trainee.named_modules():
-        if isinstance(module, TrainableTernaryLinear):
+        if isinstance(module, TrainableTernaryLayer):
             layer = student.get_submodule(name)
-            assert isinstance(layer, TernaryLinear)
+            assert isinstance(layer, TernaryLayer)
             layer.install_weight(_on(module.pack(), layer.weight.device))
             if module.bias is not None:
-                layer.bias.copy_(whole(module.bias))
+                layer.get_parameter("bias").copy_(whole(module.bias))
             continue
         for part, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:

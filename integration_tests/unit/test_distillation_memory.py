@@ -14,7 +14,7 @@ from torch import nn
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.distillation.config import MODES, DistillConfig
 from diffusers_ternary.distillation.memory import available_memory, check_memory, estimate_memory, observed_tokens
-from diffusers_ternary.distillation.trainable import LayerTraining, TrainableTernaryLinear
+from diffusers_ternary.distillation.trainable import LayerTraining, TrainableTernaryLayer
 from diffusers_ternary.distillation.trainee import make_trainee, ternary_layers
 
 
@@ -126,7 +126,7 @@ def test_parameters_are_those_of_the_trainee(name, mode):
     student = quantize(getattr(denoisers, name)(), TernaryConfig())
     training = LayerTraining(latents=mode == "full", low_rank=mode == "lora", rank=4 if mode == "lora" else 0)
     trainee = make_trainee(student, teacher, dict.fromkeys(ternary_layers(student), training))
-    layers = [module for module in trainee.modules() if isinstance(module, TrainableTernaryLinear)]
+    layers = [module for module in trainee.modules() if isinstance(module, TrainableTernaryLayer)]
     trained = [p for layer in layers for n, p in layer.named_parameters() if n != "bias" and p.requires_grad]
     found = estimate_memory(teacher, TernaryConfig(), config, tokens=16)
     assert found.trained == 4 * sum(p.numel() for p in trained)
@@ -140,7 +140,7 @@ def test_weights_kept_for_the_backward_pass(dtype, latents):
     linear = nn.Linear(1024, 512, dtype=dtype)
     weight = linear.weight.detach().clone()
     packed = quantize(nn.Sequential(linear), TernaryConfig(overrides={"*": "ternary"}))[0]
-    layer = TrainableTernaryLinear(packed, weight, LayerTraining(latents=latents))
+    layer = TrainableTernaryLayer(packed, weight, LayerTraining(latents=latents))
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     saved: dict[int, int] = {}
 

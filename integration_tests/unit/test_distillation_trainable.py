@@ -9,8 +9,10 @@ from support import denoisers
 from torch import nn
 
 from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
-from diffusers_ternary.distillation.trainable import LayerTraining, TrainableTernaryLinear
+from diffusers_ternary.distillation.trainable import LayerTraining, TrainableTernaryLayer
 from diffusers_ternary.distillation.trainee import make_trainee, ternary_layers, train_others, write_back
+from diffusers_ternary.format import TernarySpec
+from diffusers_ternary.layers import TernaryConv2d
 from diffusers_ternary.ternarize import rotate, ternarize
 
 
@@ -59,7 +61,7 @@ def disturb(module, seed):
 @pytest.mark.parametrize("options", LAYERS, ids=str)
 def test_starts_as_the_packed_layer(options, training):
     layer, weight = packed_layer(options)
-    twin = TrainableTernaryLinear(layer, weight, training)
+    twin = TrainableTernaryLayer(layer, weight, training)
     packed = twin.pack()
     assert torch.equal(packed.codes(), ternarize(weight, **options).codes())
     torch.testing.assert_close(effective(twin), layer.dequantize(), rtol=0, atol=layer.dequantize().abs().max() / 100)
@@ -72,7 +74,7 @@ def test_starts_as_the_packed_layer(options, training):
 @pytest.mark.parametrize("options", LAYERS, ids=str)
 def test_packs_bit_for_bit_what_it_multiplies_by(options, training, seed):
     layer, weight = packed_layer(options)
-    twin = TrainableTernaryLinear(layer, weight, training)
+    twin = TrainableTernaryLayer(layer, weight, training)
     disturb(twin, seed)
     packed = twin.pack()
     assert torch.equal(packed.dequantize(), effective(twin))
@@ -84,7 +86,7 @@ def test_packs_bit_for_bit_what_it_multiplies_by(options, training, seed):
 
 def test_what_is_frozen_stays_bit_identical():
     layer, weight = packed_layer({"group_size": 5, "scales": "double"})
-    twin = TrainableTernaryLinear(layer, weight, LayerTraining(latents=False, scales=False))
+    twin = TrainableTernaryLayer(layer, weight, LayerTraining(latents=False, scales=False))
     assert [name for name, p in twin.named_parameters() if p.requires_grad] == ["bias"]
     packed = twin.pack()
     assert torch.equal(packed.packed, layer.weight)
@@ -94,7 +96,7 @@ def test_what_is_frozen_stays_bit_identical():
 
 def test_every_trained_parameter_takes_a_gradient():
     layer, weight = packed_layer({"group_size": 8, "hadamard": 16, "rank": 3})
-    twin = TrainableTernaryLinear(layer, weight, LayerTraining(latents=True, low_rank=True))
+    twin = TrainableTernaryLayer(layer, weight, LayerTraining(latents=True, low_rank=True))
     twin(torch.randn(3, 20)).square().mean().backward()
     gradients = {name: parameter.grad for name, parameter in twin.named_parameters()}
     assert set(gradients) == {"latent", "scale", "bias", "low_rank_up", "low_rank_down"}
@@ -103,7 +105,7 @@ def test_every_trained_parameter_takes_a_gradient():
 
 def test_autocast_and_16_bit_inputs():
     layer, weight = packed_layer({"group_size": 8})
-    twin = TrainableTernaryLinear(layer, weight, LayerTraining(latents=True))
+    twin = TrainableTernaryLayer(layer, weight, LayerTraining(latents=True))
     assert twin(torch.randn(2, 20, dtype=torch.bfloat16)).dtype == torch.bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert twin(torch.randn(2, 20)).dtype == torch.bfloat16
@@ -119,14 +121,14 @@ def test_a_model_to_trainable_and_back(latents):
     train_others(trainee, "vectors")
     trained = {name for name, parameter in trainee.named_parameters() if parameter.requires_grad}
     assert any(name.endswith(".latent") for name in trained) == latents
-    others = [name for name in trained if not isinstance(owner(trainee, name), TrainableTernaryLinear)]
+    others = [name for name in trained if not isinstance(owner(trainee, name), TrainableTernaryLayer)]
     assert others
     assert all(trainee.get_parameter(name).dim() == 1 for name in others)
     disturb(trainee, 0)
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items()), "memory is shared"
     write_back(trainee, student)
     for name, layer in ternary_layers(student).items():
-        assert torch.equal(layer.dequantize(), trainee.get_submodule(name).quantized_weight())
+        assert torch.equal(layer.dequantize().flatten(1), trainee.get_submodule(name).quantized_weight())
         if layer.bias is not None:
             assert torch.equal(layer.bias, trainee.get_submodule(name).bias)
     for name in others:
@@ -150,3 +152,26 @@ def test_saving_after_a_rank_was_added(tmp_path):
 
 def owner(model: nn.Module, parameter: str) -> nn.Module:
     return model.get_submodule(parameter.rpartition(".")[0])
+
+
+@pytest.mark.parametrize("training", TRAININGS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"hadamard": 8}, {"rank": 2}], ids=str)
+@pytest.mark.parametrize("kernel", [{"kernel_size": 1}, {"kernel_size": 3, "padding": 1, "stride": 2}], ids=str)
+def test_convolutions(kernel, options, training):
+    torch.manual_seed(3)
+    float_conv = nn.Conv2d(8, 12, **kernel)
+    packed = TernaryConv2d(
+        TernarySpec(12, float_conv.weight[0].numel(), 8), float_conv, bias=False, activation_dtype="none"
+    )
+    packed.bias = float_conv.bias
+    packed.pack(float_conv.weight.detach(), **options)
+    twin = TrainableTernaryLayer(packed, float_conv.weight, training)
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(twin(x), packed(x), atol=1e-5, rtol=1e-5)
+    disturb(twin, 4)
+    packed.install_weight(twin.pack())
+    packed.bias = nn.Parameter(twin.bias.detach(), requires_grad=False)
+    torch.testing.assert_close(twin(x), packed(x), atol=1e-5, rtol=1e-5)
+    twin(x).square().sum().backward()
+    for parameter in twin.parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad
