@@ -96,14 +96,13 @@ def solve_layer(
     target = weight.to(hessian).T.contiguous()  # [K, N]
     found = _Solution(target, damped, spec, config, name).best(hadamard, min(rank, rows, columns))
 
-    energy = _quadratic(target, hessian)
-    if correct_bias:
-        energy += float((moments.mean @ target).square().sum(dtype=torch.float64))
+    energy = _quadratic(target, moments.second)
+    added = float(damped.matrix.diagonal().double().mean() - hessian.diagonal().double().mean())
     rounded = ternarize(weight, group_size=size, scales=scales, name=name).dequantize().to(target).T
     errors = OutputErrors(
         rounded=_ratio(_quadratic(target - rounded, moments.second), energy),
         gptq=_ratio(_quadratic(target - found.first, hessian), energy),
-        solved=_ratio(_quadratic(target - found.dense, hessian), energy),
+        solved=_ratio(found.error - added * float((target - found.dense).square().sum(dtype=torch.float64)), energy),
     )
     change = (moments.mean @ (target - found.dense)).float() if correct_bias else None
     return SolvedLayer(found.weight, change, errors, damped.damping)
