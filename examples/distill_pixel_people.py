@@ -20,13 +20,14 @@ from diffusers_ternary.evaluation import Sampling, compare, observe_teacher
 
 
 CONTROL = {"mode": "scales", "train_scales": False}  # codes and scales stay as calibration left them
+RECIPE = {"batch_size": 16, "timesteps": "schedule", "rollout_fraction": 0.5}  # the eight timesteps of the pipeline
 
 
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", default="full", choices=["scales", "blockwise", "full", "lora", "control"])
-    parser.add_argument("--steps", type=int, default=480)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0, help="of training prompts, held-out prompts and all noise")
     parser.add_argument("--prompts", type=int, default=2048, help="training prompts")
     parser.add_argument("--images", type=int, default=256, help="held-out prompts to judge, one image each")
@@ -63,7 +64,7 @@ def main() -> None:
         demo_pipeline(),
         training_prompts(arguments.prompts, 500 + arguments.seed),
         distill_config=DistillConfig(
-            steps=arguments.steps, batch_size=16, seed=arguments.seed, call_kwargs=dict(DEMO_CALL), **options
+            steps=arguments.steps, seed=arguments.seed, call_kwargs=dict(DEMO_CALL), **RECIPE, **options
         ),
         output_dir=output,
         student=find_variant("calibrated").load(torch.float32),

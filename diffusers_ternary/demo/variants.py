@@ -2,6 +2,7 @@
 """The versions of the embedded model that the demo shows side by side."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -52,16 +53,25 @@ def _rounded(dtype: torch.dtype) -> DiffusionPipeline:
     return quantize(demo_pipeline(torch_dtype=dtype), TernaryConfig())
 
 
-def _calibrated(dtype: torch.dtype) -> DiffusionPipeline:
+def _embedded(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     pipeline = demo_pipeline(torch_dtype=dtype)
-    pipeline.transformer = FluxTransformer2DModel.from_pretrained(DATA / "calibrated", dtype=dtype)
+    pipeline.transformer = FluxTransformer2DModel.from_pretrained(DATA / name, dtype=dtype)
     return pipeline
 
 
 TEACHER = Variant("teacher", _teacher, "the embedded model, bfloat16")
 STUDENTS = (
     Variant("rounded", _rounded, "TernaryConfig(): every weight rounded on its own, nothing calibrated"),
-    Variant("calibrated", _calibrated, "calibrate(): the same bits, codes and scales chosen on 256 prompts' rollouts"),
+    Variant(
+        "calibrated",
+        functools.partial(_embedded, "calibrated"),
+        "calibrate(): the same bits, codes and scales chosen on 256 prompts' rollouts",
+    ),
+    Variant(
+        "distilled",
+        functools.partial(_embedded, "distilled"),
+        "distill(): the same bits, trained on the teacher's outputs for 2,048 prompts",
+    ),
 )
 
 

@@ -18,3 +18,8 @@ mkdir -p "$data/teacher"
 cp "$work"/judge/* "$data/"
 cp -r "$work/teacher/." "$data/teacher/"
 python "$here/score_teacher.py" --data "$work/dataset" --output "$here/scores.json"
+
+# The ternary versions, from prompts only.
+python "$here/calibrate_student.py" "$data/calibrated"
+python "$here/../distill_pixel_people.py" --output "$work/distilled"
+python "$here/embed_distilled.py" "$work/distilled" "$data/distilled"
