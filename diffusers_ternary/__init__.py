@@ -16,7 +16,7 @@ from .quantizers import quantize, register
 if TYPE_CHECKING:
     from .calibration import CalibrationConfig, CalibrationReport, SensitivityConfig, SolverConfig, calibrate
     from .demo.pipeline import demo_folder, demo_pipeline
-    from .distillation import DistillConfig, DistillReport, distill
+    from .distillation import DistillConfig, DistillReport, distill, read_prompts, template_prompts
     from .evaluation import EvaluationResult, evaluate
     from .hub import push_to_hub
     from .interop import convert, export_gguf
@@ -47,6 +47,8 @@ __all__ = [
     "merge_lora",
     "push_to_hub",
     "quantize",
+    "read_prompts",
+    "template_prompts",
 ]
 
 # Loaded when first used: they load most of diffusers, which registering the backend does not need.
@@ -68,6 +70,8 @@ _LAZY = {
     "export_gguf": ".interop",
     "merge_lora": ".lora",
     "push_to_hub": ".hub",
+    "read_prompts": ".distillation",
+    "template_prompts": ".distillation",
 }
 
 

@@ -4,7 +4,9 @@
 from .batch import TeacherBatch
 from .config import DistillConfig
 from .distill import distill
+from .prompt_templates import template_prompts
+from .prompts import read_prompts
 from .report import DistillReport
 
 
-__all__ = ["DistillConfig", "DistillReport", "TeacherBatch", "distill"]
+__all__ = ["DistillConfig", "DistillReport", "TeacherBatch", "distill", "read_prompts", "template_prompts"]

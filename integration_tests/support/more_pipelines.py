@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
+    AutoencoderKLFlux2,
     AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
@@ -16,12 +17,16 @@ from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxControlPipeline,
     FluxFillPipeline,
     FluxKontextPipeline,
     FluxTransformer2DModel,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     SanaSprintPipeline,
@@ -35,7 +40,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from . import architectures, denoisers, text_encoders, tokenizers
+from . import architectures, denoisers, text_encoders, tokenizers, video_pipelines
 from .pipelines import PIPELINES, autoencoder, quiet, realign
 
 
@@ -141,6 +146,43 @@ def _lumina2() -> DiffusionPipeline:
     )
 
 
+def _flux2() -> DiffusionPipeline:
+    # The latents are patched two by two, and the text is two layers of the encoder side by side.
+    config = {**architectures.descriptions()["Flux2Transformer2DModel"]["config"], "joint_attention_dim": 64}
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLFlux2(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+            latent_channels=config["in_channels"] // 4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_size=16,
+        ),
+        text_encoder=text_encoders.qwen3_with_head(),
+        tokenizer=tokenizers.qwen_tokenizer(),
+        transformer=Flux2Transformer2DModel(**config),
+    )
+
+
+def _hidream() -> DiffusionPipeline:
+    config = architectures.descriptions()["HiDreamImageTransformer2DModel"]["config"]
+    return HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder(config["in_channels"], shift_factor=0.0, scaling_factor=1.0),
+        text_encoder=text_encoders.clip_with_projection(),
+        tokenizer=tokenizers.clip_tokenizer(),
+        text_encoder_2=text_encoders.clip_with_projection(),
+        tokenizer_2=tokenizers.clip_tokenizer(),
+        text_encoder_3=text_encoders.t5(),
+        tokenizer_3=tokenizers.t5_tokenizer(),
+        text_encoder_4=text_encoders.llama_with_head(),
+        tokenizer_4=tokenizers.llama_tokenizer(),
+        transformer=HiDreamImageTransformer2DModel(**{**config, "caption_channels": [32, 32], "text_emb_dim": 64}),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Further:
     """How a pipeline is built and called.
@@ -175,8 +217,16 @@ MORE_PIPELINES = {
         {**_SHORT, "control_image": PICTURE},
     ),
     "chroma": Further(_chroma, {**_SHORT, "negative_prompt": "a dog"}),
+    "flux2_klein": Further(_flux2, {**_SHORT, "text_encoder_out_layers": (1, 2)}),
+    "hidream": Further(_hidream, {**_SHORT, "negative_prompt": "a dog"}),
     "aura_flow": Further(_aura_flow, {**_SHORT}),
     "wan_2_2": Further(_wan, {**_SHORT, "num_frames": 5}, ("transformer", "transformer_2")),
+    "ltx": Further(video_pipelines.ltx, {**_SHORT, "num_frames": 5, "height": 32, "width": 32}),
+    "cogvideox": Further(video_pipelines.cogvideox, {**_SHORT, "num_frames": 5}),
+    "hunyuan_video": Further(
+        video_pipelines.hunyuan_video,
+        {**_SHORT, "num_frames": 5, "prompt_template": {"template": "A video: {}", "crop_start": 4}},
+    ),
     "sana_sprint": Further(
         _sana_sprint,
         {**_SHORT, "complex_human_instruction": None, "use_resolution_binning": False, "height": 32, "width": 32},

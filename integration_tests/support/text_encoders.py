@@ -7,9 +7,13 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -68,6 +72,18 @@ def t5(width: int = 32) -> T5EncoderModel:
 
 def gemma() -> Gemma2Model:
     return Gemma2Model(Gemma2Config(**{**_LLM, "vocab_size": 128}, head_dim=16))
+
+
+def llama() -> LlamaModel:
+    return LlamaModel(LlamaConfig(**{**_LLM, "vocab_size": 128}))
+
+
+def llama_with_head() -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**{**_LLM, "vocab_size": 128}))
+
+
+def qwen3_with_head() -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(Qwen3Config(**_LLM, head_dim=16))
 
 
 def qwen3() -> Qwen3Model:

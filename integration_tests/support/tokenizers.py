@@ -4,7 +4,7 @@
 import string
 
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTokenizer, GemmaTokenizer, Qwen2Tokenizer, T5Tokenizer
+from transformers import CLIPTokenizer, GemmaTokenizer, LlamaTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 
 CLIP_VOCAB_SIZE = 514
@@ -33,3 +33,9 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 def gemma_tokenizer() -> GemmaTokenizer:
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *_LETTERS]
     return GemmaTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+
+
+def llama_tokenizer() -> LlamaTokenizer:
+    tokens = ["<unk>", "<s>", "</s>", "▁", *_LETTERS]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return LlamaTokenizer(vocab=vocab, merges=[], pad_token="</s>", model_max_length=32)
