@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conditioned pipelines, two denoisers, ControlNets: quantized on the fly, run, saved, loaded, run again."""
+"""Conditioned pipelines, two denoisers, ControlNets, video: quantized on the fly, run, saved, loaded, run again."""
 
 import pytest
 import torch

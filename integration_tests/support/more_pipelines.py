@@ -167,7 +167,13 @@ def _flux2() -> DiffusionPipeline:
 
 
 def _hidream() -> DiffusionPipeline:
-    config = architectures.descriptions()["HiDreamImageTransformer2DModel"]["config"]
+    # The pipeline scales every size up to 128 x 128 latents: patches of 8 keep the sequence short.
+    config = {
+        **architectures.descriptions()["HiDreamImageTransformer2DModel"]["config"],
+        "caption_channels": [32, 32],
+        "text_emb_dim": 64,
+        "patch_size": 8,
+    }
     return HiDreamImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=autoencoder(config["in_channels"], shift_factor=0.0, scaling_factor=1.0),
@@ -179,7 +185,7 @@ def _hidream() -> DiffusionPipeline:
         tokenizer_3=tokenizers.t5_tokenizer(),
         text_encoder_4=text_encoders.llama_with_head(),
         tokenizer_4=tokenizers.llama_tokenizer(),
-        transformer=HiDreamImageTransformer2DModel(**{**config, "caption_channels": [32, 32], "text_emb_dim": 64}),
+        transformer=HiDreamImageTransformer2DModel(**config),
     )
 
 
@@ -217,7 +223,7 @@ MORE_PIPELINES = {
         {**_SHORT, "control_image": PICTURE},
     ),
     "chroma": Further(_chroma, {**_SHORT, "negative_prompt": "a dog"}),
-    "flux2_klein": Further(_flux2, {**_SHORT, "text_encoder_out_layers": (1, 2)}),
+    "flux2_klein": Further(_flux2, {"max_sequence_length": 64, "text_encoder_out_layers": (1, 2)}),
     "hidream": Further(_hidream, {**_SHORT, "negative_prompt": "a dog"}),
     "aura_flow": Further(_aura_flow, {**_SHORT}),
     "wan_2_2": Further(_wan, {**_SHORT, "num_frames": 5}, ("transformer", "transformer_2")),
@@ -225,7 +231,7 @@ MORE_PIPELINES = {
     "cogvideox": Further(video_pipelines.cogvideox, {**_SHORT, "num_frames": 5}),
     "hunyuan_video": Further(
         video_pipelines.hunyuan_video,
-        {**_SHORT, "num_frames": 5, "prompt_template": {"template": "A video: {}", "crop_start": 4}},
+        {**_SHORT, "num_frames": 5, "prompt_template": {"template": "A video: {}", "crop_start": 9}},
     ),
     "sana_sprint": Further(
         _sana_sprint,

@@ -38,4 +38,4 @@ def gemma_tokenizer() -> GemmaTokenizer:
 def llama_tokenizer() -> LlamaTokenizer:
     tokens = ["<unk>", "<s>", "</s>", "▁", *_LETTERS]
     vocab = {token: index for index, token in enumerate(tokens)}
-    return LlamaTokenizer(vocab=vocab, merges=[], pad_token="</s>", model_max_length=32)
+    return LlamaTokenizer(vocab=vocab, merges=[], pad_token="</s>", padding_side="right")
