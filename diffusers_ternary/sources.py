@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from torch import nn
 
+from .compat import keep_in_fp32_names
 from .config import TernaryConfig
+from .quantizers import packed_layers
 
 
 def load_quantized(
@@ -118,3 +121,17 @@ def save_atomically(destination: str | os.PathLike[str], *, overwrite: bool = Fa
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def store_in_16_bits(pipeline: Any) -> None:
+    """Casts what is not packed in quantized components to bfloat16, as it is stored; float32 modules stay.
+
+    Calibration and distillation compute in float32 on a CPU, which would double what the kept layers take in a file.
+    """
+    for model in pipeline.components.values():
+        if not isinstance(model, nn.Module) or not packed_layers(model):
+            continue
+        float32 = set(keep_in_fp32_names(model))
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == torch.float32 and not float32.intersection(name.split(".")):
+                parameter.data = parameter.data.to(torch.bfloat16)

@@ -106,8 +106,8 @@ class Allocation:
         if least > capacity:
             smallest = budget.describe(least, weights=self._weights, rest=self._rest)
             raise ValueError(
-                f"The size budget is below the smallest possible, {smallest}, with all layers ternary. Allow more, or "
-                "set a larger group_size."
+                f"The size budget, {budget.describe(capacity, weights=self._weights, rest=self._rest)}, is below the "
+                f"smallest possible, {smallest}, with all layers ternary. Allow more, or set a larger group_size."
             )
         return capacity - self._fixed
 

@@ -9,7 +9,7 @@ import typer
 
 from ..config import TernaryConfig
 from ..inspection import inspect_path
-from ..sources import save_atomically
+from ..sources import save_atomically, store_in_16_bits
 from .console import console, escape, explained_errors, format_bytes
 from .options import (
     demo_settings,
@@ -112,7 +112,7 @@ def calibrate_command(
         place = parse_device(device)
         hide_loading_bars()
         if is_demo(source):
-            call_kwargs, _ = demo_settings(call_kwargs, lines, steps, guidance)
+            call_kwargs = demo_settings(call_kwargs, steps, guidance)
         calibration = CalibrationConfig(
             solver=SolverConfig(descent_passes=passes, starts=starts, damping=damping),
             correct_bias=correct_bias,
@@ -139,6 +139,8 @@ def calibrate_command(
                     f"Finished layers are kept in {kept}. The same command goes on from there.", markup=False
                 )
                 raise
+            if dtype == "auto":
+                store_in_16_bits(pipeline)
             pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
             report.save_json(folder / REPORT)
             try:

@@ -12,7 +12,7 @@ import typer
 
 from ..config import TernaryConfig
 from ..inspection import inspect_path
-from ..sources import save_atomically
+from ..sources import save_atomically, store_in_16_bits
 from .console import console, escape, explained_errors, format_bytes
 from .options import (
     demo_settings,
@@ -159,7 +159,7 @@ def distill_command(
         )
         hide_loading_bars()
         if is_demo(source):
-            settings, _ = demo_settings(settings, lines, inference_steps, guidance)
+            settings = demo_settings(settings, inference_steps, guidance)
         distill_config = DistillConfig(
             mode=mode,
             steps=steps,
@@ -205,6 +205,8 @@ def distill_command(
             except (MemoryError, ImportError) as error:
                 raise ValueError(str(error)) from error
             if folder is not None:
+                if dtype == "auto":
+                    store_in_16_bits(trained)
                 trained.save_pretrained(folder, max_shard_size=max_shard_size)
                 shutil.copyfile(run / REPORT, folder / REPORT)
         if state.is_main_process:

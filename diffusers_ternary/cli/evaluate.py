@@ -10,7 +10,16 @@ import typer
 
 from ..sources import save_atomically
 from .console import console, explained_errors
-from .options import demo_settings, is_demo, load_pipeline, parse_call_kwargs, parse_device, parse_dtype, read_prompts
+from .options import (
+    demo_scorers,
+    demo_settings,
+    is_demo,
+    load_pipeline,
+    parse_call_kwargs,
+    parse_device,
+    parse_dtype,
+    read_prompts,
+)
 
 
 if TYPE_CHECKING:
@@ -61,8 +70,8 @@ def evaluate_command(
         teacher_pipeline = load_pipeline(teacher, torch_dtype).to(place)
         student_pipeline = load_student(student, teacher_pipeline, torch_dtype).to(place)
         if is_demo(teacher):
-            call_kwargs, judge = demo_settings(call_kwargs, lines, steps, guidance)
-            scorers.update(judge)
+            call_kwargs = demo_settings(call_kwargs, steps, guidance)
+            scorers.update(demo_scorers(lines))
         try:
             result = evaluate(
                 student_pipeline,

@@ -48,24 +48,27 @@ def is_demo(source: str) -> bool:
     return source.partition(":")[0] == DEMO and not pathlib.Path(source).exists()
 
 
-def demo_settings(
-    call_kwargs: Mapping[str, Any], prompts: list[str], steps: int | None, guidance: float | None
-) -> "tuple[dict[str, Any], dict[str, Scorer]]":
-    """The embedded model's own call arguments, and its judge where the prompts are of its grammar."""
-    from ..demo.grammar import attributes_of
+def demo_settings(call_kwargs: Mapping[str, Any], steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """The embedded model's own call arguments under those that were given."""
     from ..demo.pipeline import DEMO_CALL
-    from ..demo.run import judge_scorer
 
     given = {"num_inference_steps": steps, "guidance_scale": guidance}
     settings = {name: value for name, value in DEMO_CALL.items() if given.get(name) is None}
-    settings.update(call_kwargs)
+    return {**settings, **call_kwargs}
+
+
+def demo_scorers(prompts: list[str]) -> "dict[str, Scorer]":
+    """The embedded model's judge, where the prompts are of its grammar."""
+    from ..demo.grammar import attributes_of
+    from ..demo.run import judge_scorer
+
     try:
         for prompt in prompts:
             attributes_of(prompt)
     except ValueError as error:
         console.print(f"The judge is left out: {error}", soft_wrap=True, markup=False)
-        return settings, {}
-    return settings, {"judge": judge_scorer()}
+        return {}
+    return {"judge": judge_scorer()}
 
 
 def parse_call_kwargs(values: list[str] | None, named: Mapping[str, Any]) -> dict[str, Any]:

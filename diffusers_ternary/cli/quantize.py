@@ -49,7 +49,10 @@ def quantize_command(
 
     Rounding alone spoils the pictures of most models; it is the starting point of calibration and distillation.
     """
+    from .quiet import hide_loading_bars
+
     with explained_errors():
+        hide_loading_bars()
         config = TernaryConfig(
             group_size=group_size or None,
             rounding=rounding,

@@ -59,7 +59,7 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
             What activations are rounded to, per token, before the product: `"int8"`, `"float8_e4m3fn"`, `"none"`, or
             `"auto"`: the fastest that the device's kernels have.
         compute_dtype (`str` or `torch.dtype`, *optional*):
-            Dtype of the product, and of the model if `torch_dtype` is not given. `None` follows the input.
+            Dtype of the product, and of the model if `dtype` is not given. `None` follows the input.
         components (`list[str]` or `dict[str, str]`, *optional*):
             Components of a pipeline to quantize. `None` = its denoisers. A dictionary gives each component its own
             `kind`: `{"transformer": "ternary", "text_encoder_2": "int8"}` is what is safe without calibration,

@@ -194,6 +194,10 @@ def prepare(
         for part in source.packed:
             for path in write_dense_copy(part, generated / DENSE / part.name):
                 files[path.relative_to(generated).as_posix()] = path
+    for name, path in files.items():
+        settings = _without_local_path(path, base)
+        if settings is not None:
+            files[name] = _write(generated / "settings" / name, settings)
     files[CARD] = _write(generated / CARD, str(card))
     return Publication(source, base, card, files)
 
@@ -269,5 +273,16 @@ def _json(content: Mapping[str, Any]) -> str:
 
 
 def _write(path: pathlib.Path, text: str) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _without_local_path(path: pathlib.Path, base: BaseCard) -> str | None:
+    """The text of a configuration that names the folder it was loaded from, with the base model's id in its place."""
+    if path.name not in ("config.json", "model_index.json"):
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict) or not pathlib.Path(str(data.get("_name_or_path", ""))).is_absolute():
+        return None
+    return json.dumps({**data, "_name_or_path": base.repo_id}, indent=2) + "\n"
