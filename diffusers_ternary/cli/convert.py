@@ -42,7 +42,7 @@ def convert_command(
     Reads "unpacked" checkpoints, Clark packs of Sana, 2-bit state dicts of gemlite and HQQ, and GGUF files. Finds the
     group size of every layer and keeps, and reports, what is not ternary.
 
-    Example: diffusers-ternary convert prism-ml/bonsai-image-ternary-4B-unpacked bonsai
+    Example: diffusers-ternary convert someone/unpacked-ternary-model packed
 
     Example: diffusers-ternary convert my-flux-ternary flux.gguf
     """

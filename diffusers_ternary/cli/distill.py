@@ -134,7 +134,7 @@ def distill_command(
     again with the same arguments, and ends with the same weights. DST also gets distill.json: errors on the held-out
     prompts over the run.
 
-    One process: diffusers-ternary distill SRC DST --prompts template:4000 --mode full
+    Example: diffusers-ternary distill SRC DST --prompts template:4000 --mode full
 
     Several GPUs: accelerate launch -m diffusers_ternary.cli distill SRC DST --prompts template:4000 --mode full
     """

@@ -67,7 +67,7 @@ def test_a_single_model_and_a_text_encoder(source, tmp_path):
         (["--override", "x=int4"], "is not one of ternary, int8, keep"),
         (["--dtype", "int8"], "is not one of float32"),
         (["--component", "unet"], "no component unet"),
-        (["--skip", "*"], "no linear layer to convert"),
+        (["--skip", "*"], "no layer to convert"),
     ],
 )
 def test_bad_options_say_what_to_do_and_leave_nothing(source, tmp_path, arguments, message):
