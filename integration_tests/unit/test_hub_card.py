@@ -344,3 +344,16 @@ def test_the_destination_is_checked_without_asking():
             check_target(name, revision=None, create_pr=False)
     with pytest.raises(ValueError, match="create_pr=True"):
         check_target("user/name", revision="main", create_pr=True)
+
+
+def test_no_local_path_goes_along(make, folder):
+    """diffusers writes the folder that a model was loaded from into its configuration."""
+    configurations = [path for path in folder.rglob("*.json") if path.name in ("config.json", "model_index.json")]
+    for path in configurations:
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps({**settings, "_name_or_path": "/home/somebody/secret"}))
+    files = make().files
+    sent = {name: path.read_text() for name, path in files.items() if name.endswith(".json")}
+    assert sum("_name_or_path" in text for text in sent.values()) == len(configurations) > 0
+    assert not any("/home/somebody" in text for text in sent.values())
+    assert "/home/somebody" in configurations[0].read_text()  # the user's own folder stays as it is
