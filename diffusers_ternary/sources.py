@@ -135,3 +135,20 @@ def store_in_16_bits(pipeline: Any) -> None:
         for name, parameter in model.named_parameters():
             if parameter.dtype == torch.float32 and not float32.intersection(name.split(".")):
                 parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    """A JSON object, or `None` if there is no such file.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Restore the file.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object. Restore the file.")
+    return content

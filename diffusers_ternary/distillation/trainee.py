@@ -2,7 +2,6 @@
 """The student while it is trained: a float twin of the packed denoiser, and the way back."""
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -10,7 +9,6 @@ from torch import nn
 
 from ..layers import TernaryLayer
 from ..quantizers import packed_layers
-from ..ternarize import LowRank, TernaryWeight
 from .trainable import LayerTraining, TrainableTernaryLayer, whole
 
 
@@ -82,7 +80,7 @@ def write_back(trainee: nn.Module, student: nn.Module) -> None:
         if isinstance(module, TrainableTernaryLayer):
             layer = student.get_submodule(name)
             assert isinstance(layer, TernaryLayer)
-            layer.install_weight(_on(module.pack(), layer.weight.device))
+            layer.install_weight(module.pack().to(layer.weight.device))
             if module.bias is not None:
                 layer.get_parameter("bias").copy_(whole(module.bias))
             continue
@@ -92,14 +90,3 @@ def write_back(trainee: nn.Module, student: nn.Module) -> None:
     quantizer = getattr(student, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.attach(student)  # what it remembers for saving may have changed: a rank
-
-
-def _on(weight: TernaryWeight, device: torch.device) -> TernaryWeight:
-    low_rank = weight.low_rank
-    return dataclasses.replace(
-        weight,
-        packed=weight.packed.to(device),
-        scale=weight.scale.to(device),
-        multiplier=None if weight.multiplier is None else weight.multiplier.to(device),
-        low_rank=None if low_rank is None else LowRank(low_rank.up.to(device), low_rank.down.to(device)),
-    )

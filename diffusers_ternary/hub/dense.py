@@ -16,7 +16,8 @@ from ..format import Int8Spec
 from ..layers import Int8Linear, TernaryLinear
 from ..quantizers import StoredTensor
 from ..quantizers.checkpoint import owner, to_memory
-from .source import PackedModel, read_json
+from ..sources import read_json
+from .source import PackedModel
 
 
 VARIANT = "bf16"

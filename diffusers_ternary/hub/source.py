@@ -14,6 +14,7 @@ from ..format import FileLayout, TernarySpec
 from ..inspection import Component, inspect_path
 from ..quantizers import StoredTensor, bits_per_weight, check_headers, read_headers
 from ..quantizers.checkpoint import check_values
+from ..sources import read_json
 
 
 CARD = "README.md"
@@ -154,23 +155,6 @@ def _inspect(folder: pathlib.Path, name: str) -> Iterator[Component]:
         base, _, variant = part.name.partition(" (")
         if base == own:
             yield dataclasses.replace(part, name=f"{name} ({variant}" if variant else name)
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    """A JSON object, or `None` if there is no such file.
-
-    Raises:
-        ValueError: if the file holds something else.
-    """
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Restore the file.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object. Restore the file.")
-    return content
 
 
 def _check_complete(folder: pathlib.Path) -> None:

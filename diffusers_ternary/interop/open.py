@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds out what format a path is in and opens it; headers only."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from ..config import TernaryConfig
+from ..sources import read_json
 from .clark import is_clark, read_clark
 from .source import ForeignModel
 from .tensor_files import SafetensorsFiles, StateDictFile
@@ -70,23 +70,6 @@ def pipeline_components(root: pathlib.Path, components: Sequence[str] | None) ->
             f"{root} has no component {', '.join(missing) or 'that denoises'}. Choose from {', '.join(known)}."
         )
     return selected
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    """A JSON object, or `None` if there is no such file.
-
-    Raises:
-        ValueError: if it is no JSON object.
-    """
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Restore the file.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object. Restore the file.")
-    return content
 
 
 def _given_config(path: pathlib.Path) -> dict[str, Any]:

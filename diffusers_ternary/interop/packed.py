@@ -11,8 +11,9 @@ from safetensors import safe_open
 from ..format import LOW_RANK_NAMES, FileLayout, LayerSpec, TernarySpec, expand_scales, group_scales, unpack_base3
 from ..quantizers import StoredTensor, check_headers, read_headers
 from ..quantizers.checkpoint import check_crc, check_tensor
+from ..sources import read_json
 from ..ternarize import rotate
-from .open import pipeline_components, read_json
+from .open import pipeline_components
 
 
 @dataclasses.dataclass(frozen=True)
