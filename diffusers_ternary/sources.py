@@ -2,7 +2,6 @@
 """Finds out what a path or Hub id holds, loads it quantized, and writes folders that are complete or absent."""
 
 import contextlib
-import json
 import os
 import pathlib
 import shutil
@@ -17,6 +16,7 @@ from torch import nn
 
 from .compat import keep_in_fp32_names
 from .config import TernaryConfig
+from .files import read_json
 from .quantizers import packed_layers
 
 
@@ -79,16 +79,7 @@ def _read_json(source: str, name: str) -> dict[str, Any] | None:
             return None
         except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
             raise ValueError(f"{source} is no local folder, and the Hub does not give it: {error}") from error
-    if not os.path.isfile(path):
-        return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Restore the file.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object. Restore the file.")
-    return content
+    return read_json(path)
 
 
 def _refuse_quantized(config: dict[str, Any] | None, source: str) -> None:
@@ -135,20 +126,3 @@ def store_in_16_bits(pipeline: Any) -> None:
         for name, parameter in model.named_parameters():
             if parameter.dtype == torch.float32 and not float32.intersection(name.split(".")):
                 parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    """A JSON object, or `None` if there is no such file.
-
-    Raises:
-        ValueError: if the file holds something else.
-    """
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Restore the file.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object. Restore the file.")
-    return content

@@ -2,7 +2,6 @@
 """`diffusers-ternary distill`."""
 
 import contextlib
-import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config import TernaryConfig
+from ..files import read_json
 from ..inspection import inspect_path
 from ..sources import save_atomically, store_in_16_bits
 from .console import console, escape, explained_errors, format_bytes
@@ -247,7 +247,7 @@ def _saved(destination: pathlib.Path, overwrite: bool, *, main: bool) -> Iterato
 
 
 def _summarize(destination: pathlib.Path) -> None:
-    report: Mapping[str, Any] = json.loads((destination / REPORT).read_text(encoding="utf-8"))
+    report: Mapping[str, Any] = read_json(destination / REPORT) or {}
     for part in inspect_path(destination):
         if part.format_version is None:
             continue

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..files import parse_json_object
 from ..rollouts import fingerprint
 from .layout import KINDS, Branch, InputLayout, Path
 
@@ -104,9 +105,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         ValueError: if the JSON is damaged, or of a newer format.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json_object(path.read_bytes(), source=path)
         version = content["format_version"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error!r}). Delete the folder and cache again.") from error
     if version != FORMAT_VERSION:
         raise ValueError(

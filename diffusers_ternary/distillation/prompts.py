@@ -5,18 +5,19 @@ import csv
 import hashlib
 import importlib
 import io
-import json
 import pathlib
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ..files import parse_json
 from .prompt_templates import template_prompts
 
 
 TEMPLATE, DATASET, STDIN = "template:", "datasets:", "-"
 _COLUMNS = ("prompt", "text", "caption")
+_WRITE = "Write a string, or an object with a prompt."
 
 
 def read_prompts(source: str, *, limit: int | None = None, column: str | None = None) -> list[str]:
@@ -118,9 +119,13 @@ def _from_file(path: pathlib.Path, column: str | None) -> list[str]:
     text = _decode(path.read_bytes(), str(path))
     if suffix in (".jsonl", ".ndjson"):
         lines = {f"{path} line {number}": line for number, line in enumerate(text.split("\n"), start=1)}
-        return [_prompt_in(_json(line, place), place, column) for place, line in lines.items() if line.strip()]
+        return [
+            _prompt_in(parse_json(line, source=place, remedy=_WRITE), place, column)
+            for place, line in lines.items()
+            if line.strip()
+        ]
     if suffix == ".json":
-        content = _json(text, str(path))
+        content = parse_json(text, source=path, remedy=_WRITE)
         if not isinstance(content, list):
             raise ValueError(f"{path} holds no JSON list. Write a list of prompts, or of objects with a prompt each.")
         return [_prompt_in(value, f"{path} entry {index}", column) for index, value in enumerate(content)]
@@ -213,13 +218,6 @@ def _decode(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{name} is not UTF-8 (line {line}: {error.reason}). Save it as UTF-8 text.") from error
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is no valid JSON ({error}).") from error
 
 
 def _import(module: str, what: str, package: str) -> Any:

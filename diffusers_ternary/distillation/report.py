@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from ..files import parse_json_object
 from .progress import Evaluation
 
 
@@ -74,6 +75,6 @@ class DistillReport:
     @classmethod
     def load_json(cls, path: str | os.PathLike[str]) -> "DistillReport":
         """Reads what `save_json` wrote."""
-        values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        values = parse_json_object(pathlib.Path(path).read_bytes(), source=path)
         history = tuple(Evaluation(**entry) for entry in values.pop("history"))
         return cls(**values, history=history)

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from ..files import read_json
 from .checkpoint import write_json
 
 
@@ -28,8 +29,7 @@ def check_run(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise FileExistsError(f"{folder} exists and holds no distillation run. Choose another output folder.")
         return
-    with open(path, encoding="utf-8") as file:
-        known = json.load(file)
+    known = read_json(path, remedy="Choose another output folder, or delete this one.") or {}
     differences = [
         f"{name}: {_brief(known.get(name))} there, {_brief(identity.get(name))} now"
         for name in sorted(known.keys() | identity.keys())

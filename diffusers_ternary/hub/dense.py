@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..files import read_json
 from ..format import Int8Spec
 from ..layers import Int8Linear, TernaryLinear
 from ..quantizers import StoredTensor
 from ..quantizers.checkpoint import owner, to_memory
-from ..sources import read_json
 from .source import PackedModel
 
 

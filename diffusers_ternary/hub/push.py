@@ -15,6 +15,7 @@ from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..files import read_json
 from .base_card import BaseCard, read_base_card
 from .card import card_data, render_card
 from .consistency import check_reports, is_generated, merge_own_card
@@ -282,7 +283,7 @@ def _without_local_path(path: pathlib.Path, base: BaseCard) -> str | None:
     """The text of a configuration that names the folder it was loaded from, with the base model's id in its place."""
     if path.name not in ("config.json", "model_index.json"):
         return None
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict) or not pathlib.Path(str(data.get("_name_or_path", ""))).is_absolute():
+    data = read_json(path) or {}
+    if not pathlib.Path(str(data.get("_name_or_path", ""))).is_absolute():
         return None
     return json.dumps({**data, "_name_or_path": base.repo_id}, indent=2) + "\n"

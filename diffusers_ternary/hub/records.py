@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..sources import read_json
+from ..files import read_json
 
 
 RESULT, SHEET = "result.json", "contact_sheet.png"

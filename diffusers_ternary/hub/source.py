@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..config import QUANT_METHOD
+from ..files import read_json
 from ..format import FileLayout, TernarySpec
 from ..inspection import Component, inspect_path
 from ..quantizers import StoredTensor, bits_per_weight, check_headers, read_headers
 from ..quantizers.checkpoint import check_values
-from ..sources import read_json
 
 
 CARD = "README.md"

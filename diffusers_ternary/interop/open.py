@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config import TernaryConfig
-from ..sources import read_json
+from ..files import read_json
 from .clark import is_clark, read_clark
 from .source import ForeignModel
 from .tensor_files import SafetensorsFiles, StateDictFile

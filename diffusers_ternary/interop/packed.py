@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ..files import read_json
 from ..format import LOW_RANK_NAMES, FileLayout, LayerSpec, TernarySpec, expand_scales, group_scales, unpack_base3
 from ..quantizers import StoredTensor, check_headers, read_headers
 from ..quantizers.checkpoint import check_crc, check_tensor
-from ..sources import read_json
 from ..ternarize import rotate
 from .open import pipeline_components
 

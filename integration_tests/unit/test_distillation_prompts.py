@@ -88,7 +88,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
         ("a.txt", b"\n \n", "holds no prompts"),
         ("a.txt", b"", "holds no prompts"),
         ("a.txt", "ok\nfünf".encode("latin-1"), r"not UTF-8 \(line 2"),
-        ("a.jsonl", b'"a cat"\n{"prompt": }', r"a.jsonl line 2 is no valid JSON"),
+        ("a.jsonl", b'"a cat"\n{"prompt": }', r"a.jsonl line 2 is not valid JSON"),
         ("a.jsonl", b'"a cat"\n\n3', r"line 3 holds 3, which is no string"),
         ("a.jsonl", b'{"prompt": " "}', r"line 1 holds an empty prompt"),
         ("a.jsonl", b'{"a": "x", "b": "y"}', r"no column named prompt, text, caption; it has a, b"),
