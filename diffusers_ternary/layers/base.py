@@ -7,6 +7,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import nn
 
+from ..compat_torch import is_autocast
 from ..format import LOW_RANK_NAMES, LayerSpec
 
 
@@ -102,6 +103,9 @@ class QuantizedLayer(nn.Module):
                     f"got {tensor.dtype} {list(tensor.shape)}."
                 )
         self.scale_dtype = given["weight_scale"].dtype
+        for name in self.packed_names:
+            if name not in given:
+                setattr(self, name, None)  # of a layout that was installed before
         for name, tensor in given.items():
             if name == "weight_scale" or name in LOW_RANK_NAMES:
                 tensor = scale_to_bits(tensor)
@@ -207,7 +211,7 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """What the float module computes, in the dtype that it would return."""
-        if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        if is_autocast(input) and input.dtype != torch.float64:
             # Autocast does not see custom operators, and the float module would have been cast (unless in float64).
             return self._product(input.to(torch.get_autocast_dtype(input.device.type)))
         if self.compute_dtype is None:
@@ -215,10 +219,11 @@ class QuantizedLayer(nn.Module):
         return self._product(input.to(self.compute_dtype)).to(input.dtype)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.fused_weight is None:
+        fused_weight = self._parameters["fused_weight"]  # without Module.__getattr__, which takes longer
+        if fused_weight is None:
             return self._multiply(x)
         bias = self._active_bias
-        return self._multiply_dense(x, self.fused_weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return self._multiply_dense(x, fused_weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         """What the float module computes, with the packed weight."""

@@ -7,8 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..compat_torch import is_plain
 from ..format import LOW_RANK_DTYPE, TernarySpec
-from ..ops import kernel_name, ternary_dequantize, ternary_linear, ternary_rotate
+from ..kernels.operands import Layout
+from ..ops import (
+    PreparedProducts,
+    kernel_name,
+    prepared_products,
+    ternary_dequantize,
+    ternary_product,
+    ternary_rotate,
+)
 from ..ternarize import LowRank, TernaryWeight, ternarize
 from .base import QuantizedLayer, bits_to_scale
 from .conv import QuantizedConv2d
@@ -23,6 +32,9 @@ class TernaryLayer(QuantizedLayer):
     weight_multiplier: nn.Parameter | None
     low_rank_up: nn.Parameter | None
     low_rank_down: nn.Parameter | None
+    # What `_quick_product` found last; of the class until then, so that layers of older pickles have it.
+    _prepared: PreparedProducts | None = None
+    _prepared_kind: tuple[Any, ...] | None = None
 
     @property
     def kernel(self) -> str:
@@ -70,21 +82,61 @@ class TernaryLayer(QuantizedLayer):
 
     def multiply_rows(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` times the matrix, plus the bias: `[..., N]`."""
-        product = ternary_linear(
-            x,
-            self.weight,
-            self.scales,
-            self.weight_multiplier,
-            self.bias,
-            self.spec.in_features,
-            self.spec.group_size,
-            self.activation_dtype,
-            self.spec.hadamard,
-        )
-        low_rank = self.low_rank
-        if low_rank is None:
+        product = None if torch.compiler.is_compiling() else self._quick_product(x)
+        if product is None:
+            product = ternary_product(
+                x,
+                self.weight,
+                self.scales,
+                self.weight_multiplier,
+                self.bias,
+                self.spec.in_features,
+                self.spec.group_size,
+                self.activation_dtype,
+                self.spec.hadamard,
+            )
+        if not self.spec.rank:
             return product
+        low_rank = self.low_rank
+        assert low_rank is not None
         return product + F.linear(F.linear(x, low_rank.down.to(x.dtype)), low_rank.up.to(x.dtype))
+
+    def _quick_product(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The product by a prepared call, past the dispatcher; `None` where the operator must be called."""
+        # Module.__getattr__ takes longer than the checks below.
+        parameters = self._parameters
+        weight, scale = parameters["weight"], parameters["weight_scale"]
+        multiplier, bias = parameters["weight_multiplier"], parameters["bias"]
+        if weight is None or scale is None or not is_plain(x) or (bias is not None and bias.requires_grad):
+            return None
+        bias_dtype = None if bias is None else bias.dtype
+        kind = (self.spec, self.scale_dtype, self.activation_dtype, multiplier is not None, bias_dtype)
+        prepared = self._prepared
+        if prepared is None or kind != self._prepared_kind:
+            prepared = self._prepare(*kind)
+        return prepared(x, weight, scale, multiplier, bias)
+
+    def _prepare(
+        self,
+        spec: TernarySpec,
+        scale_dtype: torch.dtype,
+        activation_dtype: str,
+        has_multiplier: bool,
+        bias_dtype: torch.dtype | None,
+    ) -> PreparedProducts:
+        layout = Layout(
+            spec.out_features,
+            spec.in_features,
+            spec.group_size,
+            scale_dtype,
+            has_multiplier,
+            bias_dtype,
+            activation_dtype,
+            spec.hadamard,
+        )
+        self._prepared = prepared_products(layout)
+        self._prepared_kind = (spec, scale_dtype, activation_dtype, has_multiplier, bias_dtype)
+        return self._prepared
 
     def _repr_details(self) -> str:
         spec = self.spec

@@ -4,8 +4,19 @@
 from . import triton  # noqa: F401 (registers the operators on GPUs)
 from .dequantize import ternary_dequantize
 from .linear import ACTIVATION_DTYPES, ternary_linear
+from .prepared import PreparedProducts, prepared_products
+from .product import ternary_product
 from .rotate import ternary_rotate
 from .serving import kernel_name
 
 
-__all__ = ["ACTIVATION_DTYPES", "kernel_name", "ternary_dequantize", "ternary_linear", "ternary_rotate"]
+__all__ = [
+    "ACTIVATION_DTYPES",
+    "PreparedProducts",
+    "kernel_name",
+    "prepared_products",
+    "ternary_dequantize",
+    "ternary_linear",
+    "ternary_product",
+    "ternary_rotate",
+]

@@ -6,6 +6,27 @@ import torch
 from ..kernels import reference
 
 
+def check_devices(device: torch.device, owner: str, **tensors: torch.Tensor | None) -> None:
+    """Checks that all tensors are where the first one is.
+
+    torch sends a call with one tensor on the meta device to the fake kernel, which returns memory without values.
+
+    Raises:
+        ValueError: names the tensor that is elsewhere.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device and not _same(tensor.device, device):
+            raise ValueError(
+                f"{name} is on {tensor.device} and {owner} on {device}: all tensors of a ternary layer must be on one "
+                "device. An offloaded layer must be called through its module, whose hooks load it."
+            )
+
+
+def _same(one: torch.device, other: torch.device) -> bool:
+    """Fake tensors may be on "cuda" beside others on "cuda:0"."""
+    return one.type == other.type and None in (one.index, other.index)
+
+
 @torch.library.custom_op("diffusers_ternary::dequantize", mutates_args=())
 def ternary_dequantize(
     weight: torch.Tensor,
@@ -25,6 +46,7 @@ def ternary_dequantize(
         group_size (`int`): columns per scale.
         dtype (`torch.dtype`): of the result.
     """
+    check_devices(weight.device, "the weight", scale=scale, multiplier=multiplier)
     return reference.dequantize(weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=dtype)
 
 
@@ -37,4 +59,5 @@ def _(
     group_size: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    check_devices(weight.device, "the weight", scale=scale, multiplier=multiplier)
     return weight.new_empty(weight.shape[0], in_features, dtype=dtype)

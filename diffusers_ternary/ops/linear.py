@@ -7,19 +7,34 @@ import torch
 
 from ..kernels import cpu, reference
 from ..ternarize import rotate
-from .dequantize import ternary_dequantize
+from .dequantize import check_devices, ternary_dequantize
+from .prepared import quick_linear
 from .rotate import ternary_rotate
 
 
 ACTIVATION_DTYPES = ("auto", "int8", "float8_e4m3fn", "none")
 
 
-def check_arguments(input: torch.Tensor, in_features: int, activation_dtype: str) -> None:
+def check_arguments(
+    input: torch.Tensor,
+    operands: tuple[torch.Tensor | None, ...],
+    in_features: int,
+    activation_dtype: str,
+) -> None:
     """Checks what a caller can get wrong; every device's implementation calls it first.
+
+    Args:
+        input (`torch.Tensor`): the activations.
+        operands (`tuple`): weight, scale, multiplier and bias.
+        in_features (`int`): K.
+        activation_dtype (`str`): one of `ACTIVATION_DTYPES`.
 
     Raises:
         ValueError: names the value and what is expected.
     """
+    check_devices(
+        input.device, "the input", weight=operands[0], scale=operands[1], multiplier=operands[2], bias=operands[3]
+    )
     if input.dim() == 0 or input.shape[-1] != in_features:
         raise ValueError(f"A ternary linear map expected [..., {in_features}], got {list(input.shape)}.")
     if activation_dtype not in ACTIVATION_DTYPES:
@@ -58,7 +73,7 @@ def ternary_linear(
     Raises:
         ValueError: if `input` has another number of features, or `activation_dtype` is unknown.
     """
-    check_arguments(input, in_features, activation_dtype)
+    check_arguments(input, (weight, scale, multiplier, bias), in_features, activation_dtype)
     # The default implementation serves every device without one of its own.
     return reference.linear(
         input,
@@ -85,7 +100,10 @@ def _linear_cpu(
     activation_dtype: str,
     hadamard: int = 0,
 ) -> torch.Tensor:
-    check_arguments(input, in_features, activation_dtype)
+    quick = quick_linear(input, weight, scale, multiplier, bias, in_features, group_size, activation_dtype, hadamard)
+    if quick is not None:
+        return quick
+    check_arguments(input, (weight, scale, multiplier, bias), in_features, activation_dtype)
     packed = (weight, scale, multiplier, bias)
     if input.dtype == torch.float64 or activation_dtype == "float8_e4m3fn":
         # Whoever asks for float64 wants exact numbers (gradient checks), not speed.
@@ -116,7 +134,7 @@ def _(
     activation_dtype: str,
     hadamard: int = 0,
 ) -> torch.Tensor:
-    check_arguments(input, in_features, activation_dtype)
+    check_arguments(input, (weight, scale, multiplier, bias), in_features, activation_dtype)
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 

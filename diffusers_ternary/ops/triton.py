@@ -10,6 +10,7 @@ from ..kernels import reference
 from ..ternarize import rotate
 from .dequantize import ternary_dequantize
 from .linear import check_arguments, ternary_linear
+from .prepared import quick_linear
 from .rotate import ternary_rotate
 from .serving import TRITON_DEVICE_TYPES, triton_serves
 
@@ -26,7 +27,10 @@ def _linear(
     activation_dtype: str,
     hadamard: int = 0,
 ) -> torch.Tensor:
-    check_arguments(input, in_features, activation_dtype)
+    quick = quick_linear(input, weight, scale, multiplier, bias, in_features, group_size, activation_dtype, hadamard)
+    if quick is not None:
+        return quick
+    check_arguments(input, (weight, scale, multiplier, bias), in_features, activation_dtype)
     packed = (weight, scale, multiplier, bias)
     # Whoever asks for float64 wants exact numbers (gradient checks), not speed.
     if input.dtype == torch.float64 or not triton_serves(input.device):

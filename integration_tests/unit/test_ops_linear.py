@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from diffusers_ternary.ops import ternary_linear
+from diffusers_ternary.ops import ternary_dequantize, ternary_linear
 from diffusers_ternary.ternarize import TernaryWeight, ternarize
 
 
@@ -171,3 +171,22 @@ def test_a_wrong_number_of_features_is_a_readable_error(columns):
 def test_an_unknown_activation_dtype_is_a_readable_error():
     with pytest.raises(ValueError, match="activation_dtype='int4' is not one of auto, int8"):
         ternary_linear(*arguments(inputs(3, 50), weight_of(), None, "int4"))
+
+
+@pytest.mark.parametrize("name", ["weight", "scale", "multiplier", "bias"])
+def test_one_operand_on_meta_is_an_error_and_not_memory_without_values(name):
+    packed = weight_of()
+    names = ["input", "weight", "scale", "multiplier", "bias"]
+    operands = list(arguments(inputs(3, 50), packed, inputs(9)))
+    if operands[names.index(name)] is None:
+        pytest.skip("this layout has no such operand")
+    operands[names.index(name)] = operands[names.index(name)].to("meta")
+    for operator in (ternary_linear, torch.ops.diffusers_ternary.linear_inference):
+        with pytest.raises(ValueError, match=f"{name} is on meta and the input on cpu"):
+            operator(*operands)
+
+
+def test_dequantizing_with_a_scale_on_meta_is_an_error():
+    packed = weight_of()
+    with pytest.raises(ValueError, match="scale is on meta and the weight on cpu"):
+        ternary_dequantize(packed.packed, packed.scale.to("meta"), packed.multiplier, 50, 16, torch.float32)

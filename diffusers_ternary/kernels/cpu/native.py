@@ -6,7 +6,9 @@ import functools
 import importlib.util
 import logging
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -46,6 +48,7 @@ class NativeLibrary:
     functions: ctypes.CDLL
     variant: str
     variant_index: int
+    pack: ClassVar[Callable[..., bytes]] = _ARGUMENTS.pack
 
     def arguments(
         self,

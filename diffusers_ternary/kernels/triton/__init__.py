@@ -99,6 +99,11 @@ def linear(
     return multiply(x, packed, bias, activation_dtype)
 
 
+def prepare(shape, dtype, device, **layout):  # type: ignore[no-untyped-def]
+    """Stub."""
+    return None
+
+
 def dequantize(
     weight: torch.Tensor,
     scale: torch.Tensor,

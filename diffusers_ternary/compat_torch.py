@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every name of torch that is not part of its documented API, as `compat` has them of other libraries.
+
+Each has a canary in `integration_tests/unit/test_compat_torch.py`.
+"""
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_transforms = torch._C._functorch.peek_interpreter_stack
+_traced_by_jit = torch._C._get_tracing_state
+
+
+def is_autocast(x: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of `x`; first asked for any device, which takes a tenth of the time."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether a call on `x` may skip torch's dispatcher: nobody watches it, and it has no gradient to record.
+
+    Dispatch modes (fake tensors, FLOP counters, exports), transforms (vmap, forward-mode derivatives), tracing and
+    tensor subclasses all need the operator.
+    """
+    return (
+        (type(x) is torch.Tensor or type(x) is torch.nn.Parameter)
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and _dispatch_modes() == 0
+        and _function_transforms() is None
+        and _traced_by_jit() is None
+        and forward_ad._current_level < 0
+    )
