@@ -6,7 +6,8 @@ readably when a new version moves it.
 """
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ __all__ = [
     "TransformersConfigMixin",
     "WeightConverter",
     "drop_config_entries",
+    "drop_unsaved",
     "forget_weight_conversions",
+    "ignore_unexpected",
     "keep_in_fp32_names",
     "patch_flux_expansion",
     "patch_lora_mixin",
@@ -64,6 +67,25 @@ def keep_in_fp32_names(model: Any) -> list[str]:
 def forget_weight_conversions(model: Any) -> None:
     """Makes transformers save the state dict as it is, instead of reverting the renamings of an older checkpoint."""
     model._weight_conversions = []
+
+
+def drop_unsaved(state_dict: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` of a transformers model stores of a state dict: tied weights once, and nothing ignored.
+
+    `state_dict` is left as it is.
+    """
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    ignored = model._keys_to_ignore_on_save or ()
+    return remove_tied_weights_from_state_dict(
+        {name: tensor for name, tensor in state_dict.items() if name not in ignored}, model
+    )
+
+
+def ignore_unexpected(model: Any, names: Iterable[str]) -> None:
+    """Keeps transformers from reporting tensors of a checkpoint as unexpected."""
+    patterns = {f"(^|\\.){re.escape(name)}$" for name in names}
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
 
 
 def patch_flux_expansion(is_packed: Callable[[Any], bool]) -> None:

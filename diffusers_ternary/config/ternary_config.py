@@ -80,7 +80,7 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         kind (`str`, *optional*, defaults to `"ternary"`):
             What the layers become that the policy converts: `"ternary"` or `"int8"`. `overrides` come first.
         format_version (`int`, *optional*):
-            Version of the packed format.
+            Version of the packed format that was read; what is saved is of the newest.
 
     Raises:
         TypeError: for an argument of the wrong type or an unknown one.
@@ -126,7 +126,8 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         self.rank = rank
         self.kind = _check_choice("kind", kind, KINDS)
         check_format_version(format_version, source="TernaryConfig")
-        self.format_version = format_version
+        # Whatever version was read, this is the one that will be written.
+        self.format_version = FORMAT_VERSION
 
     @property
     def components_to_quantize(self) -> list[str] | None:

@@ -2,7 +2,8 @@
 """Bytes: how codes and scales are laid out in memory and in files. Knows bits, nothing of modules."""
 
 from .base3 import check_base3, pack_base3, packed_base3_bytes, unpack_base3
-from .metadata import FORMAT_VERSION, METADATA_KEY, FileLayout, check_format_version, crc32
+from .dtypes import DTYPE_NAMES, DTYPES, dtype_name, stored_bytes
+from .metadata import FORMAT_VERSION, METADATA_KEY, FileLayout, TensorHeader, check_format_version, crc32
 from .planes import pack_planes, planes_width, unpack_planes
 from .scales import (
     MULTIPLIER_MAX,
@@ -17,6 +18,8 @@ from .spec import LOW_RANK_DTYPE, LOW_RANK_NAMES, Int8Spec, LayerSpec, TensorSpe
 
 
 __all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
     "FORMAT_VERSION",
     "LOW_RANK_DTYPE",
     "LOW_RANK_NAMES",
@@ -25,12 +28,14 @@ __all__ = [
     "FileLayout",
     "Int8Spec",
     "LayerSpec",
+    "TensorHeader",
     "TensorSpec",
     "TernarySpec",
     "check_base3",
     "check_format_version",
     "crc32",
     "double_quantize",
+    "dtype_name",
     "expand_scales",
     "group_count",
     "group_scales",
@@ -40,6 +45,7 @@ __all__ = [
     "packed_base3_bytes",
     "planes_width",
     "storage_dtype",
+    "stored_bytes",
     "unpack_base3",
     "unpack_planes",
 ]

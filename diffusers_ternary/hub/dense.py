@@ -3,27 +3,23 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..files import read_json
 from ..format import Int8Spec
 from ..layers import Int8Linear, TernaryLinear
-from ..quantizers import StoredTensor
-from ..quantizers.checkpoint import owner, to_memory
+from ..quantizers.checkpoint import load_tensor, owner, to_memory
 from .source import PackedModel
 
 
 VARIANT = "bf16"
 SHARD_BYTES = 5 * 10**9
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +116,7 @@ def _tensors(model: PackedModel) -> Iterator[DenseTensor]:
     for name, stored in model.tensors.items():
         part = owner(name, layers)
         if part is None:
-            yield DenseTensor(name, math.prod(stored.shape) * _BYTES.get(stored.dtype, 1))
+            yield DenseTensor(name, stored.bytes)
         elif part[1] == "weight":
             yield DenseTensor(name, 2 * layers[part[0]].weights, layer=part[0])
 
@@ -138,13 +134,8 @@ def _plan(model: PackedModel, max_shard_bytes: int) -> Iterator[list[DenseTensor
 
 def _read(model: PackedModel, tensor: DenseTensor, shapes: Mapping[str, torch.Size]) -> torch.Tensor:
     if tensor.layer is None:
-        return _stored(model.tensors[tensor.name], tensor.name)
+        return load_tensor(model.tensors[tensor.name], tensor.name)
     return _dequantized(model, tensor.layer).reshape(shapes[tensor.layer])
-
-
-def _stored(stored: StoredTensor, name: str) -> torch.Tensor:
-    with safe_open(stored.file, framework="pt") as handle:
-        return handle.get_tensor(name)
 
 
 def _dequantized(model: PackedModel, name: str) -> torch.Tensor:
@@ -153,7 +144,7 @@ def _dequantized(model: PackedModel, name: str) -> torch.Tensor:
     for suffix in spec.file_tensors():
         full_name = f"{name}.{suffix}"
         stored = model.tensors[full_name]
-        tensor = _stored(stored, full_name)
+        tensor = load_tensor(stored, full_name)
         if suffix == "weight":
             tensor = to_memory(full_name, suffix, tensor, spec, source=stored.file)
         tensors[suffix] = tensor

@@ -13,13 +13,13 @@ import torch
 from diffusers.utils.logging import tqdm
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import safe_open
 from torch import nn
 
 from ..config import RECOVER, TernaryConfig
 from ..format import LayerSpec, TernarySpec, expand_scales, unpack_base3
 from ..layers import reason_not_to_pack
 from ..quantizers import read_headers
+from ..quantizers.checkpoint import load_tensor
 from ..quantizers.plan import float_layers
 from ..sources import save_atomically
 from ..ternarize import TernaryFit, looks_ternary, recover, ternary_fit
@@ -191,8 +191,7 @@ def _prove(model: ForeignModel, folder: pathlib.Path, layers: Mapping[str, Layer
     _, stored = read_headers(sorted(folder.glob("*.safetensors")))
 
     def read(name: str) -> torch.Tensor:
-        with safe_open(stored[name].file, framework="pt") as handle:
-            return handle.get_tensor(name)
+        return load_tensor(stored[name], name)
 
     for name, tensor in tqdm(model.items(), total=len(model.shapes), desc="Comparing", leave=False):
         spec = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None

@@ -6,12 +6,11 @@ import pathlib
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ..files import read_json
 from ..format import LOW_RANK_NAMES, FileLayout, LayerSpec, TernarySpec, expand_scales, group_scales, unpack_base3
 from ..quantizers import StoredTensor, check_headers, read_headers
-from ..quantizers.checkpoint import check_crc, check_tensor
+from ..quantizers.checkpoint import check_crc, check_tensor, load_tensor
 from ..ternarize import rotate
 from .open import pipeline_components
 
@@ -44,8 +43,7 @@ class PackedFolder:
     def read(self, name: str) -> torch.Tensor:
         """A stored tensor, its checksum and values checked."""
         stored = self.tensors[name]
-        with safe_open(stored.file, framework="pt") as handle:
-            tensor = handle.get_tensor(name)
+        tensor = load_tensor(stored, name)
         check_crc(name, tensor, self.layout, source=stored.file)
         layer, _, part = name.rpartition(".")
         spec = self.layout.layers.get(layer)

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 
-from ..quantizers import StoredTensor, read_headers
+from ..quantizers import read_headers
+from ..quantizers.checkpoint import load_tensor
+from ..quantizers.float8 import find_float8_scales
 
 
 class TensorFiles(Protocol):
@@ -43,20 +44,22 @@ class SafetensorsFiles:
         layout, self.stored = read_headers(files)
         if layout is not None:
             raise ValueError(f"{files[0].parent} is packed already. Load it with from_pretrained.")
+        self.float8 = find_float8_scales(self.stored, self._stored, source=str(files[0].parent))
 
     def names(self) -> list[str]:
-        """All names, file by file."""
-        return list(self.stored)
+        """All names, file by file, but for the scales of 8-bit floats."""
+        return [name for name in self.stored if name not in self.float8.extras]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header."""
         return self.stored[name].shape
 
     def read(self, name: str) -> torch.Tensor:
-        """From the file; nothing else is read."""
-        stored: StoredTensor = self.stored[name]
-        with safe_open(stored.file, framework="pt") as handle:
-            return handle.get_tensor(name)
+        """From the file; nothing else is read. 8-bit floats with scales in float32."""
+        return self.float8.weight(name, self._stored(name))
+
+    def _stored(self, name: str) -> torch.Tensor:
+        return load_tensor(self.stored[name], name)
 
 
 class StateDictFile:

@@ -10,26 +10,10 @@ from typing import IO, Any
 import torch
 
 from ..config import TernaryConfig
-from ..format import FileLayout, LayerSpec, crc32
+from ..format import LOW_RANK_NAMES, FileLayout, LayerSpec, TensorHeader, crc32, dtype_name
 from ..layers.base import scale_to_bits
 from ..quantizers.checkpoint import to_file
 from ..ternarize import TernaryWeight
-
-
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +22,6 @@ class _Stored:
 
     name: str
     dtype: torch.dtype
-    shape: tuple[int, ...]
     start: int
     size: int
 
@@ -70,6 +53,7 @@ class PackedFolderWriter:
         self.layers: dict[str, LayerSpec] = {}
         self.layer_bytes = 0
         self.checksums: dict[str, int] = {}
+        self.headers: dict[str, TensorHeader] = {}
         self._shards: list[_Shard] = []
 
     def add_layer(self, name: str, weight: TernaryWeight) -> None:
@@ -87,17 +71,15 @@ class PackedFolderWriter:
         """
         if name in self.checksums:
             raise ValueError(f"The source holds {name} twice. Delete one of them.")
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise ValueError(
-                f"{name} is {tensor.dtype}, which safetensors files cannot hold. Convert it to float first."
-            )
+        header = TensorHeader(dtype_name(tensor, name), tuple(tensor.shape))
         data = tensor.detach().cpu().contiguous()
         size = data.numel() * data.element_size()
         shard = self._shard_for(size)
         shard.file.write(data.reshape(-1).view(torch.uint8).numpy().data)
-        shard.tensors.append(_Stored(name, data.dtype, tuple(data.shape), shard.size, size))
+        shard.tensors.append(_Stored(name, data.dtype, shard.size, size))
         shard.size += size
         self.checksums[name] = crc32(data)
+        self.headers[name] = header
 
     def _shard_for(self, size: int) -> _Shard:
         if not self._shards or (self._shards[-1].size and self._shards[-1].size + size > self.max_shard_size):
@@ -117,7 +99,7 @@ class PackedFolderWriter:
         """
         metadata = {"format": "pt"}
         if quantization is not None:
-            metadata |= FileLayout(self.layers, self.checksums).to_metadata()
+            metadata |= FileLayout(self.layers, self.checksums, self.headers).to_metadata()
             config = {**config, "quantization_config": quantization.to_dict()}
         total = sum(shard.size for shard in self._shards)
         count = len(self._shards)
@@ -126,7 +108,7 @@ class PackedFolderWriter:
             part = "" if count == 1 else f"-{number:05}-of-{count:05}"
             file = f"{self.weights_name}{part}.safetensors"
             shard.file.close()
-            _write_safetensors(self.folder / file, shard, metadata)
+            _write_safetensors(self.folder / file, shard, self.headers, metadata)
             shard.spool.unlink()
             weight_map.update({tensor.name: file for tensor in shard.tensors})
         if count > 1:
@@ -138,11 +120,18 @@ class PackedFolderWriter:
 
 def _file_tensors(weight: TernaryWeight) -> dict[str, torch.Tensor]:
     """The tensors of a layer as a file holds them."""
-    memory = {"weight": weight.packed, "weight_scale": scale_to_bits(weight.scale)}
-    return {name: to_file(name, tensor, weight.spec, weight.scale.dtype) for name, tensor in memory.items()}
+    tensors = {"weight": weight.packed, "weight_scale": scale_to_bits(weight.scale)}
+    if weight.multiplier is not None:
+        tensors["weight_multiplier"] = weight.multiplier
+    if weight.low_rank is not None:
+        pair = (weight.low_rank.up, weight.low_rank.down)
+        tensors |= {name: scale_to_bits(part) for name, part in zip(LOW_RANK_NAMES, pair, strict=True)}
+    return {name: to_file(name, tensor, weight.spec, weight.scale.dtype) for name, tensor in tensors.items()}
 
 
-def _write_safetensors(path: pathlib.Path, shard: _Shard, metadata: Mapping[str, str]) -> None:
+def _write_safetensors(
+    path: pathlib.Path, shard: _Shard, headers: Mapping[str, TensorHeader], metadata: Mapping[str, str]
+) -> None:
     # Wide dtypes first, as the library's own writer does: readers map tensors in place and need them aligned.
     order = sorted(shard.tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -150,8 +139,8 @@ def _write_safetensors(path: pathlib.Path, shard: _Shard, metadata: Mapping[str,
     for tensor in order:
         offsets = [position, position + tensor.size]
         header[tensor.name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": headers[tensor.name].dtype,
+            "shape": list(headers[tensor.name].shape),
             "data_offsets": offsets,
         }
         position += tensor.size

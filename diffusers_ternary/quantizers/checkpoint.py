@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Between a packed checkpoint and tensors in memory: reads headers, checks, converts both ways."""
 
+import contextlib
 import dataclasses
-import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..format import (
+    DTYPES,
     LOW_RANK_DTYPE,
     LOW_RANK_NAMES,
     MULTIPLIER_MAX,
@@ -18,21 +20,16 @@ from ..format import (
     TernarySpec,
     check_base3,
     crc32,
+    stored_bytes,
 )
 from ..kernels.cpu.base3 import base3_to_planes, planes_to_base3
 from ..layers.base import bits_to_scale, scale_to_bits
 from .adapters import refuse_adapters, settle_merged
 
 
-_SAFETENSORS_DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-}
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16}
 _DAMAGED = "The file is damaged or incomplete: download it again, or write it again with diffusers-ternary."
+# What transformers stores once although two modules share it.
+_TIED = re.compile(r"(.*\.)?(shared|\w*embed\w*|wte|lm_head|decoder)\.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +43,7 @@ class StoredTensor:
     @property
     def bytes(self) -> int:
         """Bytes of its data."""
-        # Unknown dtypes (8-bit floats, say) are all one byte wide today.
-        return math.prod(self.shape) * _BITS.get(self.dtype, 8) // 8
+        return stored_bytes(self.dtype, self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +62,7 @@ class PackedCheckpoint:
         """Dtype of each layer's scale as stored."""
         names = {name: self.tensors.get(f"{name}.weight_scale") for name in self.layout.layers}
         return {
-            name: _SAFETENSORS_DTYPES.get(stored.dtype, torch.float16) if stored else torch.float16
+            name: DTYPES.get(stored.dtype, torch.float16) if stored else torch.float16
             for name, stored in names.items()
         }
 
@@ -74,30 +70,59 @@ class PackedCheckpoint:
 def read_headers(
     files: Sequence[str | os.PathLike[str]],
 ) -> tuple[FileLayout | None, dict[str, StoredTensor]]:
-    """Reads the headers of safetensors files; no tensor data is touched. Other files are skipped.
+    """Reads the headers of one checkpoint's safetensors files; no tensor data is touched. Other files are skipped.
 
     Raises:
-        ValueError: if a file cannot be read, or its metadata is malformed or of a newer version.
+        ValueError: if a file cannot be read, its metadata is malformed or of a newer version, two files hold the same
+            tensor, or some are of another checkpoint.
     """
-    layout: FileLayout | None = None
+    layouts: dict[str, FileLayout | None] = {}
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         path = os.fspath(file)
         if not path.endswith(".safetensors"):
             continue
-        try:
-            with safe_open(path, framework="pt") as handle:
-                layout = FileLayout.from_metadata(handle.metadata(), source=path) or layout
-                for name in handle.keys():  # noqa: SIM118 - not a mapping
-                    header = handle.get_slice(name)
-                    tensors[name] = StoredTensor(path, header.get_dtype(), tuple(header.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors ({error}). {_DAMAGED}") from error
-    return layout, tensors
+        with explained_damage(path), safe_open(path, framework="pt") as handle:
+            layouts[path] = FileLayout.from_metadata(handle.metadata(), source=path)
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                if name in tensors:
+                    raise ValueError(
+                        f"{name} is in {tensors[name].file} and in {path}. Delete the file that is wrong."
+                    )
+                header = handle.get_slice(name)
+                tensors[name] = StoredTensor(path, header.get_dtype(), tuple(header.get_shape()))
+    first, *others = layouts.items() or [("", None)]
+    for path, layout in others:
+        if layout != first[1]:
+            raise ValueError(f"{path} belongs to another checkpoint than {first[0]}, or was changed. {_DAMAGED}")
+    return first[1], tensors
+
+
+@contextlib.contextmanager
+def explained_damage(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns the errors of the safetensors library into one that names the file.
+
+    Raises:
+        ValueError: for a file that is not there, is damaged, or is not one of safetensors.
+    """
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{os.fspath(path)} cannot be read as safetensors ({error}). {_DAMAGED}") from error
+
+
+def load_tensor(stored: StoredTensor, name: str) -> torch.Tensor:
+    """A tensor of a safetensors file; nothing else is read.
+
+    Raises:
+        ValueError: names the file, if it cannot be read.
+    """
+    with explained_damage(stored.file), safe_open(stored.file, framework="pt") as handle:
+        return handle.get_tensor(name)
 
 
 def check_headers(layout: FileLayout, tensors: Mapping[str, StoredTensor], *, source: str) -> None:
-    """Checks that every tensor of every packed layer is there, with the right dtype and shape.
+    """Checks that every tensor that was written is there, kept ones too, and no other, with its dtype and shape.
 
     Raises:
         ValueError: names the file, the tensor and the remedy.
@@ -108,13 +133,46 @@ def check_headers(layout: FileLayout, tensors: Mapping[str, StoredTensor], *, so
             stored = tensors.get(name)
             if stored is None:
                 raise ValueError(f"{source}: the tensor {name} of a packed layer is missing. {_DAMAGED}")
-            dtype = _SAFETENSORS_DTYPES.get(stored.dtype)
+            dtype = DTYPES.get(stored.dtype)
             if dtype not in expected.dtypes or stored.shape != expected.shape:
                 wanted = "/".join(str(dtype).removeprefix("torch.") for dtype in expected.dtypes)
                 raise ValueError(
                     f"{stored.file}: {name} is {stored.dtype} {list(stored.shape)}, but a {spec.kind} layer of "
                     f"{[spec.out_features, spec.in_features]} stores {wanted} {list(expected.shape)}. {_DAMAGED}"
                 )
+    _check_table(layout, tensors, source=source)
+
+
+def _check_table(layout: FileLayout, tensors: Mapping[str, StoredTensor], *, source: str) -> None:
+    written = layout.checksums.keys() | (layout.headers or {}).keys()
+    absent = sorted(name for name in written - tensors.keys() if not _stored_elsewhere(name, layout, tensors))
+    if absent:
+        raise ValueError(f"{source}: {_some(absent)} missing. {_DAMAGED}")
+    for name, stored in tensors.items():
+        header = None if layout.headers is None else layout.headers.get(name)
+        if name not in layout.checksums or (header is None and layout.headers is not None):
+            raise ValueError(
+                f"{stored.file}: the metadata has no entry for the tensor {name} (checksum, dtype, shape). {_DAMAGED}"
+            )
+        if header is not None and header != (stored.dtype, stored.shape):
+            raise ValueError(
+                f"{stored.file}: {name} is {stored.dtype} {list(stored.shape)}, but was written as {header.dtype} "
+                f"{list(header.shape)}. {_DAMAGED}"
+            )
+
+
+def _stored_elsewhere(name: str, layout: FileLayout, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether a tensor is stored under the name of one that it is tied to: format version 1 listed all the names."""
+    if layout.headers is not None or _TIED.fullmatch(name) is None:
+        return False
+    same = (other for other, value in layout.checksums.items() if value == layout.checksums[name])
+    return any(other in tensors and _TIED.fullmatch(other) is not None for other in same)
+
+
+def _some(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"the tensor {names[0]} is"
+    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) are"
 
 
 def check_values(layout: FileLayout, tensors: Mapping[str, StoredTensor]) -> None:
@@ -126,7 +184,7 @@ def check_values(layout: FileLayout, tensors: Mapping[str, StoredTensor]) -> Non
         ValueError: names the file, the tensor and the remedy.
     """
     for file in sorted({stored.file for stored in tensors.values()}):
-        with safe_open(file, framework="pt") as handle:
+        with explained_damage(file), safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 tensor = handle.get_tensor(name)
                 check_crc(name, tensor, layout, source=file)
@@ -147,10 +205,11 @@ def check_crc(name: str, tensor: torch.Tensor, layout: FileLayout, *, source: st
     """Checks a tensor, packed or not, against the checksum in the metadata.
 
     Raises:
-        ValueError: if it differs.
+        ValueError: if it differs, or there is none.
     """
-    expected = layout.checksums.get(name)
-    if expected is not None and crc32(tensor) != expected:
+    if name not in layout.checksums:
+        raise ValueError(f"{source}: the metadata has no checksum of the tensor {name}. {_DAMAGED}")
+    if crc32(tensor) != layout.checksums[name]:
         raise ValueError(f"{source}: the checksum of {name} does not match. {_DAMAGED}")
 
 
@@ -239,8 +298,7 @@ def state_dict_to_file(
         else:
             layer, suffix = part
             converted[name] = to_file(suffix, tensor, specs[layer], records[layer].scale_dtype)
-    checksums = {name: crc32(tensor) for name, tensor in converted.items() if not tensor.is_meta}
-    return converted, FileLayout(layers=specs, checksums=checksums)
+    return converted, FileLayout.of_tensors(specs, converted)
 
 
 def _check_memory(state_dict: Mapping[str, torch.Tensor], specs: Mapping[str, LayerSpec]) -> None:

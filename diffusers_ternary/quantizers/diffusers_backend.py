@@ -19,6 +19,7 @@ from .checkpoint import (
     PackedCheckpoint,
     check_crc,
     check_headers,
+    load_tensor,
     owner,
     read_headers,
     state_dict_to_file,
@@ -26,6 +27,7 @@ from .checkpoint import (
 )
 from .convert import insert_packed, insert_placeholders
 from .dequantize import dequantize_layers
+from .float8 import Float8Scales, find_float8_scales, headers_of, unscale_state_dict
 from .foreign import refuse_gguf, refuse_quantized_headers
 from .fused_projections import enable_fused_projections, without_fused_projections
 from .plan import plan_conversion
@@ -55,6 +57,8 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         self.checkpoint: PackedCheckpoint | None = None
         self.records: dict[str, LayerRecord] = {}
         self.kept: dict[str, str] = {}
+        # Of a float checkpoint whose headers were read.
+        self.float8: Float8Scales | None = None
         # Parameters whose float values are packed while loading.
         self.to_pack: set[str] = set()
         self.packing = PackingRecord()
@@ -102,6 +106,10 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
             )
         if layout is None:
             refuse_quantized_headers(tensors, source=source)
+            if not tensors:  # pickled files, which have no headers
+                return loaded_keys
+            self.float8 = find_float8_scales(tensors, lambda name: load_tensor(tensors[name], name), source=source)
+            return [name for name in loaded_keys if name not in self.float8.extras]
         else:
             check_headers(layout, tensors, source=source)
             self.checkpoint = PackedCheckpoint(layout, tensors)
@@ -150,12 +158,25 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Turns the packed tensors of a shard into their memory layout, checking every tensor on the way."""
         if self.checkpoint is None:
-            refuse_gguf(state_dict, source="the checkpoint")
-            _refuse_packed_single_file(state_dict)
-            # Kept tensors are copied out of the mapped file: one that stays would keep the whole of it mapped.
-            return {name: tensor if name in self.to_pack else tensor.clone() for name, tensor in state_dict.items()}
+            return self.read_float(state_dict)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # checksums and conversions release the GIL
             return dict(zip(state_dict, pool.map(self.read_tensor, state_dict, state_dict.values()), strict=True))
+
+    def read_float(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Tensors of a float checkpoint: those to pack as they are stored, all others in their values."""
+        refuse_gguf(state_dict, source="the checkpoint")
+        _refuse_packed_single_file(state_dict)
+        if self.float8 is None:
+            # from_single_file, before the names are those of the model; or files that have no headers.
+            refuse_quantized_headers(headers_of(state_dict), source="the checkpoint")
+            values = unscale_state_dict(state_dict, source="the checkpoint")
+            return {name: value if name in self.to_pack else value.clone() for name, value in values.items()}
+        # Kept tensors are copied out of the mapped file: one that stays would keep the whole of it mapped.
+        return {
+            name: tensor if name in self.to_pack else self.float8.weight(name, tensor).clone()
+            for name, tensor in state_dict.items()
+            if name not in self.float8.extras
+        }
 
     def read_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Checks one stored tensor and turns it into its memory layout; the result holds nothing of the file."""
@@ -199,8 +220,10 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         # The loader has cast param_value to the model's dtype already; the checkpoint's own precision is better.
         weight = param_value if state_dict is None else state_dict[param_name]
         weight = weight.to(target_device)
+        if self.float8 is not None:
+            weight = self.float8.weight(param_name, weight)
         if not pack_layer(module, weight, name=name, config=self.quantization_config, record=self.packing):
-            model.set_submodule(name, float_layer(module, param_value.to(target_device)))
+            model.set_submodule(name, float_layer(module, weight.to(param_value.dtype)))
             self.kept[name] = NOT_TERNARY
         self.progress.update()
 

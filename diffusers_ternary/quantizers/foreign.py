@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .checkpoint import StoredTensor
+from .float8 import Header
 
 
 # Names that a method stores beside a weight.
@@ -12,11 +12,14 @@ _MARKS = {
     "bitsandbytes": (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".SCB", ".weight_format"),
     "GPTQ": (".qweight", ".qzeros"),
     "Nunchaku": (".wscales", ".smooth_factor"),
+    "compressed-tensors": (".weight_packed", ".weight_global_scale", ".weight_zero_point"),
+    "NVFP4": (".weight_scale_2",),
+    "Quanto": (".weight._data", ".weight._scale"),
 }
 _REMEDY = "Ternary rounding needs the float weights: load the original checkpoint of the model."
 
 
-def refuse_quantized_headers(tensors: Mapping[str, StoredTensor], *, source: str) -> None:
+def refuse_quantized_headers(tensors: Mapping[str, Header], *, source: str) -> None:
     """Raises if the headers of a checkpoint show weights that another method has quantized.
 
     Raises:

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from ..compat import ConversionOps, HfQuantizer, WeightConverter, forget_weight_conversions
+from ..compat import (
+    ConversionOps,
+    HfQuantizer,
+    WeightConverter,
+    drop_unsaved,
+    forget_weight_conversions,
+    ignore_unexpected,
+)
 from ..config import TernaryConfig, TernaryMethod
 from ..layers import QuantizedLayer, TernaryLinear
 from .checkpoint import (
@@ -15,6 +22,7 @@ from .checkpoint import (
     PackedCheckpoint,
     check_headers,
     check_values,
+    load_tensor,
     owner,
     read_headers,
     state_dict_to_file,
@@ -22,6 +30,7 @@ from .checkpoint import (
 )
 from .convert import insert_packed, insert_placeholders
 from .dequantize import dequantize_layers
+from .float8 import Float8Scales, find_float8_scales
 from .foreign import refuse_quantized_headers
 from .plan import plan_conversion
 from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
@@ -53,6 +62,15 @@ class PackOnLoad(QuantizerOperation):
         weight = value[0] if isinstance(value, list) else value
         layer = kwargs["model"].get_submodule(name)
         quantizer, config = self.quantizer, self.quantizer.quantization_config
+        float8, stored_name = quantizer.float8, kwargs["source_patterns"][0]
+        if float8.scales and stored_name not in quantizer.stored_names:
+            quantizer.first_error = quantizer.first_error or ValueError(
+                f"{stored_name} is merged of several tensors while loading, which is not done for 8-bit floats with "
+                "scales. Load the float checkpoint of the model."
+            )
+        weight = float8.weight(stored_name, weight)
+        if not isinstance(layer, QuantizedLayer):  # a layer that is kept
+            return {kwargs["full_layer_name"]: weight.to(layer.weight.dtype)}
         try:
             packed = pack_layer(layer, weight, name=name, config=config, record=quantizer.packing)
         except ValueError as error:
@@ -97,6 +115,8 @@ class TernaryTransformersQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.checkpoint: PackedCheckpoint | None = None
         self.kept: dict[str, str] = {}
+        self.float8 = Float8Scales()
+        self.stored_names: frozenset[str] = frozenset()
         # The first layer that could not be packed; raised after loading.
         self.first_error: ValueError | None = None
         self.packing = PackingRecord()
@@ -133,6 +153,9 @@ class TernaryTransformersQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             refuse_quantized_headers(tensors, source=source)
+            self.float8 = find_float8_scales(tensors, lambda name: load_tensor(tensors[name], name), source=source)
+            self.stored_names = frozenset(tensors)
+            ignore_unexpected(model, self.float8.extras)
             plan = plan_conversion(model, self.quantization_config)
             insert_placeholders(model, plan, self.quantization_config)
             self.kept = plan.kept
@@ -152,12 +175,15 @@ class TernaryTransformersQuantizer(HfQuantizer):
     # --- the weights --------------------------------------------------------------------------------------------
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether this is the float weight of a placeholder."""
+        """Whether this is the float weight of a placeholder, or an 8-bit float that has a scale."""
         layer, _, name = param_name.rpartition(".")
         if name != "weight":
             return False
         module = model.get_submodule(layer)
-        return isinstance(module, QuantizedLayer) and not module.is_packed
+        if isinstance(module, QuantizedLayer):
+            return not module.is_packed
+        # Only the conversion is told what the weight is called in the file.
+        return bool(self.float8.scales) and module.weight.is_floating_point()
 
     def get_quantize_ops(self) -> ConversionOps:
         """Packs on the fly."""
@@ -222,7 +248,7 @@ class TernaryTransformersQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Memory layout to file layout, called by `save_pretrained`."""
         records = {name: LayerRecord(m.spec, m.scale_dtype) for name, m in packed_layers(model).items()}
-        converted, layout = state_dict_to_file(model.state_dict(), records)
+        converted, layout = state_dict_to_file(drop_unsaved(model.state_dict(), model), records)
         return converted, layout.to_metadata()
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

@@ -33,7 +33,7 @@ def test_quantize_then_inspect_then_load(source, tmp_path):
     described = run("inspect", tmp_path / "out", "--json")
     assert described.exit_code == 0
     components = {part["name"]: part for part in json.loads(described.output)}
-    assert components["transformer"]["format_version"] == 1
+    assert components["transformer"]["format_version"] == 2
     assert components["text_encoder"]["format_version"] is None
 
     table = run("inspect", tmp_path / "out" / "transformer")

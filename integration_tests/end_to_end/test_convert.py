@@ -49,7 +49,7 @@ def test_inspect_says_what_to_do(published, converted):
     before = run("inspect", published)
     assert "diffusers-ternary convert" in before.output
     after = {part["name"]: part for part in json.loads(run("inspect", converted, "--json").output)}
-    assert after["transformer"]["format_version"] == 1
+    assert after["transformer"]["format_version"] == 2
     assert after["text_encoder"]["format_version"] is None
 
 

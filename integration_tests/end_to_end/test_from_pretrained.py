@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoModel, FluxTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
 from safetensors.torch import save_file
 from support import denoisers
-from support.checkpoints import read_file
+from support.checkpoints import read_file, to_original_z_image
 
 from diffusers_ternary import Int8Linear, TernaryConfig, TernaryLinear, quantize
 from diffusers_ternary.quantizers import packed_layers
@@ -261,27 +261,6 @@ class TestSingleFile:
             FluxTransformer2DModel.from_single_file(
                 str(packed_folder / WEIGHTS), config=str(float_folder), quantization_config=CONFIG
             )
-
-
-def to_original_z_image(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Inverse of diffusers' `convert_z_image_transformer_checkpoint_to_diffusers`."""
-    original = {}
-    for name, tensor in tensors.items():
-        if ".to_k." in name or ".to_v." in name:
-            continue
-        if ".to_q." in name:
-            parts = [tensors[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"]
-            name, tensor = name.replace(".to_q.", ".qkv."), torch.cat(parts)
-        for ours, theirs in {
-            "all_final_layer.2-1.": "final_layer.",
-            "all_x_embedder.2-1.": "x_embedder.",
-            ".to_out.0.": ".out.",
-            ".norm_k.": ".k_norm.",
-            ".norm_q.": ".q_norm.",
-        }.items():
-            name = name.replace(ours, theirs)
-        original[name] = tensor
-    return original
 
 
 def test_rotation_and_low_rank_are_saved_and_loaded(float_folder, tmp_path):

@@ -55,3 +55,24 @@ def edit_json(file: Path, **changes: Any) -> None:
     """Sets entries of a JSON file; `None` deletes one."""
     content = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+def to_original_z_image(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inverse of diffusers' `convert_z_image_transformer_checkpoint_to_diffusers`."""
+    original = {}
+    for name, tensor in tensors.items():
+        if ".to_k." in name or ".to_v." in name:
+            continue
+        if ".to_q." in name:
+            parts = [tensors[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"]
+            name, tensor = name.replace(".to_q.", ".qkv."), torch.cat(parts)
+        for ours, theirs in {
+            "all_final_layer.2-1.": "final_layer.",
+            "all_x_embedder.2-1.": "x_embedder.",
+            ".to_out.0.": ".out.",
+            ".norm_k.": ".k_norm.",
+            ".norm_q.": ".q_norm.",
+        }.items():
+            name = name.replace(ours, theirs)
+        original[name] = tensor
+    return original

@@ -41,7 +41,7 @@ def test_writes_a_packed_pipeline_and_a_report(source, prompts, tmp_path):
     result = run(source, target, "--prompts", prompts, "--group-size", 64, "--override", "*.ff.*=int8", "--seed", 5)
     assert result.exit_code == ExitCode.OK, result.output
     assert "bits per converted weight" in result.output
-    assert [part.format_version for part in inspect_path(target) if part.name == "transformer"] == [1]
+    assert [part.format_version for part in inspect_path(target) if part.name == "transformer"] == [2]
     report = json.loads((target / "calibration.json").read_text(encoding="utf-8"))
     assert report["prompts"] == 2
     assert report["calibration"]["seed"] == 5

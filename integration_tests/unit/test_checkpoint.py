@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Headers, checks and both directions of conversion between files and memory."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -128,6 +130,89 @@ def test_owner():
     assert owner("a.b.bias", layers) is None
     assert owner("a.weight", layers) == ("a", "weight")
     assert owner("weight", layers) is None
+
+
+class TestWhatWasWrittenIsThere:
+    """Every tensor of the table, kept ones and those of other shards too, and nothing else."""
+
+    @pytest.mark.parametrize("name", ["plain.weight", "plain.bias", "int8.weight_scale"])
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_missing(self, saved, name, version):
+        _, tensors, layout, files = saved
+        for file in files:
+            file.unlink()
+        left = {key: tensor for key, tensor in tensors.items() if key != name}
+        layout = layout if version == 2 else FileLayout(layout.layers, layout.checksums)
+        save_file(left, files[0], layout.to_metadata())
+        read, stored = read_headers([files[0]])
+        with pytest.raises(ValueError, match=rf"folder: the tensor {re.escape(name)}.* is missing.*download"):
+            check_headers(read, stored, source="folder")
+
+    def test_a_tied_weight_of_version_1_is_stored_once(self, tmp_path):
+        shared = {"shared.weight": torch.randn(5, 3)}
+        sums = {name: crc32(shared["shared.weight"]) for name in ("shared.weight", "encoder.embed_tokens.weight")}
+        for checksums in (sums, {**sums, "norm.weight": sums["shared.weight"]}):
+            layout = FileLayout({}, checksums)
+            save_file(shared, tmp_path / "a.safetensors", layout.to_metadata())
+            read, stored = read_headers([tmp_path / "a.safetensors"])
+            if checksums is sums:
+                check_headers(read, stored, source="folder")
+            else:
+                with pytest.raises(ValueError, match=r"the tensor norm\.weight is missing"):
+                    check_headers(read, stored, source="folder")
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_without_an_entry(self, saved, version):
+        _, tensors, layout, files = saved
+        sums = {name: value for name, value in layout.checksums.items() if name != "plain.bias"}
+        for checksums, headers in ((sums, layout.headers), ({}, layout.headers), (layout.checksums, {})):
+            changed = FileLayout(layout.layers, checksums, headers if version == 2 else None)
+            if changed == FileLayout(layout.layers, layout.checksums):
+                continue
+            save_file(tensors, files[0], changed.to_metadata())
+            read, stored = read_headers([files[0]])
+            with pytest.raises(ValueError, match=r"0\.safetensors: the metadata has no entry for the tensor \S+"):
+                check_headers(read, stored, source="folder")
+
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("rowwise.weight_scale", lambda t: t.view(torch.bfloat16)),
+            ("group.weight_scale", lambda t: t.view(torch.float16)),
+            ("plain.weight", lambda t: t.view(torch.int32)),
+            ("plain.weight", lambda t: t.view(13, 7)),
+            ("plain.bias", lambda t: t.view(1, 7)),
+        ],
+    )
+    def test_same_bytes_as_something_else(self, saved, name, change):
+        _, tensors, layout, files = saved
+        changed = {**tensors, name: change(tensors[name])}
+        assert crc32(changed[name]) == layout.checksums[name]
+        save_file(changed, files[0], layout.to_metadata())
+        read, stored = read_headers([files[0]])
+        with pytest.raises(ValueError, match=rf"0\.safetensors: {re.escape(name)} is .*, but was written as "):
+            check_headers(read, stored, source="folder")
+
+    def test_shards_of_two_checkpoints(self, saved, tmp_path):
+        _, tensors, layout, files = saved
+        other = FileLayout({**layout.layers, "int8": Int8Spec(7, 13)}, {**layout.checksums, "plain.bias": 0})
+        names = sorted(tensors)[5:]
+        for metadata in (other.to_metadata(), None):
+            save_file({name: tensors[name] for name in names}, files[1], metadata)
+            with pytest.raises(ValueError, match=r"1\.safetensors belongs to another checkpoint than .*0\.saf"):
+                read_headers(files)
+
+    def test_one_tensor_in_two_files(self, saved):
+        _, tensors, layout, files = saved
+        save_file(tensors, files[1], layout.to_metadata())
+        with pytest.raises(ValueError, match=r"\S+ is in .*0\.safetensors and in .*1\.safetensors"):
+            read_headers(files)
+
+    def test_a_tensor_that_is_not_in_memory(self):
+        model = Model()
+        state = {**model.state_dict(), "plain.bias": torch.empty(7, device="meta")}
+        with pytest.raises(ValueError, match=r"Cannot save: plain\.bias is not in memory"):
+            state_dict_to_file(state, model.records())
 
 
 def test_layouts_are_checked_as_a_whole(saved):

@@ -6,6 +6,7 @@ A failure here says which upgrade broke what, before anything else fails in a wa
 
 import importlib
 import inspect
+import re
 
 import accelerate.utils
 import diffusers
@@ -124,6 +125,26 @@ def test_forgotten_conversions_are_not_reverted():
     assert renamed.keys() != state.keys(), "the model renames nothing any more: choose another one for this canary"
     compat.forget_weight_conversions(model)
     assert revert_weight_conversion(model, state).keys() == state.keys()
+
+
+def test_what_transformers_does_not_save():
+    model = text_encoders.t5()
+    state = model.state_dict()
+    assert state["shared.weight"].data_ptr() == state["encoder.embed_tokens.weight"].data_ptr()
+    left = compat.drop_unsaved(state, model)
+    assert len(left) == len(state) - 1, f"transformers stores tied weights otherwise {VERSIONS}"
+    assert compat.drop_unsaved(left, model).keys() == left.keys()
+    model._keys_to_ignore_on_save = ["shared.weight"]
+    assert "shared.weight" not in compat.drop_unsaved(state, model)
+
+
+def test_unexpected_tensors_can_be_ignored():
+    model = text_encoders.clip()
+    compat.ignore_unexpected(model, ["a.b+c"])
+    assert any(re.search(pattern, "x.a.b+c") for pattern in model._keys_to_ignore_on_load_unexpected)
+    assert not any(re.search(pattern, "xa.b+c") for pattern in model._keys_to_ignore_on_load_unexpected)
+    other = text_encoders.clip()
+    assert not any(re.search(pattern, "a.b+c") for pattern in other._keys_to_ignore_on_load_unexpected or ())
 
 
 def test_config_entries_can_be_dropped():

@@ -49,7 +49,7 @@ def test_writes_a_packed_pipeline_and_a_report(source, prompts, tmp_path):
     assert result.exit_code == ExitCode.OK, result.output
     assert "bits per converted weight" in result.output
     assert "held-out velocity error" in result.output
-    assert [part.format_version for part in inspect_path(target) if part.name == "transformer"] == [1]
+    assert [part.format_version for part in inspect_path(target) if part.name == "transformer"] == [2]
     report = json.loads((target / "distill.json").read_text(encoding="utf-8"))
     assert report["distill_config"]["seed"] == 3
     assert report["distill_config"]["call_kwargs"]["num_inference_steps"] == 2

@@ -28,7 +28,7 @@ def test_bytes_are_those_of_the_files(folder):
     for file in (folder / "transformer").glob("*.safetensors"):
         tensors.update(load_file(file))
     assert packed.bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    assert packed.format_version == 1
+    assert packed.format_version == 2
     assert float_part.format_version is None
     assert float_part.packed_bits_per_weight is None
 

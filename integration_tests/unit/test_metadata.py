@@ -3,6 +3,8 @@
 
 import json
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from diffusers_ternary.format import (
     METADATA_KEY,
     FileLayout,
     Int8Spec,
+    TensorHeader,
     TernarySpec,
     check_format_version,
     crc32,
@@ -31,6 +34,20 @@ GOLDEN = (
 )
 
 
+LAYOUT_2 = FileLayout(
+    LAYOUT.layers,
+    {"blocks.0.to_q.weight": 2774526541, "norm.weight": 3},
+    {"blocks.0.to_q.weight": TensorHeader("U8", (19,)), "norm.weight": TensorHeader("BF16", (13, 2))},
+)
+# So does this one. The last number is zlib.crc32 of the JSON of {"layers": ..., "tensors": ...} with sorted keys.
+GOLDEN_2 = (
+    GOLDEN.replace('"format_version":1', '"format_version":2').replace(
+        ":2774526541}}", ':2774526541,"norm.weight":3},'
+    )
+    + '"tensors":{"blocks.0.to_q.weight":["U8",[19]],"norm.weight":["BF16",[13,2]]},"layout_crc32":1290895080}'
+)
+
+
 def body(**changes: object) -> dict[str, str]:
     return {METADATA_KEY: json.dumps({**json.loads(GOLDEN), **changes})}
 
@@ -38,6 +55,70 @@ def body(**changes: object) -> dict[str, str]:
 def test_golden_text():
     assert LAYOUT.to_metadata() == {"diffusers_ternary": GOLDEN}
     assert FileLayout.from_metadata({"diffusers_ternary": GOLDEN}, source="a.safetensors") == LAYOUT
+
+
+def test_golden_text_of_version_2():
+    assert LAYOUT_2.to_metadata() == {"diffusers_ternary": GOLDEN_2}
+    assert FileLayout.from_metadata({"diffusers_ternary": GOLDEN_2}, source="a.safetensors") == LAYOUT_2
+    assert (LAYOUT.format_version, LAYOUT_2.format_version) == (1, 2)
+
+
+def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
+    """Sets an entry of the JSON, or deletes it (`None`)."""
+
+    def edit(content: dict[str, Any]) -> None:
+        *parents, name = path.split("/")
+        for parent in parents:
+            content = content[parent]
+        if value is None:
+            del content[name]
+        else:
+            content[name] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (change("layers/blocks.0.to_q/group_size", 5), "does not match its checksum"),
+        (change("layers/blocks.0.to_q/scales", "group"), "does not match its checksum"),
+        (change("layers/blocks.0.to_q/hadamard", 4), "does not match its checksum"),
+        (change("layers/blocks.0.to_q/rank", 3), "does not match its checksum"),
+        (change("layers/blocks.0.norm.linear", None), "does not match its checksum"),
+        (change("layers/other", {"kind": "int8", "shape": [6, 13]}), "does not match its checksum"),
+        (change("tensors/norm.weight", ["F16", [13, 2]]), "does not match its checksum"),
+        (change("tensors/norm.weight", ["BF16", [2, 13]]), "does not match its checksum"),
+        (change("tensors/norm.weight", None), "does not match its checksum"),
+        (change("layout_crc32", 0), "does not match its checksum"),
+        (change("layout_crc32", None), "malformed.*layout_crc32"),
+        (change("format_version", 1), "malformed.*version 1 has the fields"),
+        (change("crc32", None), "malformed.*crc32"),
+        (change("crc32/norm.weight", float("inf")), "malformed.*norm.weight: inf is not a CRC-32"),
+        (change("crc32/norm.weight", float("nan")), "malformed.*norm.weight: nan is not a CRC-32"),
+        (change("crc32/norm.weight", 1 << 32), "malformed.*is not a CRC-32"),
+        (change("crc32/norm.weight", -1), "malformed.*is not a CRC-32"),
+        (change("crc32/norm.weight", True), "malformed.*is not a CRC-32"),
+        (change("crc32/norm.weight", "3"), "malformed.*is not a CRC-32"),
+        (change("tensors/norm.weight", [1, 2, 3]), "malformed"),
+        (change("tensors/norm.weight", ["F16", [float("inf")]]), "malformed"),
+        (change("tensors/norm.weight", 7), "malformed"),
+        (change("tensors", []), "malformed"),
+    ],
+)
+def test_whatever_is_changed_in_version_2_is_noticed(edit, message):
+    content = json.loads(LAYOUT_2.to_metadata()[METADATA_KEY])
+    edit(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        FileLayout.from_metadata({METADATA_KEY: json.dumps(content)}, source="shard-2.safetensors")
+    assert "shard-2.safetensors" in str(caught.value)
+    assert "Download the file again" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000])
+def test_metadata_that_no_reader_survives(text):
+    with pytest.raises(ValueError, match=r"x\.safetensors.*cannot be read"):
+        FileLayout.from_metadata({METADATA_KEY: text}, source="x.safetensors")
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}])
@@ -71,7 +152,7 @@ def test_malformed_metadata_names_the_file_and_the_remedy(metadata, message):
 
 def test_a_newer_version_is_refused_before_its_fields_are_read():
     metadata = body(format_version=FORMAT_VERSION + 1, layers="something this version cannot read")
-    with pytest.raises(ValueError, match=r"x\.safetensors: format_version=2 is newer than 1.*pip install -U"):
+    with pytest.raises(ValueError, match=r"x\.safetensors: format_version=3 is newer than 2.*pip install -U"):
         FileLayout.from_metadata(metadata, source="x.safetensors")
 
 

@@ -25,7 +25,7 @@ FULL = {
     "components": ["transformer", "text_encoder_2"],
     "rounding": "optimum",
     "scales": "group",
-    "format_version": 1,
+    "format_version": 2,
 }
 
 
@@ -76,7 +76,7 @@ class TestValues:
             ({"compute_dtype": torch.float64}, ValueError, "compute_dtype=torch.float64 is not one of"),
             ({"rounding": "nearest"}, ValueError, "rounding='nearest' is not one of twn, optimum, absmean"),
             ({"scales": "triple"}, ValueError, "scales='triple' is not one of auto, group, double"),
-            ({"format_version": 2}, ValueError, "format_version=2 is newer than 1.*pip install -U diffusers-ternary"),
+            ({"format_version": 3}, ValueError, "format_version=3 is newer than 2.*pip install -U diffusers-ternary"),
             ({"format_version": 0}, ValueError, "format_version=0 is not a positive integer"),
             ({"format_version": "1"}, ValueError, "format_version='1' is not a positive integer"),
         ],
@@ -176,8 +176,8 @@ class TestFiles:
             TernaryConfig.from_dict({"quant_method": "torchao"})
 
     def test_a_newer_version_is_refused_before_its_fields(self):
-        data = {**TernaryConfig().to_dict(), "format_version": 2, "rotation": "hadamard"}
-        with pytest.raises(ValueError, match=r"config\.json: format_version=2 is newer than 1.*pip install -U"):
+        data = {**TernaryConfig().to_dict(), "format_version": 3, "rotation": "hadamard"}
+        with pytest.raises(ValueError, match=r"config\.json: format_version=3 is newer than 2.*pip install -U"):
             TernaryConfig.from_dict(data)
 
     def test_model_config_json(self, tmp_path):
