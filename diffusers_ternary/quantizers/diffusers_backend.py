@@ -30,6 +30,7 @@ from .dequantize import dequantize_layers
 from .float8 import Float8Scales, find_float8_scales, headers_of, unscale_state_dict
 from .foreign import refuse_gguf, refuse_quantized_headers
 from .fused_projections import enable_fused_projections, without_fused_projections
+from .host_models import prepare_diffusers
 from .plan import plan_conversion
 from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
 from .summary import packed_layers, summarize
@@ -248,6 +249,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         # What was loaded or made is packed now, whichever way it came.
         self.pre_quantized = True
         enable_fused_projections(model)
+        prepare_diffusers()
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = TernaryMethod.DIFFUSERS_TERNARY
@@ -294,11 +296,14 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
 
 
 def upcast_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook of float32 models: 16-bit inputs become float32, which loses nothing.
+    """Forward pre-hook: while a model is in float32, its 16-bit inputs become float32, which loses nothing.
 
     Without `torch_dtype`, transformers loads a text encoder in the dtype of its file and diffusers loads everything
     else in float32; a pipeline saved in 16 bits would then stop at the first linear layer with a dtype error.
     """
+
+    if model.dtype != torch.float32:  # it was cast since
+        return args, kwargs
 
     def upcast(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):

@@ -15,6 +15,24 @@ def packed_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
+def count_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """The parameters that the float model would have: a packed weight counts its N x K values, not its bytes.
+
+    Scales, multipliers, corrections and fused weights stand for no parameters of their own. The arguments are those of
+    `num_parameters` in diffusers and transformers.
+    """
+    layers = packed_layers(model)
+    embeddings = {id(part.weight) for part in model.modules() if exclude_embeddings and isinstance(part, nn.Embedding)}
+    stored = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
+    stored -= {id(layer.bias) for layer in layers.values()}
+    total = 0 if only_trainable else sum(layer.spec.weights for layer in set(layers.values()))
+    for parameter in model.parameters():
+        counted = id(parameter) not in stored and id(parameter) not in embeddings
+        if counted and (parameter.requires_grad or not only_trainable):
+            total += parameter.numel()
+    return total
+
+
 def file_bytes(spec: LayerSpec) -> int:
     """Bytes of a layer in a file, with 16-bit scales; the bias is not counted."""
 

@@ -32,6 +32,7 @@ from .convert import insert_packed, insert_placeholders
 from .dequantize import dequantize_layers
 from .float8 import Float8Scales, find_float8_scales
 from .foreign import refuse_quantized_headers
+from .host_models import prepare_transformers
 from .plan import plan_conversion
 from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
 from .summary import packed_layers, summarize
@@ -238,6 +239,7 @@ class TernaryTransformersQuantizer(HfQuantizer):
         self.checkpoint = None
         self.pre_quantized = True
         self.read = set()
+        prepare_transformers()
         # Files are written with the names of the modules, whatever names they were read under.
         forget_weight_conversions(model)
         model.hf_quantizer = self

@@ -124,6 +124,19 @@ def sdxl_unet() -> UNet2DConditionModel:
     )
 
 
+def plain_unet() -> UNet2DConditionModel:
+    """As of Stable Diffusion 1.5: convolutional projections, no added embeddings."""
+    return UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=32,
+    )
+
+
 def wan(channels: int = 4) -> WanTransformer3DModel:
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
