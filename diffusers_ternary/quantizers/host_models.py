@@ -2,7 +2,6 @@
 """What the hosts' own methods do with packed models: casts, counts, control networks, averages of weights."""
 
 import copy
-from typing import Any
 
 from torch import nn
 
@@ -37,8 +36,9 @@ def float_copy(model: nn.Module) -> nn.Module:
     """The float model that a packed one stands for, in new tensors; a model without packed layers as it is."""
     if not is_packed(model):
         return model
-    copied: Any = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     if getattr(copied, "hf_quantizer", None) is not None:
-        return copied.dequantize()  # type: ignore[no-any-return]
+        dequantized: nn.Module = copied.dequantize()  # type: ignore[operator]
+        return dequantized
     dequantize_layers(copied)
-    return copied  # type: ignore[no-any-return]
+    return copied
