@@ -105,7 +105,8 @@ def patch_ema(quant_method: str) -> None:
 
     @functools.wraps(original)
     def save_pretrained(self: Any, path: Any) -> None:
-        config = (self.model_config or {}).get("quantization_config")
+        entries: Any = self.model_config or {}
+        config = entries.get("quantization_config")
         method = getattr(config, "quant_method", None) or (
             config.get("quant_method") if hasattr(config, "get") else ""
         )

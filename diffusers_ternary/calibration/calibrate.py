@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import TernaryConfig
 from ..format import TernarySpec
-from ..quantizers import ConversionPlan, bits_per_weight, plan_pipeline, replace_layers
+from ..quantizers import ConversionPlan, below_compiled_wrappers, bits_per_weight, plan_pipeline, replace_layers
 from ..rollouts import Rollouts, fingerprint, make_rollouts, weights_sha256
 from .allocation import Allocation, apply_choices, layer_sensitivities
 from .budget import SizeBudget
@@ -29,6 +29,7 @@ from .store import FinishedLayer, LayerStore
 _VERSIONED = ("diffusers-ternary", "diffusers", "transformers", "torch")
 
 
+@below_compiled_wrappers
 def calibrate(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],

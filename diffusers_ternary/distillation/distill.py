@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..config import TernaryConfig
-from ..quantizers import bits_per_weight, packed_layers
+from ..quantizers import below_compiled_wrappers, bits_per_weight, packed_layers
 from ..rollouts import Rollouts, make_rollouts, weights_sha256
 from .cache import TeacherCache
 from .checkpoint import new_folder
@@ -43,6 +43,7 @@ _POOL_SEED_STRIDE = 1 << 40
 _WITHOUT_EFFECT = ("trackers", "checkpoint_every")
 
 
+@below_compiled_wrappers
 def distill(
     teacher_pipeline: DiffusionPipeline,
     prompts: Sequence[str],

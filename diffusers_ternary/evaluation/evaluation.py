@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from ..quantizers import below_compiled_wrappers
 from ..rollouts import DenoiserCall, recorded_calls
 from .comparable import check_comparable, denoiser_of
 from .extras import import_extra
@@ -52,6 +53,7 @@ class TeacherRun:
     scores: dict[str, float]
 
 
+@below_compiled_wrappers
 def evaluate(
     student: DiffusionPipeline,
     teacher: DiffusionPipeline,

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..files import read_json
+from ..quantizers import below_compiled_wrappers
 from .base_card import BaseCard, read_base_card
 from .card import card_data, render_card
 from .consistency import check_reports, is_generated, merge_own_card
@@ -58,6 +59,7 @@ class Publication:
         return sum(path.stat().st_size for path in self.files.values())
 
 
+@below_compiled_wrappers
 def push_to_hub(
     pipeline_or_model: "DiffusionPipeline | nn.Module | str | os.PathLike[str]",
     repo_id: str,

@@ -17,7 +17,7 @@ from ..calibration.solver import solve_layer
 from ..calibration.statistics import GroupFinder, MomentCollector, split_passes
 from ..compat_peft import BaseTunerLayer, PeftModel, check_adapters_to_merge
 from ..layers import TernaryLayer
-from ..quantizers import bits_per_weight
+from ..quantizers import below_compiled_wrappers, bits_per_weight
 from ..rollouts import make_rollouts
 from ..ternarize import TernaryWeight, ternarize
 from ..ternarize.weight import with_low_rank
@@ -67,6 +67,7 @@ class MergeReport:
         return {**dataclasses.asdict(self), "layers": [dataclasses.asdict(layer) for layer in self.layers]}
 
 
+@below_compiled_wrappers
 def merge_lora(
     pipeline_or_model: DiffusionPipeline | nn.Module,
     adapter_names: Sequence[str] | None = None,

@@ -2,6 +2,7 @@
 """The host contract: what diffusers and transformers call while loading and saving, and `quantize`."""
 
 from .checkpoint import StoredTensor, check_headers, read_headers
+from .components import below_compiled_wrappers, modules_of
 from .convert import placeholder_for
 from .diffusers_backend import TernaryDiffusersQuantizer
 from .in_memory import plan_pipeline, quantize, replace_layers
@@ -16,9 +17,11 @@ __all__ = [
     "StoredTensor",
     "TernaryDiffusersQuantizer",
     "TernaryTransformersQuantizer",
+    "below_compiled_wrappers",
     "bits_per_weight",
     "check_headers",
     "file_bytes",
+    "modules_of",
     "packed_layers",
     "placeholder_for",
     "plan_conversion",

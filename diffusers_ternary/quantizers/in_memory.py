@@ -11,6 +11,7 @@ from torch import nn
 from ..config import RECOVER, TernaryConfig
 from ..layers import FLOAT_TYPES, FloatLayer, QuantizedLayer
 from ..ternarize import check_finite, find_group_size, ternary_fit
+from .components import below_compiled_wrappers, modules_of
 from .convert import placeholder_for
 from .diffusers_backend import TernaryDiffusersQuantizer
 from .plan import ConversionPlan, layer_spec, plan_conversion
@@ -28,6 +29,7 @@ ModelT = TypeVar("ModelT")
 LayerFiller = Callable[[str, QuantizedLayer, FloatLayer], None]
 
 
+@below_compiled_wrappers
 def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> ModelT:
     """Ternarizes a model, or the components of a pipeline that `config` selects, in place.
 
@@ -51,7 +53,7 @@ def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> 
     config = config or TernaryConfig()
     if isinstance(model_or_pipeline, DiffusionPipeline):
         for name, plan in plan_pipeline(model_or_pipeline, config).items():
-            replace_layers(model_or_pipeline.components[name], plan, config.for_component(name) or config)
+            replace_layers(modules_of(model_or_pipeline)[name], plan, config.for_component(name) or config)
     elif isinstance(model_or_pipeline, nn.Module):
         replace_layers(model_or_pipeline, _checked_plan(model_or_pipeline, config), config)
     else:
@@ -62,11 +64,13 @@ def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> 
 def plan_pipeline(pipeline: "DiffusionPipeline", config: TernaryConfig) -> dict[str, ConversionPlan]:
     """What to convert in each component of a pipeline that `config` selects, after all checks. Nothing is changed.
 
+    A module that serves under several component names has one plan, under the first of them.
+
     Raises:
         ValueError: if there is no such component, or one is quantized already, carries LoRA layers, has nothing to
-            convert, is not in memory, or holds NaN or Inf.
+            convert, is not in memory, holds NaN or Inf, or is to be quantized in two ways under two names.
     """
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    modules = modules_of(pipeline)
     missing = [name for name in config.components or [] if name not in modules]
     selected = {name: own for name in modules if (own := config.for_component(name)) is not None}
     if missing or not selected:
@@ -74,7 +78,15 @@ def plan_pipeline(pipeline: "DiffusionPipeline", config: TernaryConfig) -> dict[
             f"{type(pipeline).__name__} has no component {', '.join(missing) or 'that denoises'} to quantize. "
             f"Choose from {', '.join(modules)} with TernaryConfig(components=[...])."
         )
-    return {name: _checked_plan(modules[name], own) for name, own in selected.items()}
+    first: dict[int, str] = {}
+    for name, own in selected.items():
+        shared = first.setdefault(id(modules[name]), name)
+        if own != selected[shared]:
+            raise ValueError(
+                f"{shared} and {name} of the {type(pipeline).__name__} are the same module and cannot be quantized in "
+                f"two ways: give both one kind in TernaryConfig(components=...)."
+            )
+    return {name: _checked_plan(modules[name], selected[name]) for name in first.values()}
 
 
 def _checked_plan(model: nn.Module, config: TernaryConfig) -> ConversionPlan:

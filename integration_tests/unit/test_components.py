@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Components of pipelines: below `torch.compile`, and one module under two names."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline
+from support import denoisers, distillation
+from support.more_pipelines import MORE_PIPELINES
+from support.pipelines import PIPELINES, draw
+from torch import nn
+
+from diffusers_ternary import TernaryConfig, TernaryLinear, evaluate, quantize
+from diffusers_ternary.calibration import CalibrationConfig, SolverConfig, calibrate
+from diffusers_ternary.inspection import inspect_path
+from diffusers_ternary.quantizers import packed_layers, plan_pipeline
+
+
+def compiled(pipeline: DiffusionPipeline, name: str = "transformer") -> DiffusionPipeline:
+    setattr(pipeline, name, torch.compile(getattr(pipeline, name), backend="eager"))
+    return pipeline
+
+
+def same_weights(first: nn.Module, second: nn.Module) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class TestCompiled:
+    @pytest.mark.parametrize(("name", "component"), [("flux", "transformer"), ("sdxl", "unet")])
+    def test_quantized_and_saved_like_an_uncompiled_one(self, tmp_path, name, component):
+        pipeline = compiled(PIPELINES[name].build(), component)
+        before = draw(name, pipeline)  # compiled code of the float layers
+        wrapper = getattr(pipeline, component)
+        assert quantize(pipeline) is pipeline
+        assert getattr(pipeline, component) is wrapper
+        plain = copy.deepcopy(wrapper._orig_mod)
+        pipeline.save_pretrained(tmp_path)
+        assert inspect_path(tmp_path)
+        loaded = type(pipeline).from_pretrained(tmp_path)
+        assert same_weights(getattr(loaded, component), plain)
+        drawn = draw(name, pipeline)
+        assert not torch.equal(drawn, before)
+        setattr(pipeline, component, wrapper._orig_mod)
+        assert torch.equal(draw(name, pipeline), drawn)
+
+    def test_a_model_comes_back_in_its_wrapper(self, tmp_path):
+        model = torch.compile(denoisers.pixart(), backend="eager")
+        assert quantize(model) is model
+        assert packed_layers(model._orig_mod)
+        model.save_pretrained(tmp_path)
+        assert same_weights(type(model._orig_mod).from_pretrained(tmp_path), model._orig_mod)
+
+    def test_calibrated_and_evaluated(self, tmp_path):
+        tiny = PIPELINES["flux"]
+        call = {**tiny.call, "height": tiny.size, "width": tiny.size, "num_inference_steps": 2}
+        settings = CalibrationConfig(call_kwargs=call, batch_size=2, solver=SolverConfig(descent_passes=1, starts=1))
+        plain, wrapped = tiny.build(), compiled(tiny.build())
+        for pipeline in (plain, wrapped):
+            calibrate(pipeline, ["a red cat", "a blue dog"], TernaryConfig(), settings)
+        assert same_weights(plain.transformer, wrapped.transformer._orig_mod)
+        wrapped.save_pretrained(tmp_path)
+        assert same_weights(FluxPipeline.from_pretrained(tmp_path).transformer, plain.transformer)
+        teacher = compiled(tiny.build())
+        results = [
+            evaluate(student, teacher, ["a red cat"], call_kwargs=call, progress=False) for student in (plain, wrapped)
+        ]
+        assert results[0].velocity.overall == results[1].velocity.overall > 0
+
+    def test_distilled(self, tmp_path):
+        pipelines = [distillation.teacher(), compiled(distillation.teacher())]
+        students = [
+            distillation.run(tmp_path / str(number), pipeline=pipeline, mode="scales", steps=2)
+            for number, pipeline in enumerate(pipelines)
+        ]
+        assert same_weights(students[0].transformer, students[1].transformer)
+
+
+class TestOneModuleUnderTwoNames:
+    def both(self) -> WanPipeline:
+        pipeline = MORE_PIPELINES["wan_2_2"].build()
+        return WanPipeline(**{**pipeline.components, "transformer_2": pipeline.transformer}, boundary_ratio=0.5)
+
+    def test_is_quantized_once_and_saved_under_both(self, tmp_path):
+        pipeline = self.both()
+        assert list(plan_pipeline(pipeline, TernaryConfig())) == ["transformer"]
+        quantize(pipeline)
+        assert pipeline.transformer is pipeline.transformer_2
+        pipeline.save_pretrained(tmp_path)
+        loaded = WanPipeline.from_pretrained(tmp_path)
+        for name in ("transformer", "transformer_2"):
+            assert any(isinstance(part, TernaryLinear) for part in getattr(loaded, name).modules())
+            assert same_weights(getattr(loaded, name), pipeline.transformer)
+
+    def test_two_kinds_for_one_module_are_refused_before_anything_changes(self):
+        pipeline = self.both()
+        config = TernaryConfig(components={"transformer": "ternary", "transformer_2": "int8"})
+        with pytest.raises(ValueError, match="transformer and transformer_2 of the WanPipeline are the same module"):
+            quantize(pipeline, config)
+        assert not packed_layers(pipeline.transformer)
+
+    def test_under_a_wrapper_and_bare(self):
+        pipeline = self.both()
+        compiled(pipeline, "transformer_2")
+        quantize(pipeline)
+        assert packed_layers(pipeline.transformer)
+        assert pipeline.transformer_2._orig_mod is pipeline.transformer
