@@ -22,6 +22,15 @@ def compiled(pipeline: DiffusionPipeline, name: str = "transformer") -> Diffusio
     return pipeline
 
 
+def built(name: str) -> DiffusionPipeline:
+    """In evaluation mode: modules built in memory would still drop out."""
+    pipeline = PIPELINES[name].build()
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+    return pipeline
+
+
 def same_weights(first: nn.Module, second: nn.Module) -> bool:
     a, b = first.state_dict(), second.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -30,7 +39,7 @@ def same_weights(first: nn.Module, second: nn.Module) -> bool:
 class TestCompiled:
     @pytest.mark.parametrize(("name", "component"), [("flux", "transformer"), ("sdxl", "unet")])
     def test_quantized_and_saved_like_an_uncompiled_one(self, tmp_path, name, component):
-        pipeline = compiled(PIPELINES[name].build(), component)
+        pipeline = compiled(built(name), component)
         before = draw(name, pipeline)  # compiled code of the float layers
         wrapper = getattr(pipeline, component)
         assert quantize(pipeline) is pipeline
@@ -56,13 +65,12 @@ class TestCompiled:
         tiny = PIPELINES["flux"]
         call = {**tiny.call, "height": tiny.size, "width": tiny.size, "num_inference_steps": 2}
         settings = CalibrationConfig(call_kwargs=call, batch_size=2, solver=SolverConfig(descent_passes=1, starts=1))
-        plain, wrapped = tiny.build(), compiled(tiny.build())
+        plain, wrapped, teacher = built("flux"), compiled(built("flux")), compiled(built("flux"))
         for pipeline in (plain, wrapped):
             calibrate(pipeline, ["a red cat", "a blue dog"], TernaryConfig(), settings)
         assert same_weights(plain.transformer, wrapped.transformer._orig_mod)
         wrapped.save_pretrained(tmp_path)
         assert same_weights(FluxPipeline.from_pretrained(tmp_path).transformer, plain.transformer)
-        teacher = compiled(tiny.build())
         results = [
             evaluate(student, teacher, ["a red cat"], call_kwargs=call, progress=False) for student in (plain, wrapped)
         ]
