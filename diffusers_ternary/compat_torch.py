@@ -17,7 +17,7 @@ def is_autocast(x: torch.Tensor) -> bool:
     """Whether autocast is on for the device of `x`; first asked for any device, which takes a tenth of the time."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return False
-    return torch.is_autocast_enabled(x.device.type)
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
 
 
 def is_plain(x: torch.Tensor) -> bool:

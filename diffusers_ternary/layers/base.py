@@ -9,6 +9,7 @@ from torch import nn
 
 from ..compat_torch import is_autocast
 from ..format import LOW_RANK_NAMES, LayerSpec
+from ..ops import check_float
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -210,12 +211,18 @@ class QuantizedLayer(nn.Module):
         return sum(p.numel() * p.element_size() for p in parameters if p is not None)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """What the float module computes, in the dtype that it would return."""
+        """What the float module computes, in the dtype that it would return.
+
+        Raises:
+            RuntimeError: as the float module does, for inputs that are not float or on another device.
+        """
         if is_autocast(input) and input.dtype != torch.float64:
             # Autocast does not see custom operators, and the float module would have been cast (unless in float64).
+            check_float(input)
             return self._product(input.to(torch.get_autocast_dtype(input.device.type)))
         if self.compute_dtype is None:
             return self._product(input)
+        check_float(input)
         return self._product(input.to(self.compute_dtype)).to(input.dtype)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:

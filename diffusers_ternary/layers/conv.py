@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..format import LayerSpec
+from ..ops import check_devices, check_float
 from .base import QuantizedLayer
 
 
@@ -92,6 +93,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         return self._fill_float(conv, weight, bias)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        check_float(x)
         return self._multiply_pixels(x) if self.is_pointwise else self._convolve(x)
 
     def _multiply_pixels(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,4 +115,6 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-3)
 
     def _multiply_dense(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        check_float(x)
+        check_devices(x.device, "the input", weight=weight, bias=bias)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)

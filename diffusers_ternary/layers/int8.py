@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ..format import Int8Spec
+from ..ops import check_devices, check_float
 from ..ternarize import Int8Weight, quantize_int8
 from .base import QuantizedLayer
 from .conv import QuantizedConv2d
@@ -35,6 +36,8 @@ class Int8Layer(QuantizedLayer):
 
     def multiply_rows(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` times the matrix, plus the bias, in the dtype of `x`: `[..., N]`."""
+        check_float(x)
+        check_devices(x.device, "the input", weight=self.weight, scale=self.weight_scale, bias=self.bias)
         return F.linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 

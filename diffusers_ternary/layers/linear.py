@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..format import LayerSpec
+from ..ops import check_devices, check_float
 from .base import QuantizedLayer
 
 
@@ -48,4 +49,6 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return self.multiply_rows(x)
 
     def _multiply_dense(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        check_float(x)
+        check_devices(x.device, "the input", weight=weight, bias=bias)
         return F.linear(x, weight, bias)

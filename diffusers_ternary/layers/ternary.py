@@ -12,6 +12,7 @@ from ..format import LOW_RANK_DTYPE, TernarySpec
 from ..kernels.operands import Layout
 from ..ops import (
     PreparedProducts,
+    check_devices,
     kernel_name,
     prepared_products,
     ternary_dequantize,
@@ -99,6 +100,7 @@ class TernaryLayer(QuantizedLayer):
             return product
         low_rank = self.low_rank
         assert low_rank is not None
+        check_devices(x.device, "the input", low_rank_up=low_rank.up, low_rank_down=low_rank.down)
         return product + F.linear(F.linear(x, low_rank.down.to(x.dtype)), low_rank.up.to(x.dtype))
 
     def _quick_product(self, x: torch.Tensor) -> torch.Tensor | None:

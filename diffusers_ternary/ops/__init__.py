@@ -2,6 +2,7 @@
 """The torch operators of this package."""
 
 from . import triton  # noqa: F401 (registers the operators on GPUs)
+from .checks import check_devices, check_float
 from .dequantize import ternary_dequantize
 from .linear import ACTIVATION_DTYPES, ternary_linear
 from .prepared import PreparedProducts, prepared_products
@@ -13,6 +14,8 @@ from .serving import kernel_name
 __all__ = [
     "ACTIVATION_DTYPES",
     "PreparedProducts",
+    "check_devices",
+    "check_float",
     "kernel_name",
     "prepared_products",
     "ternary_dequantize",

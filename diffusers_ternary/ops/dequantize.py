@@ -4,27 +4,7 @@
 import torch
 
 from ..kernels import reference
-
-
-def check_devices(device: torch.device, owner: str, **tensors: torch.Tensor | None) -> None:
-    """Checks that all tensors are where the first one is.
-
-    torch sends a call with one tensor on the meta device to the fake kernel, which returns memory without values.
-
-    Raises:
-        ValueError: names the tensor that is elsewhere.
-    """
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device and not _same(tensor.device, device):
-            raise ValueError(
-                f"{name} is on {tensor.device} and {owner} on {device}: all tensors of a ternary layer must be on one "
-                "device. An offloaded layer must be called through its module, whose hooks load it."
-            )
-
-
-def _same(one: torch.device, other: torch.device) -> bool:
-    """Fake tensors may be on "cuda" beside others on "cuda:0"."""
-    return one.type == other.type and None in (one.index, other.index)
+from .checks import check_devices
 
 
 @torch.library.custom_op("diffusers_ternary::dequantize", mutates_args=())

@@ -7,7 +7,8 @@ import torch
 
 from ..kernels import cpu, reference
 from ..ternarize import rotate
-from .dequantize import check_devices, ternary_dequantize
+from .checks import check_devices, check_float
+from .dequantize import ternary_dequantize
 from .prepared import quick_linear
 from .rotate import ternary_rotate
 
@@ -31,7 +32,9 @@ def check_arguments(
 
     Raises:
         ValueError: names the value and what is expected.
+        RuntimeError: for an input that is not float, or an operand on another device.
     """
+    check_float(input)
     check_devices(
         input.device, "the input", weight=operands[0], scale=operands[1], multiplier=operands[2], bias=operands[3]
     )
@@ -72,6 +75,7 @@ def ternary_linear(
 
     Raises:
         ValueError: if `input` has another number of features, or `activation_dtype` is unknown.
+        RuntimeError: if `input` is not float, or an operand is on another device.
     """
     check_arguments(input, (weight, scale, multiplier, bias), in_features, activation_dtype)
     # The default implementation serves every device without one of its own.

@@ -8,6 +8,7 @@ import torch
 
 from ..kernels import reference
 from ..ternarize import rotate
+from .checks import check_devices
 from .dequantize import ternary_dequantize
 from .linear import check_arguments, ternary_linear
 from .prepared import quick_linear
@@ -65,6 +66,7 @@ def _dequantize(
     group_size: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    check_devices(weight.device, "the weight", scale=scale, multiplier=multiplier)
     if dtype == torch.float64 or not triton_serves(weight.device):
         return reference.dequantize(
             weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=dtype
