@@ -216,9 +216,8 @@ class QuantizedLayer(nn.Module):
         Raises:
             RuntimeError: as the float module does, for inputs that are not float or on another device.
         """
-        if is_autocast(input) and input.dtype != torch.float64:
+        if is_autocast(input) and input.is_floating_point() and input.dtype != torch.float64:
             # Autocast does not see custom operators, and the float module would have been cast (unless in float64).
-            check_float(input)
             return self._product(input.to(torch.get_autocast_dtype(input.device.type)))
         if self.compute_dtype is None:
             return self._product(input)

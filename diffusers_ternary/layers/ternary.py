@@ -78,6 +78,7 @@ class TernaryLayer(QuantizedLayer):
         )
         dense = ternary_rotate(dense, block) if block else dense
         if low_rank is not None:
+            check_devices(dense.device, "the weight", low_rank_up=low_rank.up, low_rank_down=low_rank.down)
             dense = dense + low_rank.up[rows].float() @ low_rank.down.float()
         return dense.to(dtype)
 

@@ -82,8 +82,9 @@ def test_inputs_that_are_not_float_raise_as_for_the_float_layer(name, kind, dtyp
     for module in (FLOAT[name][0](), layer):
         with pytest.raises(RuntimeError):
             module(x.to(dtype))
-        with torch.autocast("cpu"), pytest.raises(RuntimeError):
-            module(x.to(dtype))
+        if not dtype.is_floating_point:  # those autocast casts, for both
+            with torch.autocast("cpu"), pytest.raises(RuntimeError):
+                module(x.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
