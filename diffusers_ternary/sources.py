@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds out what a path or Hub id holds, loads it quantized, and writes folders that are complete or absent."""
+"""Finds out what a path or Hub id holds, and loads it quantized."""
 
-import contextlib
 import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -86,32 +82,6 @@ def _refuse_quantized(config: dict[str, Any] | None, source: str) -> None:
     method = ((config or {}).get("quantization_config") or {}).get("quant_method")
     if method is not None:
         raise ValueError(f"{source} is quantized already ({method}). Start from its float weights.")
-
-
-@contextlib.contextmanager
-def save_atomically(destination: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """Gives a temporary folder beside `destination` that takes its name when the block ends without an error.
-
-    Raises:
-        FileExistsError: if `destination` exists (and is not an empty folder) and `overwrite` is false.
-    """
-    target = pathlib.Path(destination)
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
-        raise FileExistsError(f"{target} exists already. Choose another folder, or pass --overwrite.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield folder
-        # mkdtemp makes folders private; the result is to be readable like any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def store_in_16_bits(pipeline: Any) -> None:

@@ -23,7 +23,7 @@ from .prefix import install_solved, solved_on
 from .report import CalibrationReport, LayerReport
 from .run import CalibrationRun, SolvedCandidates
 from .sensitivity import Sensitivities, TeacherStates, measure_sensitivities, record_states, whole_errors
-from .store import FinishedLayer, LayerStore
+from .store import FinishedLayer, LayerStore, work_folder
 
 
 _VERSIONED = ("diffusers-ternary", "diffusers", "transformers", "torch")
@@ -68,6 +68,7 @@ def calibrate(
         TypeError: if `pipeline` is no pipeline, or a prompt no string.
         ValueError: for no or empty prompts, a pipeline without a denoiser or quantized already, call arguments that
             it does not take, NaN or Inf in weights or activations.
+        BlockingIOError: if another calibration is using `work_dir`.
         MemoryError: when memory runs out; says which option lowers the need.
     """
     config = config or TernaryConfig()
@@ -82,6 +83,18 @@ def calibrate(
         call_kwargs=calibration.call_kwargs,
     )
     plans = plan_pipeline(pipeline, config)
+    with work_folder(work_dir):
+        return _calibrate(pipeline, plans, config, calibration, rollouts, work_dir)
+
+
+def _calibrate(
+    pipeline: DiffusionPipeline,
+    plans: Mapping[str, ConversionPlan],
+    config: TernaryConfig,
+    calibration: CalibrationConfig,
+    rollouts: Rollouts,
+    work_dir: str | os.PathLike[str] | None,
+) -> CalibrationReport:
     weights = weights_sha256({name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)})
     store = LayerStore(work_dir, _fingerprint(pipeline, config, calibration, weights, rollouts))
     models = {component: pipeline.components[component] for component in plans}

@@ -4,12 +4,12 @@
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
+from ..files import write_json
 from .report_plot import plot_report
 from .report_table import report_table
 
@@ -125,14 +125,13 @@ class CalibrationReport:
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Writes [`~CalibrationReport.to_dict`] to a file."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        pathlib.Path(path).write_text(text, encoding="utf-8")
+        write_json(path, self.to_dict())
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws every layer's error before and after, and the sensitivity ranking, to an image file.
 
         Raises:
-            ImportError: without matplotlib; says what to install.
+            MissingExtraError: without matplotlib; says what to install.
         """
         plot_report(self, path)
 

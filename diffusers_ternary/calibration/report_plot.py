@@ -5,11 +5,14 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..extras import import_extra
+
 
 if TYPE_CHECKING:
     from .report import CalibrationReport, LayerReport, LayerSensitivity
 
 
+PLOT = "The figure of the calibration"  # for who lacks its library
 # Okabe-Ito colours, by kind of candidate.
 _COLORS = {"keep": "#000000", "int8": "#0072b2", "low-rank": "#cc79a7", "ternary": "#d55e00"}
 _ROW = 0.18  # inches
@@ -23,19 +26,12 @@ def plot_report(report: "CalibrationReport", path: str | os.PathLike[str]) -> No
         path (`str` or `os.PathLike`): an image file.
 
     Raises:
-        ImportError: without matplotlib; says what to install.
+        MissingExtraError: without matplotlib; says what to install.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"matplotlib cannot be imported ({error}). Install it with: pip install diffusers-ternary[evaluate]"
-        ) from error
+    figure_module = import_extra("matplotlib.figure", PLOT)
     panels = 2 if report.sensitivity else 1
     rows = max(len(report.layers), len(report.sensitivity))
-    figure = Figure(figsize=(8 * panels, 1.5 + _ROW * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_module.Figure(figsize=(8 * panels, 1.5 + _ROW * rows), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     _plot_errors(axes[0], report.layers)
     if report.sensitivity:

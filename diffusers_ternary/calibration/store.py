@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finished layers on disk, so that an interrupted calibration goes on where it stopped."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..files import lock, new_file, read_json, remove_partial_files, write_json
 from ..format import TernarySpec
 from ..ternarize import LowRank, TernaryWeight
 from .solver import OutputErrors, SolvedLayer
@@ -38,6 +40,22 @@ class FinishedLayer:
     resumed: bool = False
 
 
+@contextlib.contextmanager
+def work_folder(folder: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Keeps other calibrations out of a folder of finished layers until the block ends.
+
+    Raises:
+        BlockingIOError: if one is using it.
+    """
+    if folder is None:
+        yield
+        return
+    with lock(folder, "another calibration"):
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        remove_partial_files(folder)
+        yield
+
+
 class LayerStore:
     """One file per finished layer, written atomically. Files of another fingerprint are not read.
 
@@ -49,8 +67,6 @@ class LayerStore:
     def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: str) -> None:
         self._folder = None if folder is None else pathlib.Path(folder)
         self._fingerprint = fingerprint
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, name: str, layer: FinishedLayer) -> None:
         """Stores a finished layer."""
@@ -73,10 +89,9 @@ class LayerStore:
             "tokens": layer.tokens,
             "seconds": layer.seconds,
         }
-        temporary = path.with_suffix(".partial")
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(record)})
-        os.replace(temporary, path)
+        with new_file(path) as temporary:
+            save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(record)})
 
     def load(self, name: str) -> FinishedLayer | None:
         """A layer that an earlier run finished, or `None`."""
@@ -108,17 +123,15 @@ class LayerStore:
         """Stores measurements under a name of their own."""
         if self._folder is None:
             return
-        path = self._folder / f"{name}.json"
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps({"fingerprint": self._fingerprint, "numbers": dict(numbers)}), "utf-8")
-        os.replace(temporary, path)
+        content = {"fingerprint": self._fingerprint, "numbers": dict(numbers)}
+        write_json(self._folder / f"{name}.json", content)
 
     def load_numbers(self, name: str) -> dict[str, float]:
         """Measurements of an earlier run with the same fingerprint; else none."""
         if self._folder is None:
             return {}
         try:
-            content = json.loads((self._folder / f"{name}.json").read_text("utf-8"))
+            content = read_json(self._folder / f"{name}.json") or {}
             return dict(content["numbers"]) if content["fingerprint"] == self._fingerprint else {}
         except (OSError, ValueError, KeyError, TypeError):
             return {}

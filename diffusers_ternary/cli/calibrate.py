@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from ..config import TernaryConfig
+from ..destinations import output_folder
+from ..extras import MissingExtraError, check_extra
 from ..inspection import inspect_path
-from ..sources import save_atomically, store_in_16_bits
+from ..sources import store_in_16_bits
 from .console import console, escape, explained_errors, format_bytes
 from .options import (
     demo_settings,
@@ -123,8 +125,9 @@ def calibrate_command(
             size_budget=size_budget,
             sensitivity=SensitivityConfig() if sensitivity else None,
         )
+        plotted = _can_plot()
         kept = work_dir or destination.parent / f".{destination.name}.calibration"
-        with save_atomically(destination, overwrite=overwrite) as folder:
+        with output_folder(destination, sources=[source], work=[work_dir], overwrite=overwrite) as folder:
             pipeline = load_pipeline(source, parse_dtype(dtype, place))
             if offload:
                 pipeline.enable_model_cpu_offload(device=place)
@@ -132,9 +135,7 @@ def calibrate_command(
                 pipeline = pipeline.to(place)
             try:
                 report = calibrate(pipeline, lines, config, calibration, work_dir=kept)
-            except MemoryError as error:
-                raise ValueError(str(error)) from error
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):
                 console.print(
                     f"Finished layers are kept in {kept}. The same command goes on from there.", markup=False
                 )
@@ -143,10 +144,8 @@ def calibrate_command(
                 store_in_16_bits(pipeline)
             pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
             report.save_json(folder / REPORT)
-            try:
+            if plotted:
                 report.plot(folder / PLOT)
-            except ImportError as error:
-                console.print(f"{PLOT} is left out: {error}", soft_wrap=True, markup=False)
         if work_dir is None:
             shutil.rmtree(kept)
         components = [part for part in inspect_path(destination) if part.format_version is not None]
@@ -161,3 +160,13 @@ def calibrate_command(
     before, after = (sum(values) / len(errors) for values in zip(*errors, strict=True))
     console.print(f"mean relative error of the layers' outputs: {before:.4f} rounded, {after:.4f} calibrated")
     console.print(f"saved to {escape(str(destination))}", soft_wrap=True)
+
+
+def _can_plot() -> bool:
+    """Whether there will be a plot; says so at the start if there will not."""
+    try:
+        check_extra("matplotlib", PLOT)
+    except MissingExtraError as error:
+        console.print(f"{PLOT} will be left out: {error}", soft_wrap=True, markup=False)
+        return False
+    return True

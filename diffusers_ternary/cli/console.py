@@ -4,10 +4,16 @@
 import contextlib
 import enum
 import logging
+import signal
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
+
+from ..extras import MissingExtraError
 
 
 class ExitCode(enum.IntEnum):
@@ -18,6 +24,7 @@ class ExitCode(enum.IntEnum):
     USAGE = 2
     BAD_INPUT = 3
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 console = Console()
@@ -26,16 +33,55 @@ errors = Console(stderr=True)
 
 @contextlib.contextmanager
 def explained_errors() -> Iterator[None]:
-    """Turns errors that name their remedy into one message and exit code 3; bugs keep their traceback."""
+    """Turns errors that name their remedy into one message and exit code 3; bugs keep their traceback.
+
+    A request to end (SIGTERM, SIGHUP) unwinds like an error, so that nothing half-written stays behind.
+    """
     try:
-        yield
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        with _ends_cleanly():
+            yield
+    except (ValueError, TypeError, OSError, MissingExtraError, SafetensorError, MemoryError) as error:
+        if isinstance(error, MemoryError) and not str(error):
+            raise
+        errors.print(f"[bold red]error:[/] {escape(_message(error))}", soft_wrap=True)
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         raise typer.Exit(ExitCode.BAD_INPUT) from error
     except KeyboardInterrupt as error:
         errors.print("interrupted")
         raise typer.Exit(ExitCode.INTERRUPTED) from error
+
+
+@contextlib.contextmanager
+def _ends_cleanly() -> Iterator[None]:
+    """Makes the signals that ask a process to end raise `SystemExit`, until the block ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    # Whoever started the process may have said otherwise: nohup ignores SIGHUP.
+    ours = [number for number in numbers if before[number] == signal.SIG_DFL]
+
+    def end(number: int, frame: Any) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)  # asking twice does not stop the cleaning up
+        errors.print("terminated")
+        raise SystemExit(128 + number)
+
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
+
+
+def _message(error: BaseException) -> str:
+    """Without the number of an operating system's error, where the sentence says it all."""
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        return error.strerror
+    return str(error)
 
 
 def escape(text: str) -> str:

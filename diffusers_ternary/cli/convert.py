@@ -52,21 +52,18 @@ def convert_command(
     if destination.suffix == ".gguf":
         _export(source, destination, ternary_type, round_scales, fallback, as_json, overwrite)
         return
-    from ..interop import MissingGgufError, convert
+    from ..interop import convert
 
     with explained_errors():
-        try:
-            reports = convert(
-                source,
-                destination,
-                components=component,
-                config=config,
-                variant=variant,
-                verify=verify,
-                overwrite=overwrite,
-            )
-        except MissingGgufError as error:
-            raise ValueError(str(error)) from error
+        reports = convert(
+            source,
+            destination,
+            components=component,
+            config=config,
+            variant=variant,
+            verify=verify,
+            overwrite=overwrite,
+        )
     if as_json:
         print(json.dumps([report.to_dict() for report in reports], indent=2))
         return
@@ -86,20 +83,17 @@ def _export(
     as_json: bool,
     overwrite: bool,
 ) -> None:
-    from ..interop import MissingGgufError, export_gguf
+    from ..interop import export_gguf
 
     with explained_errors():
-        try:
-            report = export_gguf(
-                source,
-                destination,
-                ternary_type=ternary_type,
-                round_scales=round_scales,
-                fallback=fallback,
-                overwrite=overwrite,
-            )
-        except MissingGgufError as error:
-            raise ValueError(str(error)) from error
+        report = export_gguf(
+            source,
+            destination,
+            ternary_type=ternary_type,
+            round_scales=round_scales,
+            fallback=fallback,
+            overwrite=overwrite,
+        )
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
         return

@@ -52,17 +52,13 @@ def demo_command(
 def _run(full: bool, threads: int) -> "DemoResult":
     import torch
 
-    from ..evaluation import MissingExtraError
     from .quiet import hide_loading_bars
 
     hide_loading_bars()
     from ..demo.run import run_demo
 
     torch.set_num_threads(threads)
-    try:
-        return run_demo(full=full)
-    except MissingExtraError as error:
-        raise ValueError(str(error)) from error
+    return run_demo(full=full)
 
 
 def _table(result: "DemoResult") -> Table:

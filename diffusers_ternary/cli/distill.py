@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from ..config import TernaryConfig
+from ..destinations import check_folder, output_folder
 from ..files import read_json
 from ..inspection import inspect_path
-from ..sources import save_atomically, store_in_16_bits
+from ..sources import store_in_16_bits
 from .console import console, escape, explained_errors, format_bytes
 from .options import (
     demo_settings,
@@ -184,26 +185,28 @@ def distill_command(
         if unseen is None:
             lines, unseen = split_held_out(lines, distill_config.held_out)
         run = work_dir or destination.parent / f".{destination.name}.distillation"
-        with _saved(destination, overwrite, main=state.is_main_process) as folder:
+        checked: dict[str, Any] = {
+            "sources": [source, student, held_out, prompts],
+            "work": [work_dir, cache],
+            "overwrite": overwrite,
+        }
+        with _saved(destination, main=state.is_main_process, **checked) as folder:
             pipeline = load_pipeline(source, parse_dtype(dtype, state.device))
             if offload:
                 pipeline.enable_model_cpu_offload(device=state.device)
             else:
                 pipeline = pipeline.to(state.device)
-            try:
-                trained = distill(
-                    pipeline,
-                    lines,
-                    config,
-                    distill_config,
-                    run,
-                    student=student,
-                    held_out_prompts=unseen,
-                    cache_dir=cache,
-                    progress=state.is_main_process,
-                )
-            except (MemoryError, ImportError) as error:
-                raise ValueError(str(error)) from error
+            trained = distill(
+                pipeline,
+                lines,
+                config,
+                distill_config,
+                run,
+                student=student,
+                held_out_prompts=unseen,
+                cache_dir=cache,
+                progress=state.is_main_process,
+            )
             if folder is not None:
                 if dtype == "auto":
                     store_in_16_bits(trained)
@@ -235,14 +238,13 @@ def _quiet(main: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _saved(destination: pathlib.Path, overwrite: bool, *, main: bool) -> Iterator[pathlib.Path | None]:
-    """The folder to save into, for the main process; all processes refuse an existing destination."""
+def _saved(destination: pathlib.Path, *, main: bool, **checked: Any) -> Iterator[pathlib.Path | None]:
+    """The folder to save into, for the main process; all processes check the destination."""
     if main:
-        with save_atomically(destination, overwrite=overwrite) as folder:
+        with output_folder(destination, **checked) as folder:
             yield folder
         return
-    if not overwrite and destination.exists() and (destination.is_file() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} exists already.")
+    check_folder(destination, **checked)
     yield None
 
 

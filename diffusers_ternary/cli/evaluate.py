@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from ..sources import save_atomically
+from ..destinations import output_folder
+from ..extras import check_extra
 from .console import console, explained_errors
 from .options import (
     demo_scorers,
@@ -56,7 +57,7 @@ def evaluate_command(
 
     Example: diffusers-ternary evaluate flux-ternary black-forest-labs/FLUX.1-dev --prompts prompts.txt --report out
     """
-    from ..evaluation import ClipScore, MissingExtraError, evaluate, write_report
+    from ..evaluation import ClipScore, evaluate, write_report
     from .quiet import hide_loading_bars
 
     with explained_errors(), contextlib.ExitStack() as stack:
@@ -64,7 +65,12 @@ def evaluate_command(
         call_kwargs = parse_call_kwargs(call, {"height": height, "width": width})
         place = parse_device(device)
         torch_dtype = parse_dtype(dtype, place)
-        folder = None if report is None else stack.enter_context(save_atomically(report, overwrite=overwrite))
+        folder = None
+        if report is not None:
+            if velocity_prompts:
+                check_extra("matplotlib", "The report's plot of the velocity error")
+            sources = [student, teacher, clip]
+            folder = stack.enter_context(output_folder(report, sources=sources, overwrite=overwrite))
         hide_loading_bars()
         scorers: dict[str, Scorer] = {} if clip is None else {"clip_score": ClipScore(clip, device=place)}
         teacher_pipeline = load_pipeline(teacher, torch_dtype).to(place)
@@ -72,23 +78,20 @@ def evaluate_command(
         if is_demo(teacher):
             call_kwargs = demo_settings(call_kwargs, steps, guidance)
             scorers.update(demo_scorers(lines))
-        try:
-            result = evaluate(
-                student_pipeline,
-                teacher_pipeline,
-                lines,
-                seed=seed,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                call_kwargs=call_kwargs,
-                scorers=scorers,
-                batch_size=batch_size,
-                velocity_prompts=velocity_prompts,
-            )
-            if folder is not None:
-                write_report(result, folder, student_name=student, teacher_name=teacher)
-        except MissingExtraError as error:
-            raise ValueError(str(error)) from error
+        result = evaluate(
+            student_pipeline,
+            teacher_pipeline,
+            lines,
+            seed=seed,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            call_kwargs=call_kwargs,
+            scorers=scorers,
+            batch_size=batch_size,
+            velocity_prompts=velocity_prompts,
+        )
+        if folder is not None:
+            write_report(result, folder, student_name=student, teacher_name=teacher)
     console.print(result)
     if report is not None:
         console.print(f"wrote {report / 'index.html'}", soft_wrap=True, markup=False)

@@ -11,7 +11,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..inspection import UNPACKED, Component, Row, inspect_path
-from ..interop import MissingGgufError
 from .console import console, escape, explained_errors, format_bytes
 
 
@@ -26,10 +25,7 @@ def inspect_command(
     Example: diffusers-ternary inspect out/transformer
     """
     with explained_errors():
-        try:
-            components = inspect_path(path)
-        except MissingGgufError as error:
-            raise ValueError(str(error)) from error
+        components = inspect_path(path)
     if as_json:
         print(json.dumps([component.to_dict() for component in components], indent=2))
         return

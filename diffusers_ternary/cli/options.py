@@ -22,10 +22,7 @@ def read_prompts(source: str, limit: int | None = None) -> list[str]:
     """`--prompts`: a file, - for stdin, `template:N` or `datasets:NAME`; see `distillation.prompts.read_prompts`."""
     from ..distillation import prompts
 
-    try:
-        return prompts.read_prompts(source, limit=limit)
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    return prompts.read_prompts(source, limit=limit)
 
 
 def load_pipeline(source: str, dtype: torch.dtype) -> Any:

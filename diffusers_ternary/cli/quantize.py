@@ -9,8 +9,9 @@ import typer
 
 from ..config import TernaryConfig
 from ..config.ternary_config import COMPUTE_DTYPES
+from ..destinations import output_folder
 from ..inspection import inspect_path
-from ..sources import load_quantized, save_atomically
+from ..sources import load_quantized
 from .console import console, escape, explained_errors, format_bytes
 from .options import is_demo, parse_overrides
 
@@ -62,8 +63,9 @@ def quantize_command(
             components=component,
         )
         model_dtype = _parse_dtype(dtype)
-        with save_atomically(destination, overwrite=overwrite) as folder:
-            model = load_quantized(_resolve(source), config, dtype=model_dtype, variant=variant)
+        place = _resolve(source)
+        with output_folder(destination, sources=[place], overwrite=overwrite) as folder:
+            model = load_quantized(place, config, dtype=model_dtype, variant=variant)
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         components = [part for part in inspect_path(destination) if part.format_version is not None]
     for part in components:

@@ -2,10 +2,8 @@
 """The demo: the embedded model and its ternary versions draw the same held-out prompts, and the judge counts."""
 
 import dataclasses
-import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..evaluation import EvaluationResult, Sampling, compare, contact_sheet, observe_teacher
+from ..files import new_file, write_json
 from .grammar import held_out_prompts
 from .judge import Judge
 from .pipeline import DEMO_CALL
@@ -76,12 +75,13 @@ class DemoResult:
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Writes a list with one object per variant."""
-        text = json.dumps([row.to_dict() for row in self.rows], indent=2, allow_nan=False)
-        pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+        write_json(path, [row.to_dict() for row in self.rows], allow_nan=False)
 
     def save_contact_sheet(self, path: str | os.PathLike[str], *, max_prompts: int = 8) -> None:
         """Writes the first prompts' images, one row per variant, as PNG."""
-        contact_sheet(self.images, self.prompts, max_prompts=max_prompts).save(path, format="PNG")
+        sheet = contact_sheet(self.images, self.prompts, max_prompts=max_prompts)
+        with new_file(path) as temporary:
+            sheet.save(temporary, format="PNG")
 
 
 def run_demo(
@@ -98,9 +98,6 @@ def run_demo(
         students (`Sequence[Variant]`, *optional*): what to compare with the teacher.
         teacher (`Variant`, *optional*): what to compare with.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar on stderr.
-
-    Raises:
-        MissingExtraError: without torchmetrics.
     """
     count = FULL_PROMPTS if full else QUICK_PROMPTS
     prompts = tuple(held_out_prompts(count, PROMPT_SEED))

@@ -15,12 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from ..files import write_text
 from ..rollouts import RolloutBatch, Rollouts, make_rollouts, prepared, weights_sha256
 from .batch import TeacherBatch
 from .layout import InputLayout, TeacherRow, assemble
-from .manifest import Manifest, find_differences, join, json_values, read_json, split
+from .manifest import Manifest, find_differences, join, json_values, read_manifest, split
 from .recording import TeacherRecorder, find_denoiser
-from .shards import find_fault, write_bytes, write_tensors
+from .shards import find_fault, write_tensors
 
 
 logger = logging.getLogger(__name__)
@@ -217,7 +218,7 @@ def teacher_identity(
 def _check_same(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
     if not (folder / _MANIFEST).is_file():
         return
-    differences = find_differences(read_json(folder / _MANIFEST)["identity"], identity)
+    differences = find_differences(read_manifest(folder / _MANIFEST)["identity"], identity)
     if differences:
         raise ValueError(
             f"{folder} holds a teacher cache made from something else ({'; '.join(differences)}). Nothing was "
@@ -242,7 +243,7 @@ def _start(folder: pathlib.Path, identity: Mapping[str, Any], recorder: TeacherR
         folder.mkdir(parents=True, exist_ok=True)
         text, tensors = manifest.to_files()
         write_tensors(folder / _SHARED, tensors)
-        write_bytes(folder / _MANIFEST, text.encode())
+        write_text(folder / _MANIFEST, text)
     return manifest
 
 

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of the training: complete or absent, free of pickles, bit-exact."""
 
-import contextlib
 import dataclasses
-import json
-import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..files import new_folder, read_json, write_json
 from .trainable import whole
 
 
@@ -46,8 +43,7 @@ def latest_checkpoint(folder: pathlib.Path) -> Checkpoint | None:
     if not found:
         return None
     newest = max(found, key=lambda path: path.name)
-    with open(newest / _PROGRESS, encoding="utf-8") as file:
-        return Checkpoint(newest, int(newest.name.removeprefix(_PREFIX)), json.load(file))
+    return Checkpoint(newest, int(newest.name.removeprefix(_PREFIX)), read_json(newest / _PROGRESS) or {})
 
 
 def save_checkpoint(
@@ -122,48 +118,3 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torc
             elif isinstance(value, int):
                 tensors[f"{_OPTIMIZER}{_NUMBER}{field}.{name}"] = torch.tensor(value)
     return tensors
-
-
-@contextlib.contextmanager
-def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `target` that replaces it when the block ends without an error."""
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                path.chmod(0o666 & ~umask)  # safetensors and mkdtemp make files and folders private
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())  # a name must never be there before its content
-        temporary.chmod(0o777 & ~umask)
-        if target.exists():
-            old = temporary.with_name(f"{temporary.name}.old")
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def recover_folder(target: pathlib.Path) -> None:
-    """Puts back a folder that [`new_folder`] was about to replace when the process was killed."""
-    for old in target.parent.glob(f".{target.name}.*.old"):
-        if target.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(target)
-
-
-def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON so that the file is the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -15,10 +15,10 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..config import TernaryConfig
+from ..files import new_folder
 from ..quantizers import below_compiled_wrappers, bits_per_weight, packed_layers
 from ..rollouts import Rollouts, make_rollouts, weights_sha256
 from .cache import TeacherCache
-from .checkpoint import new_folder
 from .config import DistillConfig
 from .engine import Trainer
 from .held_out import HeldOutError, float_dtype

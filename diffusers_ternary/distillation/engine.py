@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from diffusers.utils.logging import tqdm
 from torch import nn
 
+from ..files import new_folder, recover_folder
 from .blocks import BlockRecorder, block_names
-from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, new_folder, recover_folder, save_checkpoint
+from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import DistillConfig
 from .guard import DivergenceGuard
 from .held_out import HeldOutError, float_dtype

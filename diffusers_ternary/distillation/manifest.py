@@ -75,7 +75,7 @@ class Manifest:
         Raises:
             ValueError: if the JSON is damaged, or of a newer format.
         """
-        content = read_json(path)
+        content = read_manifest(path)
         try:
             layout = content["layout"]
             null_row = {split(name)[1]: tensor for name, tensor in tensors.items() if split(name)[0] == _NULL_ROW}
@@ -98,7 +98,7 @@ class Manifest:
             raise ValueError(f"{path} is damaged ({error!r}). Delete the folder and cache again.") from error
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     """Reads a manifest without its tensors.
 
     Raises:

@@ -3,7 +3,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from ..config import TernaryConfig
+from ..extras import has_extra
 from ..format import normalize_group_size
 from ..quantizers import plan_conversion
 from .blocks import block_names
@@ -199,7 +199,7 @@ def _describe(config: DistillConfig) -> str:
 
 
 def _uses_8_bits(config: DistillConfig) -> bool:
-    found = importlib.util.find_spec("bitsandbytes") is not None
+    found = has_extra("bitsandbytes")
     return config.optimizer == "adamw8bit" or (config.optimizer == "auto" and config.mode == "full" and found)
 
 

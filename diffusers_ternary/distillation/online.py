@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ..files import write_bytes
 from ..rollouts import RolloutBatch, make_rollouts, prepared
 from .batch import TeacherBatch
 from .layout import InputLayout, Path, TeacherRow, assemble
 from .recording import TeacherRecorder
-from .shards import write_bytes
 from .stepped import SteppedCall
 
 

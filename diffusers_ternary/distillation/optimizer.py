@@ -2,7 +2,6 @@
 """What is optimised, how fast, and by what."""
 
 import dataclasses
-import importlib.util
 import logging
 import math
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..extras import has_extra, import_extra
 from .config import DistillConfig
 from .trainable import TrainableTernaryLayer, whole
 
@@ -71,18 +71,14 @@ def make_optimizer(groups: list[ParameterGroup], config: DistillConfig, device: 
     """AdamW without weight decay: decay would pull every latent towards code 0.
 
     Raises:
-        ImportError: for `optimizer="adamw8bit"` without bitsandbytes.
+        MissingExtraError: for `optimizer="adamw8bit"` without bitsandbytes.
     """
-    found = importlib.util.find_spec("bitsandbytes") is not None
-    if config.optimizer == "adamw8bit" and not found:
-        raise ImportError("optimizer='adamw8bit' needs bitsandbytes: pip install bitsandbytes")
     eight_bits = config.optimizer == "adamw8bit" or (
-        config.optimizer == "auto" and config.mode == "full" and device.type == "cuda" and found
+        config.optimizer == "auto" and config.mode == "full" and device.type == "cuda" and has_extra("bitsandbytes")
     )
     parameters: list[dict[str, Any]] = [{"params": group.parameters, "lr": group.learning_rate} for group in groups]
     if eight_bits:
-        import bitsandbytes
-
+        bitsandbytes = import_extra("bitsandbytes", "optimizer='adamw8bit'")
         logger.info("Optimiser: AdamW with 8-bit states (bitsandbytes).")
         return bitsandbytes.optim.AdamW8bit(parameters, betas=BETAS, weight_decay=0.0)
     logger.info("Optimiser: AdamW with float32 states.")

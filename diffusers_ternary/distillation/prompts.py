@@ -3,7 +3,6 @@
 
 import csv
 import hashlib
-import importlib
 import io
 import pathlib
 import sys
@@ -11,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ..extras import import_extra
 from ..files import parse_json
 from .prompt_templates import template_prompts
 
@@ -36,7 +36,7 @@ def read_prompts(source: str, *, limit: int | None = None, column: str | None = 
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ImportError: if the library for that kind of source is not installed.
+        MissingExtraError: if the library for that kind of source is not installed.
         ValueError: if it is not UTF-8 or otherwise damaged, has no such column, holds no prompts or an empty one.
     """
     if source.startswith(TEMPLATE):
@@ -151,18 +151,18 @@ def _from_csv(path: pathlib.Path, text: str, column: str | None) -> list[str]:
 
 
 def _from_parquet(path: pathlib.Path, column: str | None) -> list[str]:
-    parquet = _import("pyarrow.parquet", "Parquet files", "pyarrow")
+    parquet = import_extra("pyarrow.parquet", "Reading Parquet files")
     try:
         file = parquet.ParquetFile(path)
         name = choose_column(file.schema_arrow.names, str(path), column)
         values = file.read(columns=[name]).column(name).to_pylist()
-    except (OSError, _import("pyarrow", "Parquet files", "pyarrow").ArrowInvalid) as error:
+    except (OSError, import_extra("pyarrow", "Reading Parquet files").ArrowInvalid) as error:
         raise ValueError(f"{path} is no readable Parquet file ({error}).") from error
     return list(_checked((f"{path} row {index}", value) for index, value in enumerate(values)))
 
 
 def _from_dataset(source: str, column: str | None) -> list[str]:
-    datasets = _import("datasets", "data sets", "datasets")
+    datasets = import_extra("datasets", "Reading prompts from data sets")
     name, _, split = source.removeprefix(DATASET).partition(":")
     split = split or "train"
     try:
@@ -218,10 +218,3 @@ def _decode(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{name} is not UTF-8 (line {line}: {error.reason}). Save it as UTF-8 text.") from error
-
-
-def _import(module: str, what: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"Prompts from {what} need {package}. Install it with: pip install {package}") from error

@@ -2,14 +2,13 @@
 """What a distillation did."""
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..files import parse_json_object
+from ..files import parse_json_object, write_json
 from .progress import Evaluation
 
 
@@ -69,8 +68,7 @@ class DistillReport:
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Writes [`~DistillReport.to_dict`] to a file."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        pathlib.Path(path).write_text(text, encoding="utf-8")
+        write_json(path, self.to_dict(), allow_nan=False)
 
     @classmethod
     def load_json(cls, path: str | os.PathLike[str]) -> "DistillReport":

@@ -6,8 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..files import read_json
-from .checkpoint import write_json
+from ..files import is_partial, read_json, write_json
 
 
 _IDENTITY = "run.json"
@@ -24,12 +23,11 @@ def check_run(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
         ValueError: if it holds another run; names what differs.
         FileExistsError: if it holds something else.
     """
-    path = folder / _IDENTITY
-    if not path.is_file():
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    known = read_json(folder / _IDENTITY, remedy="Choose another output folder, or delete this one.")
+    if known is None:
+        if folder.is_file() or (folder.is_dir() and not all(is_partial(path) for path in folder.iterdir())):
             raise FileExistsError(f"{folder} exists and holds no distillation run. Choose another output folder.")
         return
-    known = read_json(path, remedy="Choose another output folder, or delete this one.") or {}
     differences = [
         f"{name}: {_brief(known.get(name))} there, {_brief(identity.get(name))} now"
         for name in sorted(known.keys() | identity.keys())

@@ -2,12 +2,13 @@
 """Files that are complete or absent, each with its SHA-256 beside it (`sha256sum -c *.sha256` checks them)."""
 
 import hashlib
-import os
 import pathlib
 from collections.abc import Mapping
 
 import torch
 from safetensors.torch import save
+
+from ..files import file_sha256, write_bytes
 
 
 SUFFIX = ".sha256"
@@ -30,24 +31,6 @@ def write_tensors(path: pathlib.Path, tensors: Mapping[str, torch.Tensor]) -> in
     return len(data)
 
 
-def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file that appears under its name only when all of it is on the disk."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"{path} ({len(data) / 1e6:.1f} MB) cannot be written: {error.strerror or error}. Nothing incomplete was "
-            "left behind; free space (or choose another folder) and run again: finished files are used again",
-        ) from error
-
-
 def hash_path(path: pathlib.Path) -> pathlib.Path:
     """Where the hash of a file lies."""
     return path.with_name(path.name + SUFFIX)
@@ -60,10 +43,6 @@ def find_fault(path: pathlib.Path) -> str | None:
     if not hash_path(path).is_file():
         return "has no hash, so it may be incomplete"
     recorded = hash_path(path).read_text(encoding="utf-8", errors="replace").split()
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    if not recorded or recorded[0] != digest.hexdigest():
+    if not recorded or recorded[0] != file_sha256(path):
         return "is corrupted (its SHA-256 is not the recorded one)"
     return None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares a student pipeline with its teacher: the same prompts, the same seeds, and numbers that say how far off."""
 
+from ..extras import MissingExtraError
 from .clip import ClipScore
 from .contact_sheet import contact_sheet
 from .evaluation import Scorer, TeacherRun, compare, evaluate, observe_teacher
-from .extras import MissingExtraError
 from .report import write_report
 from .result import EvaluationResult
 from .sampling import Sampling

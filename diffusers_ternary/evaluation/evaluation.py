@@ -17,7 +17,6 @@ from rich.progress import track
 from ..quantizers import below_compiled_wrappers
 from ..rollouts import DenoiserCall, recorded_calls
 from .comparable import check_comparable, denoiser_of
-from .extras import import_extra
 from .metrics import check_same_size, image_distance
 from .result import EvaluationResult, ScorePair
 from .sampling import Batch, Sampling, check_call, draw, make_sampling, silent
@@ -103,7 +102,6 @@ def evaluate(
         [`EvaluationResult`]
 
     Raises:
-        MissingExtraError: without torchmetrics (`pip install diffusers-ternary[evaluate]`).
         TypeError: for arguments of the wrong type.
         ValueError: for no or empty prompts, a wrong number of seeds, pipelines that differ in architecture, scheduler
             or image size, or call arguments that the pipeline does not take.
@@ -133,7 +131,6 @@ def observe_teacher(
     """The teacher's half of [`evaluate`], to be compared with several students."""
     if not isinstance(velocity_prompts, int) or velocity_prompts < 0:
         raise ValueError(f"velocity_prompts={velocity_prompts!r} is not a number of prompts (0 = no velocity error).")
-    import_extra("torchmetrics")  # before the first image, not after the last
     check_call(teacher, sampling.call_kwargs)
     denoiser = denoiser_of(teacher)
     images: list[Image.Image] = []

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .extras import import_extra
-
 
 SSIM_WINDOW = 11  # pixels, Wang et al. 2004
 LPIPS_MIN_SIZE = 32  # pixels, below it AlexNet's last feature map is empty
@@ -44,15 +42,16 @@ def image_distance(student: Sequence[Image.Image], teacher: Sequence[Image.Image
     """Measures RGB images of one size, pairwise, as 8-bit values between 0 and 1.
 
     Raises:
-        MissingExtraError: if torchmetrics is not installed.
         ValueError: if there are no pairs or their sizes differ.
     """
     if not teacher or len(student) != len(teacher):
         raise ValueError(f"{len(student)} student and {len(teacher)} teacher images are no pairs.")
     for ours, theirs in zip(student, teacher, strict=True):
         check_same_size(ours, theirs)
-    functional = import_extra("torchmetrics.functional.image")
-    pooled = import_extra("torchmetrics.image").PeakSignalNoiseRatio(data_range=1.0).set_dtype(torch.float64)
+    from torchmetrics import image as metrics
+    from torchmetrics.functional import image as functional
+
+    pooled = metrics.PeakSignalNoiseRatio(data_range=1.0).set_dtype(torch.float64)
     reasons: dict[str, str] = {}
     smallest = min(min(image.size) for image in teacher)
     if smallest < SSIM_WINDOW:
@@ -62,15 +61,14 @@ def image_distance(student: Sequence[Image.Image], teacher: Sequence[Image.Image
         reasons["lpips"] = reason
     perceptual = None
     if reason is None:
-        images = import_extra("torchmetrics.image")
-        perceptual = images.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+        perceptual = metrics.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
     psnr, ssim = [], []
     for ours, theirs in zip(student, teacher, strict=True):
         pair = to_tensor(ours), to_tensor(theirs)  # [1, 3, H, W] each
         pooled.update(*pair)
         psnr.append(float(functional.peak_signal_noise_ratio(*pair, data_range=1.0)))
         if "ssim" not in reasons:
-            ssim.append(float(functional.structural_similarity_index_measure(*pair, data_range=1.0)))
+            ssim.append(float(functional.structural_similarity_index_measure(*pair, data_range=1.0)))  # type: ignore[arg-type]
         if perceptual is not None:
             perceptual.update(pair[0].float(), pair[1].float())
     return ImageDistance(

@@ -6,8 +6,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from .extras import import_extra
+from ..extras import import_extra
 from .velocity import VelocityError
+
+
+PLOT = "The plot of the velocity error"  # for who lacks its library
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ def plot_velocity_error(errors: Mapping[str, VelocityError], path: Any, *, dark:
     Raises:
         MissingExtraError: without matplotlib (`pip install diffusers-ternary[evaluate]`).
     """
-    figure_module = import_extra("matplotlib.figure")
+    figure_module = import_extra("matplotlib.figure", PLOT)
     theme = _DARK if dark else _LIGHT
     # Figure without pyplot: no global state, no display.
     figure = figure_module.Figure(figsize=(7.2, 3.4), dpi=160, facecolor=theme.background, layout="constrained")
@@ -45,7 +48,7 @@ def plot_velocity_error(errors: Mapping[str, VelocityError], path: Any, *, dark:
         axes.plot(steps, error.per_step, marker="o", markersize=4, linewidth=1.6, color=color, label=label)
     if any(value > 0 for error in errors.values() for value in error.per_step):
         axes.set_yscale("log")
-        ticker = import_extra("matplotlib.ticker")
+        ticker = import_extra("matplotlib.ticker", PLOT)
         for axis_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             axis_ticks(ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     else:

@@ -13,7 +13,6 @@ from typing import Any
 
 from PIL import Image
 
-from .extras import import_extra
 from .plot import plot_velocity_error
 from .result import EvaluationResult
 
@@ -59,7 +58,7 @@ def write_report(
         `pathlib.Path`: of the page. It makes no request, to this folder or elsewhere.
 
     Raises:
-        MissingExtraError: without matplotlib or Jinja2 (`pip install diffusers-ternary[evaluate]`).
+        MissingExtraError: without matplotlib (`pip install diffusers-ternary[evaluate]`).
     """
     folder = pathlib.Path(directory)
     page = render(result, student_name=student_name, teacher_name=teacher_name, max_images=max_images)
@@ -80,7 +79,8 @@ def write_report(
 
 def render(result: EvaluationResult, *, student_name: str, teacher_name: str, max_images: int = 48) -> str:
     """The page as text; see [`write_report`]."""
-    jinja2 = import_extra("jinja2")
+    import jinja2
+
     source = importlib.resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined

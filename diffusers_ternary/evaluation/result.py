@@ -4,10 +4,8 @@
 import dataclasses
 import io
 import itertools
-import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from ..files import new_file, write_json
 from .contact_sheet import contact_sheet
 from .plot import plot_velocity_error
 from .velocity import VelocityError
@@ -159,13 +158,14 @@ class EvaluationResult:
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Writes [`~EvaluationResult.to_dict`] to a file."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+        write_json(path, self.to_dict(), allow_nan=False)
 
     def contact_sheet(self, path: str | os.PathLike[str], *, max_prompts: int = 12) -> None:
         """Draws both rows of images under their prompts, into a PNG file."""
         rows = {"teacher": self.teacher_images, "student": self.student_images}
-        contact_sheet(rows, self.prompts, max_prompts=max_prompts).save(path, format="PNG")
+        sheet = contact_sheet(rows, self.prompts, max_prompts=max_prompts)
+        with new_file(path) as temporary:
+            sheet.save(temporary, format="PNG")
 
     def plot_velocity_error(self, path: str | os.PathLike[str]) -> None:
         """Plots the velocity NMSE over the denoising steps, into a file (format by suffix).

@@ -3,8 +3,7 @@
 
 from .convert import convert
 from .gguf_export import GgufReport, export_gguf
-from .gguf_extra import MissingGgufError
 from .report import ConversionReport
 
 
-__all__ = ["ConversionReport", "GgufReport", "MissingGgufError", "convert", "export_gguf"]
+__all__ = ["ConversionReport", "GgufReport", "convert", "export_gguf"]

@@ -2,6 +2,7 @@
 """`convert`: ternary models of others, in whatever form they were published, to packed folders. Nothing is rounded."""
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import os
@@ -16,12 +17,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 
 from ..config import RECOVER, TernaryConfig
+from ..destinations import check_folder, output_folder
 from ..format import LayerSpec, TernarySpec, expand_scales, unpack_base3
 from ..layers import reason_not_to_pack
 from ..quantizers import read_headers
 from ..quantizers.checkpoint import load_tensor
 from ..quantizers.plan import float_layers
-from ..sources import save_atomically
 from ..ternarize import TernaryFit, looks_ternary, recover, ternary_fit
 from .open import open_foreign, pipeline_components
 from .report import ConversionReport
@@ -84,13 +85,14 @@ def convert(
         ValueError: if the source is no such model, is damaged, belongs to another architecture, or holds no ternary
             layer.
         FileNotFoundError: if there is no such source.
-        FileExistsError: if the destination exists.
+        FileExistsError: if the destination exists, or holds what is no result of an earlier run.
     """
+    check_folder(destination, sources=[_cached(source), config], overwrite=overwrite)
     root = _local(source)
     names = pipeline_components(root, components) if (root / "model_index.json").is_file() else [""]
     # Everything that headers can tell is checked here, before the destination is touched.
     parts = [_open_part(root, name, config=config, variant=variant) for name in names]
-    with save_atomically(destination, overwrite=overwrite) as folder:
+    with output_folder(destination, sources=[root, config], overwrite=overwrite) as folder:
         reports = [_convert_part(part, folder / part.folder, max_shard_size, verify) for part in parts]
         if not any(report.layers for report in reports):
             raise ValueError(_nothing_ternary(root, reports))
@@ -99,6 +101,15 @@ def convert(
         for name, fit in report.almost.items():
             logger.warning("%s is almost ternary (%s): kept.", name, fit)
     return reports
+
+
+def _cached(source: str | os.PathLike[str]) -> pathlib.Path:
+    """Where a source lies on this machine, if it does."""
+    path = pathlib.Path(source)
+    if not path.exists():
+        with contextlib.suppress(HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
+            return pathlib.Path(snapshot_download(os.fspath(source), local_files_only=True))
+    return path
 
 
 def _local(source: str | os.PathLike[str]) -> pathlib.Path:

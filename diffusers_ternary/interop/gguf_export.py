@@ -7,22 +7,23 @@ import json
 import logging
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils.logging import tqdm
 
+from ..destinations import output_file
+from ..extras import import_extra
 from ..format import TernarySpec
 from .gguf_blocks import FALLBACKS, TERNARY_TYPES, block_scales, choose_type, encode_q4_0, encode_q8_0
-from .gguf_extra import import_gguf
 from .gguf_names import ARCHITECTURES, GgufTensor, gguf_tensors
 from .packed import PackedFolder, open_packed
 
 
 logger = logging.getLogger(__name__)
 CONFIG_KEY = "diffusers_ternary.config"
+_MAGIC = b"GGUF"
 # As ComfyUI-GGUF's converter does: tensors of one dimension and tiny ones are float32.
 _SMALL = 1024
 # The patch embedding of Stable Diffusion 3.
@@ -96,39 +97,38 @@ def export_gguf(
 
     Raises:
         ValueError: if the source is no packed Flux or SD3, or a layer cannot be held.
-        FileExistsError: if the destination exists.
-        MissingGgufError: without the `gguf` package.
+        FileExistsError: if the destination exists, or is no GGUF file.
+        MissingExtraError: without the `gguf` package.
     """
     options = _checked_options(ternary_type, round_scales, fallback)
-    gguf = import_gguf()
-    target = pathlib.Path(destination)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists already. Choose another file, or pass --overwrite.")
-    model = open_packed(pathlib.Path(source))
-    class_name = model.config.get("_class_name", "?")
-    tensors = gguf_tensors(class_name, model.names())
-    # The cheap checks of every layer come before the first byte is written.
-    for tensor in tensors:
-        _check(model, tensor, options)
-    file_type = gguf.LlamaFileType.MOSTLY_TQ2_0 if ternary_type == "tq2_0" else gguf.LlamaFileType.MOSTLY_TQ1_0
-    writer = gguf.GGUFWriter(path=None, arch=ARCHITECTURES[class_name], use_temp_file=True)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(file_type)
-    writer.add_string(CONFIG_KEY, json.dumps(model.config, sort_keys=True))
-    types: collections.Counter[str] = collections.Counter()
-    inexact = []
-    for tensor in tqdm(tensors, desc="Exporting", leave=False):
-        encoded = _encode(gguf, model, tensor, options)
-        writer.add_tensor(tensor.name, encoded.data, raw_dtype=gguf.GGMLQuantizationType[encoded.type.upper()])
-        types[encoded.type] += 1
-        if not encoded.exact:
-            inexact.append(tensor.name)
-    _write(writer, target)
+    gguf = import_extra("gguf", "Writing GGUF files")
+    with output_file(destination, magic=_MAGIC, sources=[source], overwrite=overwrite) as temporary:
+        model = open_packed(pathlib.Path(source))
+        class_name = model.config.get("_class_name", "?")
+        tensors = gguf_tensors(class_name, model.names())
+        # The cheap checks of every layer come before the first byte is written.
+        for tensor in tensors:
+            _check(model, tensor, options)
+        file_type = gguf.LlamaFileType.MOSTLY_TQ2_0 if ternary_type == "tq2_0" else gguf.LlamaFileType.MOSTLY_TQ1_0
+        writer = gguf.GGUFWriter(path=None, arch=ARCHITECTURES[class_name], use_temp_file=True)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(file_type)
+        writer.add_string(CONFIG_KEY, json.dumps(model.config, sort_keys=True))
+        types: collections.Counter[str] = collections.Counter()
+        inexact = []
+        for tensor in tqdm(tensors, desc="Exporting", leave=False):
+            encoded = _encode(gguf, model, tensor, options)
+            writer.add_tensor(tensor.name, encoded.data, raw_dtype=gguf.GGMLQuantizationType[encoded.type.upper()])
+            types[encoded.type] += 1
+            if not encoded.exact:
+                inexact.append(tensor.name)
+        _write(writer, temporary)
+        size = temporary.stat().st_size
     if types["q4_0"]:
         logger.warning(
             "%d tensors are Q4_0 (4.5 bits): their group size is no multiple of 256, which TQ needs.", types["q4_0"]
         )
-    return GgufReport(target, ARCHITECTURES[class_name], dict(types), inexact, target.stat().st_size)
+    return GgufReport(pathlib.Path(destination), ARCHITECTURES[class_name], dict(types), inexact, size)
 
 
 def _checked_options(ternary_type: str, round_scales: bool, fallback: str | None) -> _Options:
@@ -230,18 +230,7 @@ def _prove(gguf: Any, name: str, kind: str, data: np.ndarray, dense: torch.Tenso
 
 
 def _write(writer: Any, target: pathlib.Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(descriptor)
-    try:
-        writer.write_header_to_file(path=pathlib.Path(temporary))
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+    writer.write_header_to_file(path=target)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..extras import import_extra
 from .gguf_config import config_of_shapes
 from .gguf_export import CONFIG_KEY
-from .gguf_extra import import_gguf
 from .gguf_names import ARCHITECTURES, GgufTensor, architecture_of, gguf_tensors
 from .source import ForeignModel, Item, empty_model
 
@@ -24,9 +24,9 @@ def open_reader(path: pathlib.Path) -> Any:
 
     Raises:
         ValueError: if it is damaged or no GGUF file.
-        MissingGgufError: without the `gguf` package.
+        MissingExtraError: without the `gguf` package.
     """
-    gguf = import_gguf()
+    gguf = import_extra("gguf", "Reading GGUF files")
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError) as error:
@@ -126,7 +126,7 @@ def _check(
 
 def _read(tensor: Any) -> torch.Tensor:
     """A tensor as torch: floats in their dtype, quantized ones dequantized to float32."""
-    gguf = import_gguf()
+    gguf = import_extra("gguf", "Reading GGUF files")
     kind = tensor.tensor_type.name
     data = np.ascontiguousarray(tensor.data)
     if kind == "F16":

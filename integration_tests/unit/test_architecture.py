@@ -16,7 +16,8 @@ PACKAGE = ROOT / "diffusers_ternary"
 
 # A package may import from packages to its left, and from itself.
 LAYERS = (
-    {"compat", "compat_models", "compat_peft", "compat_torch", "files"},
+    {"compat", "compat_models", "compat_peft", "compat_torch", "extras", "files"},
+    {"destinations"},
     {"format"},
     {"ternarize"},
     {"kernels"},

@@ -16,8 +16,8 @@ from support.fresh_process import ROOT, run_python
 
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.distillation import DistillConfig, DistillReport, distill
-from diffusers_ternary.distillation.checkpoint import recover_folder
 from diffusers_ternary.distillation.trainee import ternary_layers
+from diffusers_ternary.files import recover_folder
 
 
 RUN = "import json, sys; from support import distillation as d; "
