@@ -57,7 +57,7 @@ def output_folder(
         BlockingIOError: if another run is writing there.
     """
     inputs, work = [path for path in sources if path is not None], list(work)
-    target = check_folder(destination, sources=inputs, work=work, overwrite=overwrite)
+    target = _check_place(destination, inputs, work)
     with lock(target, "another run"):
         recover_folder(target)
         check_folder(target, sources=inputs, work=work, overwrite=overwrite)
@@ -106,13 +106,7 @@ def check_folder(
     Returns:
         `pathlib.Path`: with symbolic links resolved.
     """
-    target = _resolved(destination)
-    local = [_resolved(path) for path in sources if path is not None and os.path.exists(path)]
-    for source in local:
-        _refuse_parts_of(target, source)
-    _refuse_around(target, [_resolved(path) for path in work if path is not None], "the working folder")
-    with contextlib.suppress(FileNotFoundError):  # the current folder may have been deleted
-        _refuse_around(target, [pathlib.Path.cwd()], "the current folder")
+    target = _check_place(destination, sources, work)
     if not os.path.lexists(target):
         return target
     if not target.is_dir():
@@ -123,8 +117,24 @@ def check_folder(
         return target
     if not overwrite:
         raise FileExistsError(f"{target} exists already. Choose another folder, or pass --overwrite.")
-    _refuse_foreign(target, local)
+    _refuse_foreign(target, _local(sources))
     return target
+
+
+def _check_place(
+    destination: PathLike, sources: Iterable[PathLike | None], work: Iterable[PathLike | None]
+) -> pathlib.Path:
+    target = _resolved(destination)
+    for source in _local(sources):
+        _refuse_parts_of(target, source)
+    _refuse_around(target, [_resolved(path) for path in work if path is not None], "the working folder")
+    with contextlib.suppress(FileNotFoundError):  # the current folder may have been deleted
+        _refuse_around(target, [pathlib.Path.cwd()], "the current folder")
+    return target
+
+
+def _local(sources: Iterable[PathLike | None]) -> list[pathlib.Path]:
+    return [_resolved(path) for path in sources if path is not None and os.path.exists(path)]
 
 
 def check_file(
@@ -132,9 +142,7 @@ def check_file(
 ) -> pathlib.Path:
     """Checks a destination as [`output_file`] does, without touching it."""
     target = _resolved(destination)
-    for path in sources:
-        if path is not None and os.path.exists(path):
-            _refuse_around(target, [_resolved(path)], "the source")
+    _refuse_around(target, _local(sources), "the source")
     if not os.path.lexists(target):
         return target
     if not target.is_file():

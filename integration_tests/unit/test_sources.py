@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders are complete or absent, and what a source holds is found out before anything is loaded."""
+"""What a source holds is found out before anything is loaded."""
 
 import json
 
@@ -8,48 +8,7 @@ import torch
 from support.pipelines import PIPELINES
 
 from diffusers_ternary import TernaryConfig, quantize
-from diffusers_ternary.sources import load_quantized, save_atomically, store_in_16_bits
-
-
-def test_the_folder_appears_when_the_block_ends(tmp_path):
-    target = tmp_path / "deep" / "out"
-    with save_atomically(target) as folder:
-        (folder / "weights").write_text("x")
-        assert not target.exists()
-    assert (target / "weights").read_text() == "x"
-    assert [path.name for path in target.parent.iterdir()] == ["out"]
-    assert target.stat().st_mode & 0o055, "readable for others, unlike a private temporary folder"
-
-
-def test_an_error_leaves_nothing(tmp_path):
-    def write_half() -> None:
-        with save_atomically(tmp_path / "out") as folder:
-            (folder / "half").write_text("x")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_half()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
-    with pytest.raises(FileExistsError, match="--overwrite"), save_atomically(target):
-        pass
-    with pytest.raises(RuntimeError), save_atomically(target, overwrite=True):
-        raise RuntimeError
-    assert (target / "old").read_text() == "old"
-    with save_atomically(target, overwrite=True) as folder:
-        (folder / "new").write_text("new")
-    assert [path.name for path in target.iterdir()] == ["new"]
-
-
-def test_an_empty_folder_is_filled(tmp_path):
-    with save_atomically(tmp_path) as folder:
-        (folder / "new").write_text("new")
-    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+from diffusers_ternary.sources import load_quantized, store_in_16_bits
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ with.
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ from typing import Any
 import torch
 import triton
 
-from ...files import read_json, write_json
 from .dispatch import Plan, Request, Target, row_bucket
 
 
@@ -77,8 +78,10 @@ class PlanCache:
 
     def _read(self) -> dict[str, Plan]:
         try:
-            data = read_json(self.path) or {}
+            data = json.loads(self.path.read_text())
             return {key: Plan(**fields) for key, fields in data.items()}
+        except FileNotFoundError:
+            return {}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             logger.warning("The tuning file %s cannot be read (%s); kernels are measured again.", self.path, error)
             return {}
@@ -94,10 +97,16 @@ class PlanCache:
             return
         self._plans = {**self._read(), **self._plans, key: plan}
         data = {name: dataclasses.asdict(value) for name, value in sorted(self._plans.items())}
+        temporary = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, data)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
+                temporary = file.name
+                json.dump(data, file, indent=1)
+            os.replace(temporary, self.path)
         except OSError as error:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
             logger.warning("The tuning file %s cannot be written (%s).", self.path, error)
 
 
