@@ -3,16 +3,12 @@
 
 import torch
 
-from . import fallback, threads
+from . import fallback
 from .native import DTYPES, NativeLibrary, load
 
 
 # Below this many products a second thread costs more than it saves (handing over takes about 30 us).
 THREAD_LEAST_PRODUCTS = 1 << 22
-# Rows per thread from which each thread quantises its own rows and decodes the whole weight for them.
-ROWS_PER_THREAD = 256
-ROW_MULTIPLE = 12  # the tallest tile
-COLUMN_MULTIPLE = 32  # the widest tile
 # Float32 elements of the weight that the exact path decodes at a time: 4 MiB, a second-level cache.
 EXACT_BLOCK_ELEMENTS = 1 << 20
 # Elements of x that the exact path converts to float32 at a time.
@@ -129,15 +125,7 @@ def _native(
         rows, weight, scale, multiplier, bias, out, in_features=in_features, group_size=group_size
     )
     workers = torch.get_num_threads() if count * columns * in_features >= THREAD_LEAST_PRODUCTS else 1
-    if workers == 1:
-        return out, library.linear(arguments, 0, count)
-    if count >= workers * ROWS_PER_THREAD:
-        parts = threads.split(count, workers, ROW_MULTIPLE)
-        return out, threads.run(lambda first, last: library.linear(arguments, first, last), parts)
-    prepared, infinite = library.prepare(arguments)
-    parts = threads.split(columns, workers, COLUMN_MULTIPLE)
-    threads.run(lambda first, last: library.apply(arguments, prepared, first, last), parts)
-    return out, infinite
+    return out, library.linear(arguments, workers)
 
 
 def linear_exact(
@@ -192,6 +180,5 @@ def dequantize_rows(
         unused, weight, scale, multiplier, None, unused, in_features=in_features, group_size=group_size
     )
     workers = torch.get_num_threads() if dense.numel() >= THREAD_LEAST_PRODUCTS // 16 else 1
-    parts = threads.split(last - first, workers, 1)
-    threads.run(lambda a, b: library.dequantize(arguments, first + a, first + b, dense[a:]), parts)
+    library.dequantize(arguments, first, last, dense, workers)
     return dense

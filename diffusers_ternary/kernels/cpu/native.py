@@ -17,7 +17,7 @@ from ...format import pack_planes
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ERRORS = {-1: "out of memory", -2: "this CPU lacks the instructions of the chosen kernel"}
 _ARGUMENTS = struct.Struct("16q")  # dt_args in ternary.h
@@ -25,13 +25,10 @@ _SIGNATURES = {
     "dt_abi_version": [],
     "dt_variant_name": [ctypes.c_int64],
     "dt_variant_supported": [ctypes.c_int64],
-    "dt_prepared_bytes": [ctypes.c_char_p],
-    "dt_prepare": [ctypes.c_char_p, ctypes.c_void_p],
-    "dt_apply": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64],
-    "dt_linear": [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64],
+    "dt_linear": [ctypes.c_char_p, ctypes.c_int64],
     "dt_accumulate": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p],
     "dt_quantize_rows": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p],
-    "dt_dequantize": [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
+    "dt_dequantize": [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64],
     "dt_base3_to_planes": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
     "dt_planes_to_base3": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
 }
@@ -93,22 +90,16 @@ class NativeLibrary:
             group_size,
         )
 
-    def linear(self, arguments: bytes, first_row: int, last_row: int) -> int:
-        """Rows `[first_row, last_row)` of the layer; returns how many of them hold an infinity."""
-        return checked(self.functions.dt_linear(arguments, first_row, last_row))
+    def linear(self, arguments: bytes, workers: int) -> int:
+        """The layer by `workers` threads; returns how many rows of x hold an infinity.
 
-    def prepare(self, arguments: bytes) -> tuple[torch.Tensor, int]:
-        """Quantises all rows of x; returns the buffer for [`NativeLibrary.apply`] and the number of infinite rows."""
-        buffer = torch.empty(checked(self.functions.dt_prepared_bytes(arguments)), dtype=torch.uint8)
-        return buffer, checked(self.functions.dt_prepare(arguments, buffer.data_ptr()))
+        The call returns when all threads are done, also when a signal arrives meanwhile: Python handles it afterwards.
+        """
+        return checked(self.functions.dt_linear(arguments, workers))
 
-    def apply(self, arguments: bytes, prepared: torch.Tensor, first_column: int, last_column: int) -> None:
-        """Output columns `[first_column, last_column)` of prepared rows."""
-        checked(self.functions.dt_apply(arguments, prepared.data_ptr(), first_column, last_column))
-
-    def dequantize(self, arguments: bytes, first: int, last: int, out: torch.Tensor) -> None:
-        """Weight rows `[first, last)` as float32 `[last - first, K]` into `out`."""
-        checked(self.functions.dt_dequantize(arguments, first, last, out.data_ptr()))
+    def dequantize(self, arguments: bytes, first: int, last: int, out: torch.Tensor, workers: int) -> None:
+        """Weight rows `[first, last)` as float32 `[last - first, K]` into `out`, by `workers` threads."""
+        checked(self.functions.dt_dequantize(arguments, first, last, out.data_ptr(), workers))
 
     def accumulate(self, x: torch.Tensor, weight: torch.Tensor, *, group_size: int) -> torch.Tensor:
         """Test hook: the int32 sums of the layer's own tiles.

@@ -11,6 +11,9 @@ enum {
     CACHE_LINE = 64,
     ROW_BLOCK = 384,          // rows quantised together: their int8 copy stays in the second-level cache
     GEMV_LEAST_GROUP = 32,    // shorter groups would pad every vector of the GEMV
+    ROWS_PER_PART = 256,      // from here each part quantises its own rows and decodes the whole weight for them
+    ROW_MULTIPLE = 12,        // the tallest tile
+    MOST_PARTS = 256,
 };
 
 static const dt_variant *const VARIANTS[] = {
@@ -243,38 +246,8 @@ DT_EXPORT int64_t dt_variant_supported(int64_t index) {
     return index >= 0 && index < VARIANT_COUNT && VARIANTS[index]->supported();
 }
 
-// Bytes that dt_prepare writes for all rows of args.
-DT_EXPORT int64_t dt_prepared_bytes(const dt_args *args) {
-    dt_shape shape;
-    const int error = shape_build(&shape, args, args->rows);
-    if (error) return error;
-    const size_t bytes = prepared_bytes(&shape);
-    dt_plan_free(&shape.plan);
-    return (int64_t)bytes;
-}
-
-// Quantises all rows into `prepared`; returns the number of infinite rows, or an error.
-DT_EXPORT int64_t dt_prepare(const dt_args *args, void *prepared) {
-    dt_shape shape;
-    const int error = shape_build(&shape, args, args->rows);
-    if (error) return error;
-    const int64_t result = prepare(&shape, args, 0, args->rows, prepared);
-    dt_plan_free(&shape.plan);
-    return result;
-}
-
-// Output columns [n0, n1) from prepared rows.
-DT_EXPORT int64_t dt_apply(const dt_args *args, const void *prepared, int64_t n0, int64_t n1) {
-    dt_shape shape;
-    int error = shape_build(&shape, args, args->rows);
-    if (error) return error;
-    error = apply(&shape, args, prepared, 0, args->rows, n0, n1);
-    dt_plan_free(&shape.plan);
-    return error;
-}
-
 // Rows [m0, m1) of the whole layer, in blocks; returns the number of infinite rows, or an error.
-DT_EXPORT int64_t dt_linear(const dt_args *args, int64_t m0, int64_t m1) {
+static int64_t linear_rows(const dt_args *args, int64_t m0, int64_t m1) {
     int64_t infinite_rows = 0;
     const int64_t blocks = (m1 - m0 + ROW_BLOCK - 1) / ROW_BLOCK;
     for (int64_t b = 0; b < blocks; b++) {
@@ -295,6 +268,81 @@ DT_EXPORT int64_t dt_linear(const dt_args *args, int64_t m0, int64_t m1) {
         if (result < 0) return result;
     }
     return infinite_rows;
+}
+
+// A call cut into parts, of rows or of output columns.
+typedef struct {
+    const dt_args *args;
+    const dt_shape *shape;  // of all rows, for parts of columns
+    const char *prepared;
+    int64_t size, multiple, parts;
+    int64_t first;  // first row of the weight, and where it goes: for parts of the exact path
+    void *out;
+    int64_t results[MOST_PARTS];
+} dt_call;
+
+// Parts are of nearly equal length and begin at a multiple of `multiple`.
+static void call_cut(dt_call *call, int64_t size, int64_t multiple, int64_t workers) {
+    const int64_t units = (size + multiple - 1) / multiple;
+    call->size = size;
+    call->multiple = multiple;
+    call->parts = workers < units ? workers : units;
+    if (call->parts > MOST_PARTS) call->parts = MOST_PARTS;
+    if (call->parts < 1) call->parts = 1;
+}
+
+static int64_t call_edge(const dt_call *call, int64_t part) {
+    const int64_t units = (call->size + call->multiple - 1) / call->multiple;
+    const int64_t edge = units * part / call->parts * call->multiple;
+    return edge < call->size ? edge : call->size;
+}
+
+// Sum of the parts' results, or an error among them.
+static int64_t call_run(dt_call *call, void (*task)(void *context, int64_t part)) {
+    dt_parallel(task, call, call->parts);
+    int64_t total = 0;
+    for (int64_t i = 0; i < call->parts; i++) {
+        if (call->results[i] < 0) return call->results[i];
+        total += call->results[i];
+    }
+    return total;
+}
+
+static void linear_part(void *context, int64_t part) {
+    dt_call *call = context;
+    call->results[part] = linear_rows(call->args, call_edge(call, part), call_edge(call, part + 1));
+}
+
+static void apply_part(void *context, int64_t part) {
+    dt_call *call = context;
+    call->results[part] = apply(call->shape, call->args, call->prepared, 0, call->args->rows, call_edge(call, part),
+                                call_edge(call, part + 1));
+}
+
+// The whole layer by `workers` threads; returns the number of infinite rows, or an error.
+DT_EXPORT int64_t dt_linear(const dt_args *args, int64_t workers) {
+    if (workers <= 1) return linear_rows(args, 0, args->rows);
+    dt_call call = {.args = args};
+    if (args->rows >= workers * ROWS_PER_PART) {
+        call_cut(&call, args->rows, ROW_MULTIPLE, workers);
+        return call_run(&call, linear_part);
+    }
+    dt_shape shape;
+    int64_t result = shape_build(&shape, args, args->rows);
+    if (result) return result;
+    void *base;
+    char *prepared = aligned_memory(prepared_bytes(&shape), &base);
+    result = prepared ? prepare(&shape, args, 0, args->rows, prepared) : DT_ERROR_MEMORY;
+    if (result >= 0) {
+        call.shape = &shape;
+        call.prepared = prepared;
+        call_cut(&call, args->out_features, DT_MAX_TILE_COLUMNS, workers);
+        const int64_t error = call_run(&call, apply_part);
+        if (error < 0) result = error;
+    }
+    free(base);
+    dt_plan_free(&shape.plan);
+    return result;
 }
 
 // Test hook: int32 sums of int8 x [rows, in_features] times the codes, out [rows, groups, out_features].
@@ -359,8 +407,8 @@ DT_EXPORT int64_t dt_quantize_rows(const dt_args *args, int8_t *q, float *scales
     return error;
 }
 
-// Exact path: rows [n0, n1) of the weight as float32 [n1 - n0, in_features].
-DT_EXPORT int64_t dt_dequantize(const dt_args *args, int64_t n0, int64_t n1, float *out) {
+// Rows [n0, n1) of the weight as float32 [n1 - n0, in_features].
+static int64_t dequantize_rows(const dt_args *args, int64_t n0, int64_t n1, float *out) {
     dt_shape shape;
     const int64_t error = shape_build(&shape, args, args->rows);
     if (error) return error;
@@ -380,4 +428,18 @@ DT_EXPORT int64_t dt_dequantize(const dt_args *args, int64_t n0, int64_t n1, flo
     }
     dt_plan_free(&shape.plan);
     return 0;
+}
+
+static void dequantize_part(void *context, int64_t part) {
+    dt_call *call = context;
+    const int64_t first = call_edge(call, part), last = call_edge(call, part + 1);
+    call->results[part] = dequantize_rows(call->args, call->first + first, call->first + last,
+                                          (float *)call->out + first * call->args->in_features);
+}
+
+// Exact path: rows [n0, n1) of the weight as float32 [n1 - n0, in_features], by `workers` threads.
+DT_EXPORT int64_t dt_dequantize(const dt_args *args, int64_t n0, int64_t n1, float *out, int64_t workers) {
+    dt_call call = {.args = args, .out = out, .first = n0};
+    call_cut(&call, n1 - n0, 1, workers);
+    return call_run(&call, dequantize_part);
 }

@@ -19,7 +19,7 @@
 #define DT_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define DT_ABI_VERSION 1
+#define DT_ABI_VERSION 2
 #define DT_MAX_TILE_COLUMNS 32
 
 enum { DT_FLOAT32 = 0, DT_BFLOAT16 = 1, DT_FLOAT16 = 2 };
@@ -161,6 +161,8 @@ void dt_expand_scalar(const uint8_t *bytes, int64_t n, int32_t shift, float scal
 void dt_store_scalar(const void *c, const float *column_scale, float row_scale, const float *bias, void *out,
                      int64_t dtype, int32_t columns);
 void dt_scales_scalar(const void *scale, int64_t dtype, const uint8_t *multiplier, int64_t rows, int64_t groups, float *out);
+// Runs task(context, part) for every part of [0, parts), in the calling thread and in others; returns when all are done.
+void dt_parallel(void (*task)(void *context, int64_t part), void *context, int64_t parts);
 // Bytes of one row from `source`, copied to `copy` when a read of `length` bytes would pass `end`.
 const uint8_t *dt_readable(const uint8_t *source, const uint8_t *end, size_t length, uint8_t *copy);
 
