@@ -218,7 +218,7 @@ AVX512 INLINE void gemv_columns(const dt_gemv *g, int32_t column, const int colu
     if (row < g->rows) gemv_block(g, row, column, 1, columns, scaled);
 }
 
-AVX512 static void gemv(const dt_gemv *g) {
+AVX512 void dt_gemv_avx512(const dt_gemv *g) {
     int32_t n = 0;
     while (n < g->columns) {
         const uint8_t *end = g->weight + (n + GEMV_COLUMNS) * g->plane_bytes + 64;
@@ -257,7 +257,7 @@ const dt_variant dt_avx512_vnni = {
     .correction = dt_correction_vnni,
     .decode = dt_decode_avx2,
     .tile = tile,
-    .gemv = gemv,
+    .gemv = dt_gemv_avx512,
     .scales = dt_scales_avx2,
     .expand = dt_expand_avx2,
     .store = dt_store_avx2,

@@ -14,9 +14,13 @@ enum {
     ROWS_PER_PART = 256,      // from here each part quantises its own rows and decodes the whole weight for them
     ROW_MULTIPLE = 12,        // the tallest tile
     MOST_PARTS = 256,
+    TILE_ROWS = 16,           // of x, where it is laid out in tiles
 };
 
 static const dt_variant *const VARIANTS[] = {
+#ifdef DT_AMX
+    &dt_amx_int8,
+#endif
 #ifdef DT_X86
     &dt_avx512_vnni, &dt_avx_vnni, &dt_avx2,
 #endif
@@ -32,6 +36,8 @@ typedef struct {
     const dt_variant *variant;
     dt_plan plan;
     int use_gemv;
+    int tiled;   // the variant's `multiply` serves
+    int folded;  // multipliers are part of the codes
     int64_t padded_rows;
     ptrdiff_t x_stride;  // bytes between quantised rows
     size_t scale_bytes, correction_bytes, x_bytes;
@@ -58,16 +64,19 @@ static int shape_build(dt_shape *shape, const dt_args *args, int64_t rows) {
     shape->variant = v;
     shape->use_gemv =
         args->rows <= v->gemv_max_rows && (args->group_size >= GEMV_LEAST_GROUP || args->group_size >= args->in_features);
-    dt_plan_options options = {4, v->run_steps, v->block_steps, 1};
-    if (shape->use_gemv) options = (dt_plan_options){v->gemv_align, v->gemv_run_steps, v->gemv_run_steps, 0};
+    shape->tiled = !shape->use_gemv && v->multiply;
+    shape->folded = shape->tiled && args->multiplier;
+    dt_plan_options options = {4, v->run_steps, v->block_steps, 1, shape->folded, v->group_steps ? v->group_steps : 1};
+    if (shape->use_gemv) options = (dt_plan_options){v->gemv_align, v->gemv_run_steps, v->gemv_run_steps, 0, 0, 1};
     const int error = dt_plan_build(&shape->plan, args->in_features, args->group_size, options);
     if (error) return error;
     shape->padded_rows = shape->use_gemv ? rows : round_up(rows, v->row_multiple);
     // an odd number of cache lines: rows of a power of two would share one cache set
     shape->x_stride = (ptrdiff_t)round_up(4 * (int64_t)shape->plan.steps, CACHE_LINE);
-    if (shape->x_stride / CACHE_LINE % 2 == 0) shape->x_stride += CACHE_LINE;
+    if (!shape->tiled && shape->x_stride / CACHE_LINE % 2 == 0) shape->x_stride += CACHE_LINE;
     shape->scale_bytes = (size_t)round_up(shape->padded_rows * 4, CACHE_LINE);
-    shape->correction_bytes = (size_t)round_up(shape->padded_rows * shape->plan.run_count * 4, CACHE_LINE);
+    shape->correction_bytes =
+        shape->tiled ? 0 : (size_t)round_up(shape->padded_rows * shape->plan.run_count * 4, CACHE_LINE);
     shape->x_bytes = (size_t)(shape->padded_rows * shape->x_stride);
     return 0;
 }
@@ -83,6 +92,17 @@ static void correct_runs(const dt_shape *shape, const int8_t *q, int32_t *correc
     }
 }
 
+// Rows of x lie one after the other, or as tiles of 16 rows x 64 columns.
+static void put_row(const dt_shape *shape, const int8_t *row, int64_t m, int8_t *q) {
+    int8_t *tile = q + m / TILE_ROWS * TILE_ROWS * shape->x_stride + m % TILE_ROWS * CACHE_LINE;
+    for (ptrdiff_t k = 0; k < shape->x_stride; k += CACHE_LINE) memcpy(tile + k * TILE_ROWS, row + k, CACHE_LINE);
+}
+
+static void get_row(const dt_shape *shape, const int8_t *q, int64_t m, int8_t *row) {
+    const int8_t *tile = q + m / TILE_ROWS * TILE_ROWS * shape->x_stride + m % TILE_ROWS * CACHE_LINE;
+    for (ptrdiff_t k = 0; k < shape->x_stride; k += CACHE_LINE) memcpy(row + k, tile + k * TILE_ROWS, CACHE_LINE);
+}
+
 static void quantize_row(const dt_shape *shape, const void *x, int64_t dtype, float *scale, int32_t *correction,
                          int8_t *q, int8_t *plain, int64_t *infinite_rows) {
     const dt_plan *plan = &shape->plan;
@@ -90,7 +110,7 @@ static void quantize_row(const dt_shape *shape, const void *x, int64_t dtype, fl
     // 2^100 lifts subnormal rows, whose 127 / absmax would overflow
     const float prescale = largest < 0x10000000u ? 0x1p100f : 1.0f;
     const float absmax = dt_float(largest) * prescale;
-    memset(correction, 0, (size_t)plan->run_count * 4);
+    if (!shape->tiled) memset(correction, 0, (size_t)plan->run_count * 4);
     if (largest >= 0x7f800000u || !(absmax > 0.0f)) {
         if (largest == 0x7f800000u) ++*infinite_rows;
         *scale = largest >= 0x7f800000u ? NAN : 0.0f;
@@ -101,6 +121,7 @@ static void quantize_row(const dt_shape *shape, const void *x, int64_t dtype, fl
     const int padded = 4 * (int64_t)plan->steps != plan->in_features;
     int8_t *dense = padded ? plain : q;
     shape->variant->quantize(x, dtype, plan->in_features, prescale, 127.0f / absmax, dense);
+    if (padded && shape->tiled) memset(q, 0, (size_t)shape->x_stride);  // groups begin at a tile
     for (int32_t i = 0; padded && i < plan->segment_count; i++) {
         const dt_segment *segment = &plan->segments[i];
         int8_t *target = q + 4 * (ptrdiff_t)segment->step;
@@ -108,7 +129,7 @@ static void quantize_row(const dt_shape *shape, const void *x, int64_t dtype, fl
         memset(target + segment->length, 0, (size_t)(4 * segment->steps - segment->length));
     }
     memset(q + 4 * (ptrdiff_t)plan->steps, 0, (size_t)(shape->x_stride - 4 * (ptrdiff_t)plan->steps));
-    correct_runs(shape, q, correction);
+    if (!shape->tiled) correct_runs(shape, q, correction);
 }
 
 // Returns the number of rows that hold an infinity (and no NaN), or an error.
@@ -116,17 +137,24 @@ static int64_t prepare(const dt_shape *shape, const dt_args *args, int64_t row, 
     float *scales = (float *)prepared;
     int32_t *corrections = (int32_t *)(prepared + shape->scale_bytes);
     int8_t *q = (int8_t *)(prepared + shape->scale_bytes + shape->correction_bytes);
-    int8_t *plain = malloc((size_t)args->in_features);
+    int8_t *plain = malloc((size_t)args->in_features + (size_t)shape->x_stride);
     int64_t infinite_rows = 0;
     if (!plain) return DT_ERROR_MEMORY;
+    int8_t *line = plain + args->in_features;
     for (int64_t m = 0; m < rows; m++) {
         const char *x = (const char *)pointer(args->x) + (row + m) * args->x_stride * element_bytes(args->x_dtype);
         quantize_row(shape, x, args->x_dtype, scales + m, corrections + m * shape->plan.run_count,
-                     q + m * shape->x_stride, plain, &infinite_rows);
+                     shape->tiled ? line : q + m * shape->x_stride, plain, &infinite_rows);
+        if (shape->tiled) put_row(shape, line, m, q);
     }
     const int64_t rest = shape->padded_rows - rows;
-    memset(corrections + rows * shape->plan.run_count, 0, (size_t)(rest * shape->plan.run_count) * 4);
-    memset(q + rows * shape->x_stride, 0, (size_t)(rest * shape->x_stride));
+    if (shape->tiled) {
+        memset(line, 0, (size_t)shape->x_stride);
+        for (int64_t m = rows; m < shape->padded_rows; m++) put_row(shape, line, m, q);
+    } else {
+        memset(corrections + rows * shape->plan.run_count, 0, (size_t)(rest * shape->plan.run_count) * 4);
+        memset(q + rows * shape->x_stride, 0, (size_t)(rest * shape->x_stride));
+    }
     free(plain);
     return infinite_rows;
 }
@@ -141,6 +169,11 @@ static void load_scales(const dt_shape *shape, const dt_args *args, int64_t n0, 
     const int32_t tile_columns = shape->variant->tile_columns;
     const uint8_t *multiplier = args->multiplier ? (const uint8_t *)pointer(args->multiplier) + n0 * groups : NULL;
     const void *source = offset(args->scale, args->scale_dtype, multiplier ? n0 : n0 * groups);
+    if (shape->folded) {
+        shape->variant->scales(source, args->scale_dtype, NULL, columns, 1, scales);
+        for (int32_t n = 0; n < columns; n++) scales[n] /= 63.0f;
+        return;
+    }
     const int as_rows = shape->use_gemv || groups == 1;
     shape->variant->scales(source, args->scale_dtype, multiplier, columns, groups, as_rows ? scales : rows);
     for (int64_t g = 0; !as_rows && g < groups; g++) {
@@ -156,22 +189,47 @@ typedef struct {
     uint8_t *panel;     // one block of codes
     char *accumulator;  // [padded rows][tile columns]
     uint8_t *row_copy;
+    uint8_t *multipliers;  // [groups][tile columns][4]
+    int32_t *step_groups;
 } dt_scratch;
 
 static int scratch_build(dt_scratch *scratch, const dt_shape *shape) {
     const int64_t columns = shape->variant->tile_columns;
+    const int64_t steps = shape->tiled ? shape->x_stride / 4 : shape->use_gemv ? 0 : shape->variant->block_steps;
     const size_t scales = (size_t)round_up(shape->plan.groups * columns * 4, CACHE_LINE);
-    const size_t panel = shape->use_gemv ? 0 : (size_t)shape->variant->block_steps * (size_t)columns * 4;
-    const size_t accumulator = (size_t)(shape->padded_rows * columns * 4);
+    const size_t panel = (size_t)(steps * columns * 4);
+    const size_t accumulator = shape->tiled ? 0 : (size_t)(shape->padded_rows * columns * 4);
     const size_t row_copy = shape->use_gemv ? (size_t)shape->plan.plane_bytes + 64 : 0;
-    char *memory = aligned_memory(2 * scales + panel + accumulator + row_copy, &scratch->base);
+    const size_t step_groups = shape->folded ? (size_t)round_up(steps * 4, CACHE_LINE) : 0;
+    char *memory = aligned_memory(2 * scales + panel + accumulator + step_groups + row_copy, &scratch->base);
     if (!memory) return DT_ERROR_MEMORY;
     scratch->scales = (float *)memory;
     scratch->scale_rows = (float *)(memory + scales);
-    scratch->panel = (uint8_t *)memory + 2 * scales;
-    scratch->accumulator = memory + 2 * scales + panel;
-    scratch->row_copy = (uint8_t *)memory + 2 * scales + panel + accumulator;
+    scratch->multipliers = (uint8_t *)memory + scales;  // never together with scale_rows
+    memory += 2 * scales;
+    scratch->panel = (uint8_t *)memory;
+    scratch->accumulator = memory + panel;
+    scratch->step_groups = (int32_t *)(memory + panel + accumulator);
+    scratch->row_copy = (uint8_t *)memory + panel + accumulator + step_groups;
+    for (int32_t i = 0; shape->folded && i < shape->plan.segment_count; i++) {
+        const dt_segment *segment = &shape->plan.segments[i];
+        for (int32_t s = 0; s < segment->steps; s++) scratch->step_groups[segment->step + s] = segment->group;
+    }
     return 0;
+}
+
+// Each multiplier four times, for the four columns of a step.
+static void load_multipliers(const dt_shape *shape, const dt_args *args, int64_t n0, int32_t columns, uint8_t *lines) {
+    const int64_t groups = shape->plan.groups;
+    const int32_t width = shape->variant->tile_columns;
+    const uint8_t *source = (const uint8_t *)pointer(args->multiplier) + n0 * groups;
+    for (int32_t n = 0; n < width; n++) {
+        const uint8_t *row = source + (n < columns ? n : columns - 1) * groups;
+        for (int64_t g = 0; g < groups; g++) {
+            const uint32_t four = row[g] * 0x01010101u;
+            memcpy(lines + (g * width + n) * 4, &four, 4);
+        }
+    }
 }
 
 static void multiply_panel(const dt_shape *shape, const dt_args *args, const char *prepared, int64_t n0, int32_t columns,
@@ -211,6 +269,26 @@ static void multiply_panel(const dt_shape *shape, const dt_args *args, const cha
     }
 }
 
+static dt_panel tiled_panel(const dt_shape *shape, const dt_args *args, const char *prepared, int64_t rows, int64_t n0,
+                            int32_t columns, const dt_scratch *scratch) {
+    const uint8_t *weight = pointer(args->weight);
+    const int64_t plane_bytes = shape->plan.plane_bytes;
+    dt_panel panel = {.plan = &shape->plan,
+                      .weight = weight + n0 * plane_bytes,
+                      .weight_end = weight + args->out_features * plane_bytes,
+                      .columns = columns,
+                      .x = (const int8_t *)(prepared + shape->scale_bytes),
+                      .rows = rows,
+                      .row_tiles = shape->x_stride / CACHE_LINE,
+                      .panel = scratch->panel};
+    if (shape->folded) {
+        load_multipliers(shape, args, n0, columns, scratch->multipliers);
+        panel.multipliers = scratch->multipliers;
+        panel.step_groups = scratch->step_groups;
+    }
+    return panel;
+}
+
 // Output columns [n0, n1) of `rows` quantised rows that start at row `row` of out.
 static int apply(const dt_shape *shape, const dt_args *args, const char *prepared, int64_t row, int64_t rows,
                  int64_t n0, int64_t n1) {
@@ -218,12 +296,25 @@ static int apply(const dt_shape *shape, const dt_args *args, const char *prepare
     dt_scratch scratch;
     if (scratch_build(&scratch, shape)) return DT_ERROR_MEMORY;
     const float *row_scales = (const float *)prepared;
-    const int grouped = shape->plan.groups > 1;
+    const int grouped = shape->plan.groups > 1 && !shape->folded;
+    if (shape->tiled) v->begin();
     for (int64_t n = n0; n < n1; n += v->tile_columns) {
         const int32_t columns = (int32_t)(n1 - n < v->tile_columns ? n1 - n : v->tile_columns);
         float bias[DT_MAX_TILE_COLUMNS];
         load_scales(shape, args, n, columns, scratch.scales, scratch.scale_rows);
         for (int32_t i = 0; args->bias && i < columns; i++) bias[i] = dt_load(pointer(args->bias), args->bias_dtype, n + i);
+        if (shape->tiled) {
+            dt_panel panel = tiled_panel(shape, args, prepared, rows, n, columns, &scratch);
+            panel.group_scale = grouped ? scratch.scales : NULL;
+            panel.column_scale = grouped ? NULL : scratch.scales;
+            panel.row_scale = row_scales;
+            panel.bias = args->bias ? bias : NULL;
+            panel.out = (char *)pointer(args->out) + (row * args->out_stride + n) * element_bytes(args->x_dtype);
+            panel.out_stride = args->out_stride;
+            panel.dtype = args->x_dtype;
+            v->multiply(&panel);
+            continue;
+        }
         multiply_panel(shape, args, prepared, n, columns, &scratch, grouped ? scratch.scales : NULL);
         for (int64_t m = 0; m < rows; m++) {
             char *out = (char *)pointer(args->out) + ((row + m) * args->out_stride + n) * element_bytes(args->x_dtype);
@@ -231,6 +322,7 @@ static int apply(const dt_shape *shape, const dt_args *args, const char *prepare
                      args->bias ? bias : NULL, out, args->x_dtype, columns);
         }
     }
+    if (shape->tiled) v->end();
     free(scratch.base);
     return 0;
 }
@@ -347,39 +439,55 @@ DT_EXPORT int64_t dt_linear(const dt_args *args, int64_t workers) {
 
 // Test hook: int32 sums of int8 x [rows, in_features] times the codes, out [rows, groups, out_features].
 // It runs the layer's own tiles (or GEMV) on one group at a time, as if each were a layer with one scale per row.
-DT_EXPORT int64_t dt_accumulate(const dt_args *args, const int8_t *x, int32_t *out) {
+DT_EXPORT int64_t dt_accumulate(const dt_args *layer, const int8_t *x, int32_t *out) {
     dt_shape shape;
+    dt_args bare = *layer;
+    const dt_args *args = &bare;
+    bare.multiplier = 0;
     int64_t error = shape_build(&shape, args, args->rows);
     if (error) return error;
     const dt_plan *plan = &shape.plan;
     const int32_t width = shape.variant->tile_columns;
-    void *base;
+    void *base, *sums_base;
     dt_scratch scratch = {0};
     char *prepared = aligned_memory(prepared_bytes(&shape), &base);
-    error = prepared ? scratch_build(&scratch, &shape) : DT_ERROR_MEMORY;
+    char *sums = aligned_memory((size_t)(shape.padded_rows * width * 4 + shape.x_stride), &sums_base);
+    error = prepared && sums ? scratch_build(&scratch, &shape) : DT_ERROR_MEMORY;
+    if (!error && shape.tiled) shape.variant->begin();
     for (int64_t g = 0; !error && g < plan->groups; g++) {
         memset(prepared, 0, prepared_bytes(&shape));
         int32_t *corrections = (int32_t *)(prepared + shape.scale_bytes);
         int8_t *q = (int8_t *)(prepared + shape.scale_bytes + shape.correction_bytes);
         for (int64_t m = 0; m < args->rows; m++) {
+            int8_t *line = shape.tiled ? (int8_t *)sums + shape.padded_rows * width * 4 : q + m * shape.x_stride;
+            memset(line, 0, (size_t)shape.x_stride);
             for (int32_t i = 0; i < plan->segment_count; i++) {
                 const dt_segment *segment = &plan->segments[i];
                 if (segment->group != g) continue;
-                memcpy(q + m * shape.x_stride + 4 * (ptrdiff_t)segment->step, x + m * args->in_features + segment->column,
+                memcpy(line + 4 * (ptrdiff_t)segment->step, x + m * args->in_features + segment->column,
                        (size_t)segment->length);
             }
-            correct_runs(&shape, q + m * shape.x_stride, corrections + m * plan->run_count);
+            if (shape.tiled) put_row(&shape, line, m, q);
+            else correct_runs(&shape, line, corrections + m * plan->run_count);
         }
         for (int64_t n = 0; n < args->out_features; n += width) {
             const int32_t columns = (int32_t)(args->out_features - n < width ? args->out_features - n : width);
-            multiply_panel(&shape, args, prepared, n, columns, &scratch, NULL);
+            if (shape.tiled) {
+                dt_panel panel = tiled_panel(&shape, args, prepared, args->rows, n, columns, &scratch);
+                panel.sums = (int32_t *)sums;
+                shape.variant->multiply(&panel);
+            } else {
+                multiply_panel(&shape, args, prepared, n, columns, &scratch, NULL);
+            }
             for (int64_t m = 0; m < args->rows; m++) {
-                memcpy(out + (m * plan->groups + g) * args->out_features + n, scratch.accumulator + m * width * 4,
-                       (size_t)columns * 4);
+                memcpy(out + (m * plan->groups + g) * args->out_features + n,
+                       (shape.tiled ? sums : scratch.accumulator) + m * width * 4, (size_t)columns * 4);
             }
         }
     }
+    if (!error && shape.tiled) shape.variant->end();
     free(scratch.base);
+    free(sums_base);
     free(base);
     dt_plan_free(&shape.plan);
     return error;
@@ -393,15 +501,19 @@ DT_EXPORT int64_t dt_quantize_rows(const dt_args *args, int8_t *q, float *scales
     void *base;
     char *prepared = aligned_memory(prepared_bytes(&shape), &base);
     error = prepared ? prepare(&shape, args, 0, args->rows, prepared) : DT_ERROR_MEMORY;
+    int8_t *line = malloc((size_t)shape.x_stride);
+    if (!line) error = DT_ERROR_MEMORY;
     for (int64_t m = 0; error >= 0 && m < args->rows; m++) {
-        const int8_t *row =
-            (const int8_t *)(prepared + shape.scale_bytes + shape.correction_bytes) + m * shape.x_stride;
+        const int8_t *rows = (const int8_t *)(prepared + shape.scale_bytes + shape.correction_bytes);
+        const int8_t *row = shape.tiled ? line : rows + m * shape.x_stride;
+        if (shape.tiled) get_row(&shape, rows, m, line);
         for (int32_t i = 0; i < shape.plan.segment_count; i++) {
             const dt_segment *segment = &shape.plan.segments[i];
             memcpy(q + m * args->in_features + segment->column, row + 4 * (ptrdiff_t)segment->step, (size_t)segment->length);
         }
         scales[m] = ((const float *)prepared)[m];
     }
+    free(line);
     free(base);
     dt_plan_free(&shape.plan);
     return error;

@@ -8,11 +8,15 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static void add_segments(dt_plan *plan, int64_t group_size, dt_plan_options options) {
     int32_t step = 0;
+    int64_t last_group = 0;
+    plan->natural = 1;
     for (int64_t column = 0; column < plan->in_features;) {
         const int64_t plane = column / plan->plane_bytes;
         const int64_t group = column / group_size;
         const int64_t end = least(least((plane + 1) * plan->plane_bytes, (group + 1) * group_size), plan->in_features);
         const int64_t padded = (end - column + options.align - 1) / options.align * options.align;
+        if (group != last_group && !options.fold) step = (step + options.group_steps - 1) / options.group_steps * options.group_steps;
+        last_group = group;
         dt_segment *segment = &plan->segments[plan->segment_count++];
         segment->column = (int32_t)column;
         segment->length = (int32_t)(end - column);
@@ -21,10 +25,12 @@ static void add_segments(dt_plan *plan, int64_t group_size, dt_plan_options opti
         segment->step = step;
         segment->steps = (int32_t)(padded / 4);
         segment->group = (int32_t)group;
+        plan->natural &= 4 * (int64_t)step == column && segment->length == 4 * segment->steps;
         step += segment->steps;
         column = end;
     }
     plan->steps = step;
+    plan->natural &= step == plan->plane_bytes;
 }
 
 static void add_runs(dt_plan *plan, dt_plan_options options) {
@@ -32,7 +38,7 @@ static void add_runs(dt_plan *plan, dt_plan_options options) {
         const dt_segment *segment = &plan->segments[i];
         for (int32_t done = 0; done < segment->steps;) {
             dt_run *run = plan->run_count ? &plan->runs[plan->run_count - 1] : NULL;
-            const int joins = options.merge && run && run->group == segment->group && run->steps < options.run_steps;
+            const int joins = options.merge && run && (run->group == segment->group || options.fold) && run->steps < options.run_steps;
             if (!joins) {
                 run = &plan->runs[plan->run_count++];
                 run->step = segment->step + done;
@@ -74,7 +80,7 @@ int dt_plan_build(dt_plan *plan, int64_t in_features, int64_t group_size, dt_pla
     plan->segment_count = plan->run_count = plan->block_count = plan->steps = 0;
     plan->segments = NULL;
     const int64_t most_segments = plan->groups + 4;
-    const int64_t most_steps = (in_features + most_segments * options.align) / 4 + 1;
+    const int64_t most_steps = (in_features + most_segments * options.align) / 4 + plan->groups * options.group_steps + 1;
     const int64_t most_runs = most_segments + most_steps / options.run_steps + 1;
     const size_t bytes = (size_t)most_segments * sizeof(dt_segment) + (size_t)most_runs * (sizeof(dt_run) + sizeof(dt_block));
     char *memory = malloc(bytes);

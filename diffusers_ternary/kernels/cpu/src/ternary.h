@@ -60,6 +60,7 @@ typedef struct {
 typedef struct {
     int64_t in_features, plane_bytes, groups;
     int32_t segment_count, run_count, block_count, steps;
+    int32_t natural;  // 1: step s is columns 4s .. 4s + 3, nothing is padded
     dt_segment *segments;
     dt_run *runs;
     dt_block *blocks;
@@ -70,6 +71,8 @@ typedef struct {
     int32_t run_steps;    // longest run
     int32_t block_steps;  // longest block
     int32_t merge;        // 1: a run may span segments of one group (tiles), 0: never (GEMV)
+    int32_t fold;         // 1: a run may span groups: their multipliers are in the codes
+    int32_t group_steps;  // a run of the next group begins at a multiple of these
 } dt_plan_options;
 
 int dt_plan_build(dt_plan *plan, int64_t in_features, int64_t group_size, dt_plan_options options);
@@ -106,10 +109,29 @@ typedef struct {
     uint8_t *row_copy;      // plane_bytes + 64 bytes, for rows too close to the end of the weight
 } dt_gemv;
 
+// All rows times one panel, for variants whose tiles go through the whole of K before anything is stored.
+typedef struct {
+    const dt_plan *plan;
+    const uint8_t *weight;  // first row
+    const uint8_t *weight_end;
+    int32_t columns;
+    const int8_t *x;        // tiles [16 rows][64 columns], row_tiles of them beside each other
+    int64_t rows, row_tiles;
+    uint8_t *panel;         // room for the codes: [steps][columns][4]
+    const uint8_t *multipliers;  // [groups][columns][4], each multiplier four times, or NULL
+    const int32_t *step_groups;  // group of each step
+    const float *group_scale;    // [groups][columns], or NULL: column_scale
+    const float *column_scale, *row_scale, *bias;
+    void *out;              // [rows][out_stride], at the panel's first column
+    int64_t out_stride, dtype;
+    int32_t *sums;          // [rows][columns]: the bare integers instead of `out`, or NULL
+} dt_panel;
+
 typedef struct {
     const char *name;
     int (*supported)(void);
     int32_t tile_rows, row_multiple, tile_columns, run_steps, block_steps, gemv_align, gemv_run_steps, gemv_max_rows;
+    int32_t group_steps;  // 0 stands for 1
     // Largest magnitude of a row as float bits: > 0x7f800000 NaN, == 0x7f800000 infinite.
     uint32_t (*absmax)(const void *x, int64_t dtype, int64_t n);
     // q = round_half_even((x * prescale) * inverse)
@@ -121,6 +143,11 @@ typedef struct {
                    int32_t columns, int32_t tile_columns, uint8_t *panel);
     void (*tile)(const dt_tile *tile, int32_t rows);
     void (*gemv)(const dt_gemv *gemv);
+    // Instead of correction, decode and tile; rows of x are then laid out in tiles. begin and end enclose the panels of
+    // a call on one thread.
+    void (*multiply)(const dt_panel *panel);
+    void (*begin)(void);
+    void (*end)(void);
     // Effective float scales [rows][groups] of consecutive weight rows.
     void (*scales)(const void *scale, int64_t dtype, const uint8_t *multiplier, int64_t rows, int64_t groups, float *out);
     // Codes of n packed bytes at one bit position, times a scale, as float.
@@ -133,9 +160,14 @@ typedef struct {
 extern const dt_variant dt_scalar;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DT_X86 1
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define DT_AMX 1
+extern const dt_variant dt_amx_int8;
+#endif
 extern const dt_variant dt_avx2;
 extern const dt_variant dt_avx_vnni;
 extern const dt_variant dt_avx512_vnni;
+void dt_gemv_avx512(const dt_gemv *g);
 uint32_t dt_absmax_avx2(const void *x, int64_t dtype, int64_t n);
 void dt_quantize_avx2(const void *x, int64_t dtype, int64_t n, float prescale, float inverse, int8_t *q);
 int32_t dt_sum_avx2(const int8_t *q, int64_t n);
