@@ -25,7 +25,7 @@ def multiply_add(acc, weight, x, group, KIND: tl.constexpr, GROUPS: tl.constexpr
         else:
             acc += part * group.to(tl.float32)
     elif WEIGHT_LEFT:
-        acc = tl.dot(weight, x, acc, input_precision="ieee")
+        acc = tl.dot(weight, x, acc, input_precision="ieee", out_dtype=acc.dtype)
     else:
-        acc = tl.dot(x, weight, acc, input_precision="ieee")
+        acc = tl.dot(x, weight, acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc

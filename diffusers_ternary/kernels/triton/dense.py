@@ -71,5 +71,5 @@ def dense_kernel(
         if KIND == "fp8":
             x = x.to(tl.float8e4nv, bitcast=True)
             weight = weight.to(tl.float8e4nv, bitcast=True)
-        acc = tl.dot(x, weight, acc)
+        acc = tl.dot(x, weight, acc, out_dtype=acc.dtype)
     store_output(acc, m, n, M, N, row_scale_ptr, x_scale_ptr, bias_ptr, y_ptr, factor)
