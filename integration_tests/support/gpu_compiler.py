@@ -47,6 +47,21 @@ class Compiled:
     shared: int = 0
     spills: int = 0
     cubin: bytes | None = None
+    specialization: tuple[Any, ...] = ()  # what its code depends on, where it was not compiled
+
+
+def _specialization(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """Dtypes of pointers, and of integers whether Triton compiles them in (1) or knows them to be aligned (16)."""
+    fixed = {parameter.num for parameter in kernel.params if parameter.do_not_specialize}
+
+    def kind(index: int, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.dtype
+        if isinstance(value, int) and index not in fixed:
+            return 1 if value == 1 else value % 16 == 0
+        return type(value)
+
+    return (*(kind(index, value) for index, value in enumerate(args)), *sorted(options.items()))
 
 
 class _Driver:
@@ -76,7 +91,8 @@ def launches_on(name: str, *, compiles: bool = True) -> Iterator[list[Compiled]]
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         if not compiles:
-            launches.append(Compiled(kernel.fn.__name__, tuple(grid)))
+            specialization = _specialization(kernel, args, options)
+            launches.append(Compiled(kernel.fn.__name__, tuple(grid), specialization=specialization))
             return None
         values = [MockTensor(a.dtype, list(a.shape)) if isinstance(a, torch.Tensor) else a for a in args]
         compiled = original(kernel, *values, grid=grid, warmup=True, **options)

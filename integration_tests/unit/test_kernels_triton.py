@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.interpreter import skip_without_interpreter
 
 from diffusers_ternary.format import double_quantize, group_scales, unpack_planes
 from diffusers_ternary.kernels import reference
@@ -20,6 +21,8 @@ from diffusers_ternary.ternarize import rotate, ternarize
 
 
 triton: Any = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    skip_without_interpreter()
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU: run by test_kernels_triton_interpreted.py", allow_module_level=True)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from support.interpreter import skip_without_interpreter
 
 from diffusers_ternary.kernels import triton as kernels
 
@@ -48,7 +48,7 @@ def test_imports_stay_inside_the_folder():
 
 
 def test_a_copy_works_alone(tmp_path):
-    pytest.importorskip("triton")
+    skip_without_interpreter()
     shutil.copytree(FOLDER, tmp_path / "published", ignore=shutil.ignore_patterns("__pycache__"))
     modules = ", ".join(sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "__init__"))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

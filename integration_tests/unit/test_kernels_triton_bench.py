@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from support.interpreter import skip_without_interpreter
 
 
-pytest.importorskip("triton")
+skip_without_interpreter()
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "gpu"
 
 

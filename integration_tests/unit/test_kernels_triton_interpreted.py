@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from support.interpreter import skip_without_interpreter
 
 
-pytest.importorskip("triton")
+skip_without_interpreter()
 
 
 def test_kernels_under_the_interpreter():

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from support.fresh_process import run_python
+from support.interpreter import skip_without_interpreter
 from torch._subclasses import FakeTensorMode
 
 from diffusers_ternary import TernaryLinear
@@ -195,7 +196,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch, tmp_path):
 
 def test_the_operators_run_triton_end_to_end():
     """Under the interpreter, in a process of its own: what is registered for GPUs, called on the CPU."""
-    pytest.importorskip("triton")
+    skip_without_interpreter()
     outcome = run_python(
         """
         import json, logging, torch
