@@ -3,6 +3,7 @@
 
 import dataclasses
 import logging
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -158,7 +159,21 @@ def test_old_cards_are_not_supported():
     assert A100.supported
 
 
-@pytest.mark.parametrize(("rows", "bucket"), [(1, 16), (16, 16), (17, 32), (4096, 4096), (4097, 8192), (10**6, 16384)])
+BUCKETS = [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (4096, 4096), (4097, 8192), (10**6, 16384)]
+
+
+@pytest.mark.parametrize("target", [A100, H200, MI300])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_bucket_has_the_same_candidates_for_all_its_rows(target, per_row):
+    """Else a plan that was measured for one number of rows is none for another, and measuring never ends."""
+    for activation_dtype in ("none", *target.activation_dtypes):
+        offered: dict[int, set[Plan]] = {}
+        for rows in [*range(1, 70), 255, 256, 257, 511, 512, 513, 1024, 1025, 1535, 1536, 2048, 5000]:
+            plans = set(candidates(target, ask(rows=rows, per_row=per_row), activation_dtype))
+            assert offered.setdefault(dispatch.row_bucket(rows), plans) == plans, rows
+
+
+@pytest.mark.parametrize(("rows", "bucket"), BUCKETS)
 def test_row_bucket(rows, bucket):
     assert dispatch.row_bucket(rows) == bucket
 
@@ -243,6 +258,61 @@ class TestTuner:
 
         assert tuner.choose(FLUX, "none", self.PLANS, run, may_measure=True) == self.PLANS[0]
 
+    def test_passes_over_errors_of_triton_which_have_no_base_in_common(self, tuning, tmp_path, caplog):
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources, PTXASError
+
+        errors = [CompilationError("", None, "no"), OutOfResources(2, 1, "shared memory"), PTXASError("no")]
+        assert not any(isinstance(error, RuntimeError) for error in errors[:2])
+        plans = (*self.PLANS, Plan("gemv", 8, 16, 64))
+        raising = dict(zip(plans[:3], errors, strict=True))
+        tuner, _, _ = self.tuner(tuning, tmp_path / "a.json", {})
+
+        def run(plan):
+            if plan in raising:
+                raise raising[plan]
+            return 1.0
+
+        assert tuner.choose(FLUX, "none", plans, run, may_measure=True) == plans[3]
+        assert [type(e).__name__ in r.message for e, r in zip(errors, caplog.records, strict=True)] == [True] * 3
+
+    def test_stores_nothing_where_nothing_could_be_measured(self, tuning, tmp_path):
+        path = tmp_path / "a.json"
+        tuner, run, _ = self.tuner(tuning, path, dict.fromkeys(self.PLANS, math.inf))
+        for _ in range(2):
+            assert tuner.choose(FLUX, "none", self.PLANS, run, may_measure=True) == dispatch.PLAIN
+        assert not path.exists()
+        assert tuner.cache.get(tuning.request_key(FLUX, "none")) is None
+
+    @pytest.mark.parametrize("may_measure", [False, True])
+    def test_takes_no_plan_that_is_wrong(self, tuning, tmp_path, may_measure):
+        tuner, run, runs = self.tuner(tuning, tmp_path / "a.json", dict(zip(self.PLANS, (1.0, 3.0, 2.0), strict=True)))
+        wrong = [self.PLANS[0], self.PLANS[2]]
+        options = {"may_measure": may_measure, "passes": lambda plan: plan not in wrong}
+        assert tuner.choose(FLUX, "none", self.PLANS, run, **options) == self.PLANS[1]
+        assert runs == ([self.PLANS[1]] if may_measure else [])
+        # Nor one that another process has found to be the fastest.
+        tuner.cache.put(tuning.request_key(FLUX, "none"), wrong[1])
+        assert tuner.choose(FLUX, "none", self.PLANS, run, **options) == self.PLANS[1]
+        wrong.append(self.PLANS[1])
+        assert tuner.choose(FLUX, "none", self.PLANS, run, **options) == dispatch.PLAIN
+
+    def test_the_winner_agrees_with_the_first_plan(self, tuning, tmp_path, caplog):
+        seconds = dict(zip(self.PLANS, (3.0, 1.0, 2.0), strict=True))
+        tuner, run, _ = self.tuner(tuning, tmp_path / "a.json", seconds)
+        asked = []
+
+        def disagreement(plan, first):
+            asked.append((plan, first))
+            return "relative error 1.2" if plan == self.PLANS[1] else None
+
+        chosen = tuner.choose(FLUX, "none", self.PLANS, run, may_measure=True, disagreement=disagreement)
+        assert chosen == self.PLANS[2]
+        assert asked == [(self.PLANS[1], self.PLANS[0]), (self.PLANS[2], self.PLANS[0])]
+        (record,) = caplog.records
+        assert "fused 128x128x64 is left out" in record.message
+        assert "relative error 1.2" in record.message
+
     def test_what_ran_out_of_memory_is_not_remembered_on_disk(self, tuning, tmp_path):
         path = tmp_path / "a.json"
         tuner, _, _ = self.tuner(tuning, path, {})
@@ -282,6 +352,22 @@ class TestTuner:
         second.put("b", self.PLANS[1])
         assert tuning.PlanCache(path).get("a") == self.PLANS[0]
         assert tuning.PlanCache(path).get("b") == self.PLANS[1]
+        assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+    def test_processes_that_tune_at_once_lose_nothing(self, tuning, tmp_path):
+        program = (
+            "import sys; from pathlib import Path;"
+            "from diffusers_ternary.kernels.triton.tuning import PlanCache, Plan;"
+            "cache = PlanCache(Path(sys.argv[1]));"
+            "[cache.put(f'{sys.argv[2]}-{i}', Plan('fused', i)) for i in range(40)]"
+        )
+        path = tmp_path / "a.json"
+        started = [subprocess.Popen([sys.executable, "-c", program, str(path), name]) for name in "ab"]
+        assert [process.wait() for process in started] == [0, 0]
+        cache = tuning.PlanCache(path)
+        assert [cache.get(f"{name}-{i}") for name in "ab" for i in range(40)] == 2 * [
+            Plan("fused", i) for i in range(40)
+        ]
         assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
     def test_the_file_is_named_after_the_device_the_versions_and_the_kernels(self, tuning):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs `test_kernels_triton.py` under Triton's interpreter, which must be chosen before Triton is imported."""
+"""Runs tests of kernels under Triton's interpreter, which must be chosen before Triton is imported."""
 
 import os
 import subprocess
@@ -13,9 +13,9 @@ skip_without_interpreter()
 
 
 def test_kernels_under_the_interpreter():
-    tests = Path(__file__).with_name("test_kernels_triton.py")
+    tests = [Path(__file__).with_name(f"test_kernels_{name}.py") for name in ("triton", "triton_trial")]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", *map(str, tests)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

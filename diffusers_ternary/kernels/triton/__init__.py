@@ -114,25 +114,24 @@ def dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Dense weight `[N, K]`, codes times scales rounded once to `dtype`; arguments as in [`linear`]."""
-    from .devices import current, supported_target
-    from .launch import unpack_float
+    from . import product
+    from .devices import current
 
-    target = supported_target(weight.device)
     packed = _packed_weight(weight, scale, multiplier, in_features, group_size)
     with current(weight.device):
-        return unpack_float(packed, dtype, inline_ptx=target.inline_ptx)
+        return product.dequantize(packed, dtype)
 
 
 def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
     """`x @ R` for x `[..., K]`, R = H / sqrt(block) on each whole block of columns; rounded once to the dtype of x."""
-    from . import launch
+    from . import product
     from .devices import current
 
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
         return torch.empty_like(x)
     with current(x.device):
-        return launch.rotate(rows.contiguous(), block).view(x.shape)
+        return product.rotate(rows.contiguous(), block).view(x.shape)
 
 
 def _packed_weight(

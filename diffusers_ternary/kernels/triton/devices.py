@@ -9,6 +9,7 @@ import torch
 import triton
 
 from .dispatch import Target
+from .trial import Trials
 from .tuning import PlanCache, Tuner, cache_file, cache_folder, measure_on_stream
 
 
@@ -53,6 +54,12 @@ def tuner_of(device_type: str, index: int) -> Tuner | None:
     device = torch.device(device_type, index)
     name = torch.get_device_module(device_type).get_device_name(index)
     return Tuner(target, PlanCache(cache_file(name, cache_folder())), measure_on_stream(device))
+
+
+@functools.cache
+def trials_of(device_type: str, index: int) -> Trials:
+    """What became of the kernels of a device, in this process."""
+    return Trials(f"{device_type}:{index}")
 
 
 def is_capturing(device: torch.device) -> bool:

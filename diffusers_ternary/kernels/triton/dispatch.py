@@ -9,13 +9,13 @@ import dataclasses
 
 import torch
 
-from .weights import group_mode
+from .weights import PackedWeight, group_mode
 
 
 GEMV_MAX_ROWS = 16  # one tensor-core tile: more rows cost a second read of x, fewer cost nothing less
 # From here a dense product hides the unpacking (N * K bytes written once, against M * N * K operations): 5-6 % of
 # the time at 4,096 rows, about 20 % at 1,024, 45 % at 512, by arithmetic.
-UNPACK_FIRST_ROWS = 1536
+UNPACK_FIRST_ROWS = 1536  # the order of the candidates, not which they are, so it may lie inside a bucket
 # Below, reading the weight bounds the product and 8-bit activations only add a launch.
 AUTO_QUANTIZE_ROWS = 256
 AUTO_QUANTIZE_WEIGHTS = 1 << 20
@@ -26,6 +26,8 @@ INT8_MAX_IN_FEATURES = (2**31 - 1) // (64 * 127)
 ACTIVATION_ERROR = {"none": (0.0, 0.0), "int8": (0.010, 0.015), "float8_e4m3fn": (0.030, 0.045)}
 # What `"auto"` accepts: -26 dB, where ternary rounding itself leaves about -6 dB.
 AUTO_ERROR_BOUND = 0.05
+
+SUMS = 3  # of `Plan.scale_mode`: group scales multiply the sums over blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +105,8 @@ class Plan:
 
     Args:
         path (`str`): `"gemv"`, `"fused"`, `"dense"` (unpack, then the Triton product) or `"library"` (unpack, then
-            the vendor's product: `mm`, `_int_mm` or `_scaled_mm`).
-        block_m, block_n, block_k, num_warps, num_stages, weight_left: the tile, not used by `"library"`.
+            the vendor's product: `mm`, `_int_mm` or `_scaled_mm`) or `"plain"` (torch alone, where no other is right).
+        block_m, block_n, block_k, num_warps, num_stages, weight_left: the tile, not used by the last two.
         scale_sums (`bool`): group scales multiply the sums over blocks instead of the codes, where groups end with
             blocks.
     """
@@ -118,9 +120,23 @@ class Plan:
     weight_left: bool = False
     scale_sums: bool = False
 
+    def __str__(self) -> str:
+        tile = f" {self.block_m}x{self.block_n}x{self.block_k}" if self.block_m else ""
+        return f"{self.path}{tile}{', weight left' if self.weight_left else ''}"
+
     def shared_memory(self, x_bytes: int) -> int:
         """Upper estimate of the bytes of shared memory for the operands of the pipeline."""
         return self.num_stages * self.block_k * (self.block_m * x_bytes + self.block_n)
+
+    def scale_mode(self, weight: PackedWeight) -> int:
+        """How the kernels of packed weights apply scales, `GROUPS` of `decode`; 0 for the others."""
+        if weight.per_row or self.path not in ("gemv", "fused"):
+            return 0
+        mode = weight.group_mode(self.block_k)
+        return SUMS if mode == 1 and self.scale_sums else mode
+
+
+PLAIN = Plan("plain")
 
 
 def resolve_activation_dtype(target: Target, request: Request) -> str:
@@ -140,8 +156,8 @@ def resolve_activation_dtype(target: Target, request: Request) -> str:
 
 
 def row_bucket(rows: int) -> int:
-    """The power of two at or above `rows`, within 16..16384: what tuning distinguishes."""
-    return min(max(1 << (rows - 1).bit_length(), GEMV_MAX_ROWS), 16384)
+    """The power of two at or above `rows`, within 8..16384: what tuning distinguishes, and tiles depend on."""
+    return min(max(1 << (rows - 1).bit_length(), 8), 16384)
 
 
 def candidates(target: Target, request: Request, activation_dtype: str) -> tuple[Plan, ...]:
@@ -191,7 +207,7 @@ def _fused_plans(target: Target, request: Request, activation_dtype: str) -> tup
         tiles = ((128, 128, 64, 8, 2), (64, 128, 64, 4, 2), (64, 64, 64, 4, 2))
     elif request.rows <= 64:
         tiles = ((32, 64, 128, 4, 3), (64, 64, 64, 4, 4), (32, 128, 64, 4, 4))
-    elif request.rows < 512:
+    elif request.rows <= 512:
         tiles = ((64, 128, deep, 4, 3), (128, 64, 64, 4, 3), (64, 64, 64, 4, 4))
     else:
         tiles = ((128, 128, deep, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4))

@@ -11,7 +11,7 @@ import torch
 
 from .activations import quantize_kernel
 from .dense import dense_kernel
-from .dispatch import Plan
+from .dispatch import SUMS, Plan
 from .epilogue import epilogue_kernel
 from .fused import fused_kernel
 from .gemv import gemv_kernel
@@ -187,9 +187,7 @@ def packed_product(
     """
     rows = x.shape[0]
     width = weight.plane_width
-    groups = 0 if weight.per_row else weight.group_mode(plan.block_k)
-    if groups == 1 and plan.scale_sums:
-        groups = 3
+    groups = plan.scale_mode(weight)
     # With float activations the scales of groups are multiplied into the operand, and nothing is left for the end.
     row_scale = weight.scale if kind != "float" or weight.per_row else None
     arguments = (
@@ -208,7 +206,7 @@ def packed_product(
         weight.groups,
         weight.group_size,
         x.shape[1],
-        factor_of(kind, weight.per_row, scale_sums=groups == 3),
+        factor_of(kind, weight.per_row, scale_sums=groups == SUMS),
     )
     options = {
         "KIND": kind,

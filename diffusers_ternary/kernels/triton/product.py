@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ternary linear map: resolves the request, picks a plan, launches its kernels."""
+"""The ternary linear map: resolves the request, picks a plan that is right and fast here, launches its kernels."""
 
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from . import launch
-from .devices import current, is_capturing, supported_target, tuner_of
-from .dispatch import Plan, Request, Target, candidates, resolve_activation_dtype
+from . import launch, plain
+from .devices import current, is_capturing, supported_target, trials_of, tuner_of
+from .dispatch import (
+    ACTIVATION_ERROR,
+    GEMV_MAX_ROWS,
+    PLAIN,
+    Plan,
+    Request,
+    Target,
+    candidates,
+    resolve_activation_dtype,
+)
+from .trial import LIBRARY_SIZE, TOLERANCE, problem_of, product_problem, trial_weight
 from .weights import PackedWeight
 
 
@@ -47,7 +58,7 @@ def multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, a
         return x.new_empty(*x.shape[:-1], weight.out_features)
     resolved, plans = _resolve(target, request)
     with current(x.device):
-        y = run(_choose(tokens, weight, bias, request, resolved, plans), tokens, weight, bias, resolved, target)
+        y = run(choose(tokens, weight, bias, request, resolved, plans), tokens, weight, bias, resolved, target)
     return y.view(*x.shape[:-1], weight.out_features)
 
 
@@ -60,6 +71,8 @@ def run(
     target: Target,
 ) -> torch.Tensor:
     """Computes `[M, N]` from contiguous `x` `[M, K]` by a plan, with a resolved activation dtype."""
+    if plan == PLAIN:
+        return plain.product(x, weight, bias, activation_dtype)
     ptx = target.inline_ptx
     if activation_dtype == "none" and weight.hadamard:
         x = launch.rotate(x, weight.hadamard)
@@ -130,7 +143,7 @@ def _log_choice(target: Target, asked: str, resolved: str) -> None:
         )
 
 
-def _choose(
+def choose(
     x: torch.Tensor,
     weight: PackedWeight,
     bias: torch.Tensor | None,
@@ -138,13 +151,80 @@ def _choose(
     activation_dtype: str,
     plans: tuple[Plan, ...],
 ) -> Plan:
+    """The plan that serves a product: the fastest of those that are right on this device, or `PLAIN`.
+
+    Args:
+        x (`torch.Tensor`): `[M, K]`, contiguous.
+        weight ([`PackedWeight`]), bias (`torch.Tensor`, *optional*): of the product.
+        request ([`Request`]): the product, as plain data.
+        activation_dtype (`str`): resolved.
+        plans (`tuple[Plan, ...]`): the candidates.
+    """
+    target = supported_target(x.device)
+    layout = (*weight.layout, None if bias is None else bias.dtype, request.dtype, activation_dtype)
+    few_rows = request.rows if request.rows <= GEMV_MAX_ROWS else 0  # Triton compiles their number in
+
+    def compute(plan: Plan, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        return run(plan, x, weight, bias, activation_dtype, target)
+
+    def passes(plan: Plan) -> bool:
+        def problem() -> str | None:
+            run_plan = functools.partial(compute, plan)
+            return product_problem(
+                run_plan, plan, weight, bias, activation_dtype, target, rows=request.rows, dtype=x.dtype
+            )
+
+        name = f"The kernel {plan} ({activation_dtype} activations, {x.dtype})"
+        return _passes(x.device, (plan, few_rows, *layout), name, problem)
+
+    def disagreement(plan: Plan, first: Plan) -> str | None:
+        bound = TOLERANCE[x.dtype] + ACTIVATION_ERROR[activation_dtype][0 if weight.per_row else 1]
+        return problem_of(compute(plan, x, weight, bias), compute(first, x, weight, bias).float(), bound)
+
     tuner = tuner_of(x.device.type, x.device.index or 0)
     if tuner is None:
-        return plans[0]
+        return next((plan for plan in plans if passes(plan)), PLAIN)
     return tuner.choose(
         request,
         activation_dtype,
         plans,
-        lambda plan: run(plan, x, weight, bias, activation_dtype, tuner.target),
+        lambda plan: compute(plan, x, weight, bias),
         may_measure=not is_capturing(x.device),
+        passes=passes,
+        disagreement=disagreement,
     )
+
+
+def _passes(device: torch.device, key: tuple[object, ...], name: str, problem: Callable[[], str | None]) -> bool:
+    trials = trials_of(device.type, device.index or 0)
+    return trials.passes(key, name, problem, may_run=not is_capturing(device))
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The dequantized weight `[N, K]`."""
+    target = supported_target(weight.packed.device)
+
+    def unpack(weight: PackedWeight) -> torch.Tensor:
+        return launch.unpack_float(weight, dtype, inline_ptx=target.inline_ptx)
+
+    def problem() -> str | None:
+        sample = trial_weight(weight, LIBRARY_SIZE + weight.out_features % 16)
+        return problem_of(unpack(sample), plain.dequantize(sample, torch.float32), TOLERANCE[dtype])
+
+    key = ("dequantize", dtype, *weight.layout)
+    if _passes(weight.packed.device, key, f"The kernel that unpacks to {dtype}", problem):
+        return unpack(weight)
+    return plain.dequantize(weight, dtype)
+
+
+def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
+    """`x @ R` for contiguous x `[M, K]`, see [`launch.rotate`]."""
+
+    def problem() -> str | None:
+        generator = torch.Generator(x.device).manual_seed(0)
+        sample = torch.randn(3, x.shape[1], generator=generator, device=x.device).to(x.dtype)
+        return problem_of(launch.rotate(sample, block), plain.rotate(sample.float(), block), TOLERANCE[x.dtype])
+
+    if _passes(x.device, ("rotate", x.dtype, x.shape[1], block), f"The kernel that rotates {x.dtype}", problem):
+        return launch.rotate(x, block)
+    return plain.rotate(x, block)

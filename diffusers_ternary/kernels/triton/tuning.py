@@ -6,28 +6,39 @@ device, the versions of torch and Triton and a hash of the kernels' sources: it 
 with.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from .dispatch import Plan, Request, Target, row_bucket
+from .dispatch import PLAIN, Plan, Request, Target, row_bucket
+
+
+try:
+    import fcntl
+except ImportError:  # Windows: files are still replaced whole, and what two processes write at once may lose one plan
+    fcntl = None  # type: ignore[assignment]
 
 
 logger = logging.getLogger(__name__)
 
 WARMUP_CALLS = 2  # the first one compiles
 MEASURED_CALLS = 5
+CYCLES_PER_SECOND = 2e9  # at most; a slower clock sleeps longer
+LONGEST_ENQUEUE = 2e-3  # seconds
 
 
 def cache_folder() -> Path:
@@ -65,8 +76,23 @@ def request_key(request: Request, activation_dtype: str) -> str:
     return "-".join(fields)
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder against other processes, where the system has such locks."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class PlanCache:
-    """Chosen plans by key: a JSON file, read once, written atomically.
+    """Chosen plans by key: a JSON file, read once, written atomically, by one process at a time.
 
     Args:
         path (`Path`): the file; it need not exist. A file that cannot be read is ignored, with a warning.
@@ -95,19 +121,25 @@ class PlanCache:
         if not on_disk:
             self._plans[key] = plan
             return
-        self._plans = {**self._read(), **self._plans, key: plan}
-        data = {name: dataclasses.asdict(value) for name, value in sorted(self._plans.items())}
-        temporary = None
+        self._plans[key] = plan
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
-                temporary = file.name
-                json.dump(data, file, indent=1)
-            os.replace(temporary, self.path)
+            with _locked(self.path.parent):
+                self._plans = {**self._read(), **self._plans}
+                self._write()
         except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
             logger.warning("The tuning file %s cannot be written (%s).", self.path, error)
+
+    def _write(self) -> None:
+        data = {name: dataclasses.asdict(value) for name, value in sorted(self._plans.items())}
+        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
+            try:
+                json.dump(data, file, indent=1)
+                file.close()
+                os.replace(file.name, self.path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +172,8 @@ class Tuner:
         run: Callable[[Plan], Any],
         *,
         may_measure: bool,
+        passes: Callable[[Plan], bool] = lambda plan: True,
+        disagreement: Callable[[Plan, Plan], str | None] = lambda plan, first: None,
     ) -> Plan:
         """The plan for a request.
 
@@ -149,22 +183,39 @@ class Tuner:
             plans (`tuple[Plan, ...]`): the candidates, the default first.
             run (`Callable`): computes the product with a plan.
             may_measure (`bool`): `False` while a CUDA graph is captured, where nothing can be timed.
+            passes (`Callable`): whether a plan is known to be right on the device.
+            disagreement (`Callable`): what is wrong with the result of a plan, given a plan of which nothing is.
+
+        Returns:
+            [`Plan`]: one of `plans`, or `PLAIN` where none of them works.
         """
-        if len(plans) == 1:
-            return plans[0]
         key = request_key(request, activation_dtype)
         known = self.cache.get(key)
-        # A remembered plan that is no candidate was edited by hand or meant for another row count of the bucket.
-        if known in plans:
+        # A remembered plan that is no candidate was edited by hand.
+        if known in plans and passes(known):
             return known
-        if not may_measure:
-            return plans[0]
-        measured = {plan: self._measured(plan, run) for plan in plans}
-        best = min(plans, key=lambda plan: measured[plan].seconds)
+        # Nothing is gained by trying them all where none is measured.
+        right = (plan for plan in plans if passes(plan))
+        if len(plans) == 1 or not may_measure:
+            return next(right, PLAIN)
+        measured = {plan: self._measured(plan, run) for plan in right}
+        order = sorted(
+            (plan for plan in measured if math.isfinite(measured[plan].seconds)), key=lambda p: measured[p].seconds
+        )
+        if not order:
+            return PLAIN
+        first = next(plan for plan in measured if plan in order)
+        best = next(plan for plan in order if plan == first or self._agrees(plan, first, disagreement))
         logger.info("Tuned %s: %s, %.1f us.", key, best, measured[best].seconds * 1e6)
         # What did not fit beside another model may fit tomorrow.
         self.cache.put(key, best, on_disk=not any(each.out_of_memory for each in measured.values()))
         return best
+
+    def _agrees(self, plan: Plan, first: Plan, disagreement: Callable[[Plan, Plan], str | None]) -> bool:
+        problem = disagreement(plan, first)
+        if problem is not None:
+            logger.warning("%s is left out for this product: it differs from %s by %s.", plan, first, problem)
+        return problem is None
 
     def _measured(self, plan: Plan, run: Callable[[Plan], Any]) -> _Measured:
         try:
@@ -172,28 +223,36 @@ class Tuner:
         except torch.OutOfMemoryError:
             logger.info("%s needs more memory than is free.", plan)
             return _Measured(float("inf"), out_of_memory=True)
-        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, RuntimeError) as error:
-            # A library that refuses a shape, or a tile that does not fit, is no candidate; a sick device raises
-            # again from the plan that is chosen.
-            logger.info("%s cannot run here: %s", plan, error)
+        except Exception as error:
+            # Of every kind: Triton's own (CompilationError, OutOfResources, PTXASError) have no base in common.
+            logger.warning("%s fails for this product and is left out: %s: %s", plan, type(error).__name__, error)
             return _Measured(float("inf"))
 
 
 def measure_on_stream(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    """A measure with the device's events on its current stream; waits for that stream only."""
+    """A measure of the device's time, by events on its current stream; waits for that stream only.
+
+    The device sleeps while the host enqueues all calls, so that launches which take longer than the kernels (most of
+    SANA's) are not what is compared.
+    """
     module = torch.get_device_module(device.type)
+    sleep = getattr(module, "_sleep", None)  # in cycles; XPU has none
 
     def measure(call: Callable[[], Any]) -> float:
-        for _ in range(WARMUP_CALLS):
+        for _ in range(WARMUP_CALLS - 1):
             call()
-        times = []
-        for _ in range(MEASURED_CALLS):
-            start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+        module.current_stream(device).synchronize()
+        begin = time.perf_counter()
+        call()
+        host = time.perf_counter() - begin  # seconds to enqueue a call
+        events = [(module.Event(enable_timing=True), module.Event(enable_timing=True)) for _ in range(MEASURED_CALLS)]
+        if sleep is not None:
+            sleep(int(2 * MEASURED_CALLS * min(host, LONGEST_ENQUEUE) * CYCLES_PER_SECOND))
+        for start, end in events:
             start.record()
             call()
             end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return min(times)
+        events[-1][1].synchronize()
+        return min(start.elapsed_time(end) for start, end in events) / 1e3
 
     return measure

@@ -59,6 +59,12 @@ class PackedWeight:
         """Whether a row has one scale and no multiplier, so that the epilogue can apply it."""
         return self.multiplier is None and self.groups == 1
 
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What the code of kernels depends on: sizes along K, dtypes, and the alignment of N."""
+        scale = (self.group_size, self.scale.dtype, self.multiplier is None)
+        return (self.in_features, self.hadamard, self.out_features % 16 == 0, *scale)
+
     def group_mode(self, block_k: int) -> int:
         """See [`group_mode`]."""
         return group_mode(self.in_features, self.group_size, block_k)
