@@ -12,7 +12,14 @@ from torch import nn
 
 from ..config import TernaryConfig
 from ..format import TernarySpec
-from ..quantizers import ConversionPlan, below_compiled_wrappers, bits_per_weight, plan_pipeline, replace_layers
+from ..quantizers import (
+    ConversionPlan,
+    below_compiled_wrappers,
+    bits_per_weight,
+    plan_pipeline,
+    replace_layers,
+    with_separate_projections,
+)
 from ..rollouts import Rollouts, fingerprint, make_rollouts, weights_sha256
 from .allocation import Allocation, apply_choices, layer_sensitivities
 from .budget import SizeBudget
@@ -30,6 +37,7 @@ _VERSIONED = ("diffusers-ternary", "diffusers", "transformers", "torch")
 
 
 @below_compiled_wrappers
+@with_separate_projections
 def calibrate(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..config import TernaryConfig
 from ..files import new_folder
-from ..quantizers import below_compiled_wrappers, bits_per_weight, packed_layers
+from ..quantizers import below_compiled_wrappers, bits_per_weight, packed_layers, with_separate_projections
 from ..rollouts import Rollouts, make_rollouts, weights_sha256
 from .cache import TeacherCache
 from .config import DistillConfig
@@ -44,6 +44,7 @@ _WITHOUT_EFFECT = ("trackers", "checkpoint_every")
 
 
 @below_compiled_wrappers
+@with_separate_projections
 def distill(
     teacher_pipeline: DiffusionPipeline,
     prompts: Sequence[str],

@@ -87,6 +87,3 @@ def write_back(trainee: nn.Module, student: nn.Module) -> None:
         for part, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 own[f"{name}.{part}" if name else part].copy_(whole(parameter))
-    quantizer = getattr(student, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.attach(student)  # what it remembers for saving may have changed: a rank

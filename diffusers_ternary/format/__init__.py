@@ -14,7 +14,7 @@ from .scales import (
     normalize_group_size,
     storage_dtype,
 )
-from .spec import LOW_RANK_DTYPE, LOW_RANK_NAMES, Int8Spec, LayerSpec, TensorSpec, TernarySpec
+from .spec import LOW_RANK_DTYPE, LOW_RANK_NAMES, Int8Spec, LayerSpec, TensorSpec, TernarySpec, layer_spec_from_json
 
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "expand_scales",
     "group_count",
     "group_scales",
+    "layer_spec_from_json",
     "normalize_group_size",
     "pack_base3",
     "pack_planes",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nn.Linear` and `nn.Conv2d` subclasses that hold packed weights."""
 
-from .base import QuantizedLayer
+from .base import LayerRecord, QuantizedLayer, read_records
 from .concatenate import concatenate_rows
 from .conv import QuantizedConv2d
 from .int8 import Int8Conv2d, Int8Layer, Int8Linear
@@ -16,6 +16,7 @@ __all__ = [
     "Int8Conv2d",
     "Int8Layer",
     "Int8Linear",
+    "LayerRecord",
     "QuantizedConv2d",
     "QuantizedLayer",
     "QuantizedLinear",
@@ -25,5 +26,6 @@ __all__ = [
     "concatenate_rows",
     "input_rows",
     "matrix_shape",
+    "read_records",
     "reason_not_to_pack",
 ]

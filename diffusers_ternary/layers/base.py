@@ -1,18 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all packed layers share: their tensors, the float placeholder that loaders fill, and `dequantize`."""
 
-from collections.abc import Callable
-from typing import ClassVar, TypeVar
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from ..compat_torch import is_autocast
-from ..format import LOW_RANK_NAMES, LayerSpec
+from ..format import LOW_RANK_NAMES, LayerSpec, layer_spec_from_json
 from ..ops import check_float
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+_RECORD = "diffusers_ternary"  # beside torch's own "version" in the metadata of a state dict
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRecord:
+    """What a saver must know of a packed layer beside its tensors."""
+
+    spec: LayerSpec
+    scale_dtype: torch.dtype
+
+
+def read_records(state_dict: Mapping[str, Any]) -> dict[str, LayerRecord]:
+    """The packed layers behind a state dict that `nn.Module.state_dict` made, by name.
+
+    Packed layers note themselves in the state dict's metadata, so this describes the model as it was that moment,
+    whatever was packed, replaced, renamed or copied before.
+    """
+    metadata: Mapping[str, Mapping[str, Any]] = getattr(state_dict, "_metadata", {})
+    found = {name: entry[_RECORD] for name, entry in metadata.items() if _RECORD in entry}
+    return {
+        name: LayerRecord(layer_spec_from_json(record["spec"]), getattr(torch, record["scale_dtype"]))
+        for name, record in found.items()
+    }
 
 
 class QuantizedLayer(nn.Module):
@@ -238,6 +262,16 @@ class QuantizedLayer(nn.Module):
     def _multiply_dense(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """What the float module computes, with a dense weight."""
         raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        entry = getattr(destination, "_metadata", {}).get(prefix.removesuffix("."))
+        if entry is not None and self.is_packed:
+            # Builtin types only: torch.load(weights_only=True) must still read a pickled state dict.
+            entry[_RECORD] = {
+                "spec": self.spec.to_json(),
+                "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
+            }
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLayer":
         if self._float_dtype is not None:

@@ -17,7 +17,7 @@ from ..calibration.solver import solve_layer
 from ..calibration.statistics import GroupFinder, MomentCollector, split_passes
 from ..compat_peft import BaseTunerLayer, PeftModel, check_adapters_to_merge
 from ..layers import TernaryLayer
-from ..quantizers import below_compiled_wrappers, bits_per_weight
+from ..quantizers import below_compiled_wrappers, bits_per_weight, with_separate_projections
 from ..rollouts import make_rollouts
 from ..ternarize import TernaryWeight, ternarize
 from ..ternarize.weight import with_low_rank
@@ -68,6 +68,7 @@ class MergeReport:
 
 
 @below_compiled_wrappers
+@with_separate_projections
 def merge_lora(
     pipeline_or_model: DiffusionPipeline | nn.Module,
     adapter_names: Sequence[str] | None = None,
@@ -319,6 +320,3 @@ def _remove_adapters(model: nn.Module, names: tuple[str, ...]) -> None:
             del model.peft_config
         if hasattr(model, "_hf_peft_config_loaded"):
             setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010 - mypy takes it for a submodule
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.attach(model)  # saving must know the ranks, which may have changed

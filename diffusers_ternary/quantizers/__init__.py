@@ -5,6 +5,7 @@ from .checkpoint import StoredTensor, check_headers, read_headers
 from .components import below_compiled_wrappers, modules_of
 from .convert import placeholder_for
 from .diffusers_backend import TernaryDiffusersQuantizer
+from .fused_projections import with_separate_projections
 from .in_memory import plan_pipeline, quantize, replace_layers
 from .plan import ConversionPlan, plan_conversion
 from .registration import register
@@ -31,4 +32,5 @@ __all__ = [
     "register",
     "replace_layers",
     "summarize",
+    "with_separate_projections",
 ]

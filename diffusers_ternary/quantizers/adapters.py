@@ -2,7 +2,7 @@
 """What becomes of adapters when a packed model is saved: never dropped, never under a wrong name."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -28,7 +28,7 @@ def refuse_adapters(names: Iterable[str]) -> None:
 
 
 def settle_merged(
-    state_dict: Mapping[str, torch.Tensor], records: Mapping[str, RecordT]
+    state_dict: Mapping[str, torch.Tensor], records: Mapping[str, RecordT], *, once: Collection[str] = ()
 ) -> tuple[dict[str, torch.Tensor], dict[str, RecordT]]:
     """Stores layers into which adapters were merged as the float layers they have become.
 
@@ -37,7 +37,8 @@ def settle_merged(
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`): of the model.
-        records (`Mapping[str, RecordT]`): packed layers by name, as they were when the model was quantized.
+        records (`Mapping[str, RecordT]`): its packed layers by name.
+        once (`Collection[str]`, *optional*): layers that were packed when the model was quantized.
 
     Returns:
         The state dict to store, and the layers that are still packed.
@@ -47,6 +48,8 @@ def settle_merged(
     """
     tensors = dict(state_dict)
     packed = dict(records)
+    unpacked = [layer for layer in once if layer not in records and f"{layer}.weight" in tensors]
+    total = len(records) + len(unpacked)
     for layer in records:
         weight = tensors.get(f"{layer}.fused_weight", tensors.get(f"{layer}.weight"))
         if weight is None or not weight.is_floating_point():
@@ -62,18 +65,18 @@ def settle_merged(
         if bias is not None:
             tensors[f"{layer}.bias"] = bias.to(weight.dtype)
         del packed[layer]
-    if len(packed) == len(records):
+    if packed and len(packed) == total:
         return tensors, packed
     if not packed:
         raise ValueError(
-            f"Adapters were merged into all {len(records)} packed layers, so none is packed any more. Save a float "
+            f"Adapters were merged into all {total} packed layers, so none is packed any more. Save a float "
             "model with model.dequantize() and save_pretrained, or fold the adapters into packed weights with "
             "diffusers_ternary.lora.merge_lora."
         )
     logger.warning(
         "%d of %d packed layers hold a merged adapter and are saved unquantized. "
         "diffusers_ternary.lora.merge_lora folds adapters into packed weights instead.",
-        len(records) - len(packed),
-        len(records),
+        total - len(packed),
+        total,
     )
     return tensors, packed

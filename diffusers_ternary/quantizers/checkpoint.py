@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +23,11 @@ from ..format import (
     stored_bytes,
 )
 from ..kernels.cpu.base3 import base3_to_planes, planes_to_base3
+from ..layers import LayerRecord
 from ..layers.base import bits_to_scale, scale_to_bits
 from .adapters import refuse_adapters, settle_merged
+from .fused_projections import without_fused_projections
+from .image_adapters import without_image_adapters
 
 
 _DAMAGED = "The file is damaged or incomplete: download it again, or write it again with diffusers-ternary."
@@ -269,25 +272,27 @@ def to_file(suffix: str, tensor: torch.Tensor, spec: LayerSpec, scale_dtype: tor
     return tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerRecord:
-    """What a saver must know of a packed layer beside its tensors."""
-
-    spec: LayerSpec
-    scale_dtype: torch.dtype
-
-
 def state_dict_to_file(
-    state_dict: Mapping[str, torch.Tensor], records: Mapping[str, LayerRecord]
+    state_dict: Mapping[str, torch.Tensor], records: Mapping[str, LayerRecord], *, once: Collection[str] = ()
 ) -> tuple[dict[str, torch.Tensor], FileLayout]:
     """Turns a model's state dict into what goes into a packed file. `state_dict` is left as it is.
 
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`): of the model.
+        records (`Mapping[str, LayerRecord]`): its packed layers, see [`read_records`].
+        once (`Collection[str]`, *optional*): layers that were packed once, for messages.
+
+    Returns:
+        The tensors to store, and the layout that describes them.
+
     Raises:
-        ValueError: if adapters are injected or merged into every layer, or a packed layer is not in the state dict
-            as it was recorded.
+        ValueError: if adapters are injected or merged into every layer or into a fused projection, or a packed layer
+            is not in the state dict as it was recorded.
     """
     refuse_adapters(state_dict)
-    state_dict, records = settle_merged(state_dict, records)
+    state_dict, records = without_image_adapters(state_dict, records)
+    state_dict, records = without_fused_projections(state_dict, records)
+    state_dict, records = settle_merged(state_dict, records, once=once)
     specs = {name: record.spec for name, record in records.items()}
     _check_memory(state_dict, specs)
     converted: dict[str, torch.Tensor] = {}

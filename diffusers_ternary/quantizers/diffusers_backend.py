@@ -13,9 +13,8 @@ from torch.utils._pytree import tree_map
 
 from ..compat import DiffusersQuantizer, drop_config_entries
 from ..config import TernaryConfig, TernaryMethod
-from ..layers import QuantizedLayer
+from ..layers import QuantizedLayer, read_records
 from .checkpoint import (
-    LayerRecord,
     PackedCheckpoint,
     check_crc,
     check_headers,
@@ -29,7 +28,7 @@ from .convert import insert_packed, insert_placeholders
 from .dequantize import dequantize_layers
 from .float8 import Float8Scales, find_float8_scales, headers_of, unscale_state_dict
 from .foreign import refuse_gguf, refuse_quantized_headers
-from .fused_projections import enable_fused_projections, without_fused_projections
+from .fused_projections import enable_fused_projections
 from .host_models import prepare_diffusers
 from .plan import plan_conversion
 from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
@@ -56,7 +55,8 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: TernaryConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.checkpoint: PackedCheckpoint | None = None
-        self.records: dict[str, LayerRecord] = {}
+        # Layers that were packed when the model was quantized; what is packed now, the model itself knows.
+        self.once: frozenset[str] = frozenset()
         self.kept: dict[str, str] = {}
         # Of a float checkpoint whose headers were read.
         self.float8: Float8Scales | None = None
@@ -244,7 +244,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
 
     def attach(self, model: Any) -> None:
         """Marks `model` as quantized by this quantizer, and remembers what saving needs to know."""
-        self.records = {name: LayerRecord(m.spec, m.scale_dtype) for name, m in packed_layers(model).items()}
+        self.once = frozenset(packed_layers(model))
         self.checkpoint = None
         # What was loaded or made is packed now, whichever way it came.
         self.pre_quantized = True
@@ -267,7 +267,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         """
         if not safe_serialization:
             raise ValueError("Packed weights are saved as safetensors only: leave safe_serialization=True.")
-        converted, layout = state_dict_to_file(without_fused_projections(state_dict), self.records)
+        converted, layout = state_dict_to_file(state_dict, read_records(state_dict), once=self.once)
         return converted, layout.to_metadata()
 
     def _dequantize(self, model: Any) -> Any:

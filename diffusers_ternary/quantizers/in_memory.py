@@ -14,6 +14,7 @@ from ..ternarize import check_finite, find_group_size, ternary_fit
 from .components import below_compiled_wrappers, modules_of
 from .convert import placeholder_for
 from .diffusers_backend import TernaryDiffusersQuantizer
+from .fused_projections import with_separate_projections
 from .plan import ConversionPlan, layer_spec, plan_conversion
 from .recovery import NOT_TERNARY, PackingRecord, pack_layer
 from .summary import summarize
@@ -30,6 +31,7 @@ LayerFiller = Callable[[str, QuantizedLayer, FloatLayer], None]
 
 
 @below_compiled_wrappers
+@with_separate_projections
 def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> ModelT:
     """Ternarizes a model, or the components of a pipeline that `config` selects, in place.
 

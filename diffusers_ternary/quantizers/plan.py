@@ -11,6 +11,8 @@ from ..compat import keep_in_fp32_names
 from ..config import TernaryConfig, matches, matches_any, policy_for
 from ..format import Int8Spec, LayerSpec, TernarySpec, normalize_group_size
 from ..layers import FLOAT_TYPES, FloatLayer, matrix_shape, reason_not_to_pack
+from .fused_projections import copied_projections
+from .image_adapters import is_image_adapter
 
 
 logger = logging.getLogger(__name__)
@@ -30,9 +32,11 @@ class ConversionPlan:
 
 
 def float_layers(model: nn.Module) -> Iterator[tuple[str, FloatLayer]]:
-    """Plain `nn.Linear` and `nn.Conv2d` modules by name."""
-    for name, module in model.named_modules():
-        if type(module) in FLOAT_TYPES and name:
+    """Plain `nn.Linear` and `nn.Conv2d` modules by name, without image prompt adapters and fused projections."""
+    modules = dict(model.named_modules())
+    copies = copied_projections(modules)
+    for name, module in modules.items():
+        if type(module) in FLOAT_TYPES and name and name not in copies and not is_image_adapter(name):
             assert isinstance(module, FLOAT_TYPES)
             yield name, module
 

@@ -16,9 +16,8 @@ from ..compat import (
     ignore_unexpected,
 )
 from ..config import TernaryConfig, TernaryMethod
-from ..layers import QuantizedLayer, TernaryLinear
+from ..layers import QuantizedLayer, TernaryLinear, read_records
 from .checkpoint import (
-    LayerRecord,
     PackedCheckpoint,
     check_headers,
     check_values,
@@ -122,6 +121,8 @@ class TernaryTransformersQuantizer(HfQuantizer):
         self.first_error: ValueError | None = None
         self.packing = PackingRecord()
         self.read: set[str] = set()
+        # Layers that were packed when the model was quantized; what is packed now, the model itself knows.
+        self.once: frozenset[str] = frozenset()
 
     # --- before the weights -------------------------------------------------------------------------------------
 
@@ -240,6 +241,7 @@ class TernaryTransformersQuantizer(HfQuantizer):
         self.pre_quantized = True
         self.read = set()
         prepare_transformers()
+        self.once = frozenset(packed_layers(model))
         # Files are written with the names of the modules, whatever names they were read under.
         forget_weight_conversions(model)
         model.hf_quantizer = self
@@ -249,8 +251,9 @@ class TernaryTransformersQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Memory layout to file layout, called by `save_pretrained`."""
-        records = {name: LayerRecord(m.spec, m.scale_dtype) for name, m in packed_layers(model).items()}
-        converted, layout = state_dict_to_file(drop_unsaved(model.state_dict(), model), records)
+        state_dict = model.state_dict()
+        records = read_records(state_dict)
+        converted, layout = state_dict_to_file(drop_unsaved(state_dict, model), records, once=self.once)
         return converted, layout.to_metadata()
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

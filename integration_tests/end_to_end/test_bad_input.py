@@ -341,7 +341,7 @@ class TestFailedSaves:
         with pytest.raises(ValueError, match=rf"{host.layer}: the weight holds 1 NaN or Inf"):
             quantize(model)
         assert {name for name, m in model.named_modules() if type(m) is torch.nn.Linear} == layers
-        assert getattr(model, "hf_quantizer", None) is None or not model.hf_quantizer.records
+        assert getattr(model, "hf_quantizer", None) is None or not model.hf_quantizer.once
 
 
 @pytest.fixture(autouse=True)

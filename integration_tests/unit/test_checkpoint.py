@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from diffusers_ternary.format import FileLayout, Int8Spec, TernarySpec, crc32
-from diffusers_ternary.layers import Int8Linear, TernaryLinear
+from diffusers_ternary.layers import Int8Linear, LayerRecord, TernaryLinear
 from diffusers_ternary.quantizers import check_headers, read_headers
 from diffusers_ternary.quantizers.checkpoint import (
-    LayerRecord,
     PackedCheckpoint,
     check_crc,
     check_values,

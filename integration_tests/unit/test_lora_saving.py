@@ -13,9 +13,10 @@ from support.adapters import EXACT, difference
 from torch import nn
 from transformers import T5EncoderModel
 
-from diffusers_ternary import quantize
-from diffusers_ternary.layers import QuantizedLayer
-from diffusers_ternary.lora import TernaryLoraLinear
+from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary.layers import QuantizedLayer, read_records
+from diffusers_ternary.lora import TernaryLoraLinear, merge_lora
+from diffusers_ternary.quantizers import packed_layers
 from diffusers_ternary.quantizers.adapters import settle_merged
 
 
@@ -177,3 +178,45 @@ class TestTextEncoder:
         again = T5EncoderModel.from_pretrained(tmp_path).eval()
         assert difference(self.encode(again), expected) < 1e-5
         assert type(again.encoder.block[0].layer[0].SelfAttention.q) is nn.Linear
+
+
+class TestRecordsAreThoseOfTheLiveModel:
+    """What a file says of a layer is what the layer is when it is saved, not when the model was quantized."""
+
+    @pytest.mark.parametrize("build", [denoisers.pixart, denoisers.sana], ids=["linear", "convolutions"])
+    def test_one_adapter_merged_and_the_other_unloaded(self, build, tmp_path):
+        torch.manual_seed(0)
+        model = quantize(build().eval(), TernaryConfig(group_size=8, activation_dtype="none"))
+        names = [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+        wrapped = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules=names), "a")
+        wrapped.add_adapter("b", LoraConfig(r=2, init_lora_weights=False, target_modules=names[:1]))
+        wrapped.base_model.set_adapter(["a", "b"])
+        merge_lora(wrapped, ["a"], requantize=False, rank=4)
+        model = wrapped.unload()
+        merged = {name: layer.dequantize() for name, layer in packed_layers(model).items()}
+        assert merged.keys() == set(names)
+        model.save_pretrained(tmp_path)
+        again = packed_layers(type(model).from_pretrained(tmp_path))
+        assert again.keys() == set(names)
+        assert all(torch.equal(again[name].dequantize(), weight) for name, weight in merged.items())
+        assert all(layer.spec.rank == 4 for layer in again.values())
+
+    def test_a_copy_saves_its_own_layers(self, model, tmp_path):
+        twin = copy.deepcopy(model)
+        layer = packed_layers(twin)["transformer_blocks.0.attn1.to_q"]
+        layer.pack(torch.ones(layer.weight_shape), rank=1)
+        for folder, subject in (("model", model), ("twin", twin)):
+            subject.save_pretrained(tmp_path / folder)
+            again = PixArtTransformer2DModel.from_pretrained(tmp_path / folder)
+            assert torch.equal(run(again), run(subject))
+
+    def test_blocks_that_were_removed_are_gone(self, model, tmp_path):
+        model.transformer_blocks = model.transformer_blocks[:1]
+        model.register_to_config(num_layers=1)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(run(PixArtTransformer2DModel.from_pretrained(tmp_path)), run(model))
+
+    def test_a_pickled_state_dict_is_still_safe_to_load(self, model, tmp_path):
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        assert read_records(state) == read_records(model.state_dict())
