@@ -114,6 +114,8 @@ class QuantizedLayer(nn.Module):
     def install(self, **tensors: torch.Tensor | None) -> None:
         """Replaces the placeholder by packed tensors (keywords named as in the spec; scales in their float dtype).
 
+        They are what the layer multiplies by from then on: also packed tensors and a fused weight of before are gone.
+
         Raises:
             ValueError: if a dtype or shape is not what the spec asks for.
         """
@@ -135,6 +137,7 @@ class QuantizedLayer(nn.Module):
             if name == "weight_scale" or name in LOW_RANK_NAMES:
                 tensor = scale_to_bits(tensor)
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+        self.unfuse()
 
     def install_empty(self, scale_dtype: torch.dtype, device: torch.device | str = "meta") -> None:
         """Installs packed tensors without values, which a loader fills by name."""
@@ -165,7 +168,7 @@ class QuantizedLayer(nn.Module):
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The float module with the dequantized weight and the same bias."""
         dense = self.dequantize(dtype)
-        bias = self._active_bias
+        bias = self.active_bias
         return self.float_module(dense, None if bias is None else bias.detach().to(dense.dtype))
 
     def _fill_float(self, module: ModuleT, weight: torch.Tensor, bias: torch.Tensor | None) -> ModuleT:
@@ -204,7 +207,8 @@ class QuantizedLayer(nn.Module):
         return self.fused_weight is not None
 
     @property
-    def _active_bias(self) -> torch.Tensor | None:
+    def active_bias(self) -> torch.Tensor | None:
+        """The bias that the layer adds: its own, or the one of the fused weight."""
         return self.bias if self.fused_bias is None else self.fused_bias
 
     def fuse(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -252,7 +256,7 @@ class QuantizedLayer(nn.Module):
         fused_weight = self._parameters["fused_weight"]  # without Module.__getattr__, which takes longer
         if fused_weight is None:
             return self._multiply(x)
-        bias = self._active_bias
+        bias = self.active_bias
         return self._multiply_dense(x, fused_weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:

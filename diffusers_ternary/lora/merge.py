@@ -163,7 +163,7 @@ class _Merger:
         base = layer.packed_base
         assert isinstance(base, TernaryLayer)
         before = base.dequantize(torch.float32)
-        target, bias = before, base.bias
+        target, bias = before, base.active_bias
         for name in self.names:
             if name in layer._get_available_adapters():
                 target = layer._merged_weight(name, target)

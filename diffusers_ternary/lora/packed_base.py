@@ -30,12 +30,15 @@ class PackedBaseMixin(_TunerLayer):
 
     Merging ("fusing") forms the dense weight of base and adapters and hands it to the base layer, which multiplies by
     it from then on; the packed weight is not touched, so that unmerging is exact to the last bit. A weight is never
-    ternarised again behind the user's back.
+    ternarised again behind the user's back. Where the base had a dense weight already, of adapters that were merged
+    and then unloaded, unmerging restores that.
 
     The base may stop being packed (`model.dequantize()`): everything is then left to PEFT.
     """
 
     _stand_in: tuple[nn.Module, ...] = ()  # a tuple, or nn.Module would register it
+    # The dense weight and bias below the merged adapters, in CPU memory: no part of the model, seldom needed.
+    _beneath: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
     def get_base_layer(self) -> nn.Module:
         """The layer under all adapters; while something needs it as a float layer, a float layer."""
@@ -96,38 +99,67 @@ class PackedBaseMixin(_TunerLayer):
         if packed is None:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
             return
+        if not self.merged:
+            beneath = (packed.fused_weight, packed.fused_bias)
+            self._beneath = tuple(None if t is None else t.detach().cpu() for t in beneath)  # type: ignore[assignment]
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self._get_available_adapters():
                 with torch.no_grad():
                     self._merge_one(packed, name, safe_merge)
                 self.merged_adapters.append(name)
 
-    def _merge_one(self, packed: QuantizedLayer, name: str, safe_merge: bool) -> None:
+    def _check_in_memory(self, what: str) -> None:
         if any(parameter.is_meta for parameter in self.parameters()):  # type: ignore[attr-defined]
             raise ValueError(
-                f"Cannot fuse the adapter {name!r}: its weights are not in memory (sequential CPU offload keeps them "
-                "elsewhere). Call pipe.remove_all_hooks(), fuse, and enable the offload again; or do not fuse."
+                f"Cannot {what}: its weights are not in memory (sequential CPU offload keeps them elsewhere). Call "
+                "pipe.remove_all_hooks(), fuse or unfuse, and enable the offload again; or do not fuse."
             )
+
+    def _merge_one(self, packed: QuantizedLayer, name: str, safe_merge: bool) -> None:
+        self._check_in_memory(f"fuse the adapter {name!r}")
         dtype = self._base_dtype(packed) or torch.float32
         # float32: the sum is rounded once, to the dtype it is stored in.
         exact = torch.promote_types(dtype, torch.float32)
         weight = self._merged_weight(name, packed.dequantize(exact))
-        bias = self._merged_bias(name, packed.bias if packed.fused_bias is None else packed.fused_bias)
+        bias = self._merged_bias(name, packed.active_bias)
         if safe_merge and not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
             raise ValueError(f"NaN or Inf in the merged weight: the adapter {name!r} seems to be broken.")
         packed.fuse(weight.to(dtype), bias)
         _log_memory_once(dtype)
 
     def unmerge(self) -> None:
-        """Drops the dense weight: the packed one, which was never touched, counts again."""
+        """Drops the dense weight of the merged adapters: what they were merged into, never touched, counts again."""
         packed = self.packed_base
         if packed is None:
             super().unmerge()
         elif not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         else:
-            packed.unfuse()
+            self._restore(packed)
             self.merged_adapters.clear()
+
+    def _restore(self, packed: QuantizedLayer) -> None:
+        weight, bias = self._beneath
+        now = packed.fused_weight
+        if weight is not None:
+            self._check_in_memory(f"unfuse the adapters {', '.join(self.merged_adapters)}")
+        packed.unfuse()
+        if weight is not None and now is not None:
+            packed.fuse(weight.to(now), None if bias is None else bias.to(now.device))  # cast since, if the model was
+        self._beneath = (None, None)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter. One that is merged stays in the weight, as in a float layer."""
+        if self.packed_base is not None and adapter_name in self.merged_adapters:
+            others = [name for name in self.merged_adapters if name != adapter_name]
+            self.unmerge()
+            self.merge(adapter_names=[adapter_name])
+            self.merged_adapters.clear()
+            super().delete_adapter(adapter_name)
+            if others:
+                self.merge(adapter_names=others)
+        else:
+            super().delete_adapter(adapter_name)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

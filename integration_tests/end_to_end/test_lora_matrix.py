@@ -146,6 +146,29 @@ class TestPipelines:
         pair.do(lambda s: s.pipeline.unload_lora_weights())
         assert torch.equal(pair.check(), fused)
 
+    def test_what_was_fused_and_unloaded_outlives_the_next_adapter(self, pair):
+        def fuse(s: Subject) -> None:
+            s.pipeline.fuse_lora(components=[s.component])
+
+        pair.load("style", rank=4, seed=1, names=pair.packed)
+        pair.do(fuse)
+        pair.do(lambda s: s.pipeline.unload_lora_weights())
+        style = pair.check()
+        pair.load("person", rank=8, seed=2, names=pair.packed)
+        both = pair.check()
+        pair.do(fuse)
+        assert difference(pair.check(), both) < TOLERANCE
+        pair.do(lambda s: s.pipeline.unfuse_lora(components=[s.component]))
+        assert difference(pair.check(), both) < TOLERANCE
+        pair.do(lambda s: s.pipeline.disable_lora())
+        assert torch.equal(pair.check(), style)
+        pair.do(lambda s: s.pipeline.enable_lora())
+        pair.do(fuse)
+        pair.do(lambda s: s.pipeline.disable_lora())
+        assert torch.equal(pair.check(), style)  # PEFT unfuses on the fly
+        pair.do(lambda s: s.pipeline.unload_lora_weights())
+        assert torch.equal(pair.check(), style)
+
     def test_unload(self, pair):
         keys = pair.ternary.denoiser.state_dict().keys()
         pair.load("style", rank=4, seed=1)

@@ -253,6 +253,70 @@ class TestSeveral:
         packed.merge_adapter()
         torch.testing.assert_close(packed.unload()(inputs()), before, **CLOSE)
 
+    @pytest.mark.parametrize("kind", ["ternary", "int8"])
+    @pytest.mark.parametrize("method", ["lora", "lora_bias", "dora", "loha", "lokr"])
+    def test_merging_over_what_was_merged_and_unloaded(self, method, kind):
+        packed, dense = adapted(CONFIGS[method], kind=kind)
+        for model in (packed, dense):
+            model.merge_adapter()
+        packed, dense = packed.unload(), dense.unload()
+        first = packed(inputs())
+        models = [get_peft_model(model, copy.deepcopy(CONFIGS[method])).eval() for model in (packed, dense)]
+        for model in models:
+            randomize(model, seed=5)
+        before = models[0](inputs())
+        torch.testing.assert_close(before, models[1](inputs()), **CLOSE)
+        assert (before - first).norm() > 0.01 * first.norm()
+        for _ in range(2):
+            for model in models:
+                model.merge_adapter()
+            torch.testing.assert_close(models[0](inputs()), models[1](inputs()), **CLOSE)
+            models[0].unmerge_adapter()
+            models[1].unmerge_adapter()
+            assert torch.equal(models[0](inputs()), before)
+        assert torch.equal(models[0].unload()(inputs()), first)
+
+    def test_a_merged_adapter_that_is_deleted_stays(self):
+        packed, dense = self.two()
+        for model in (packed, dense):
+            model.merge_adapter()
+        both = packed(inputs())
+        for module in packed.modules():
+            if isinstance(module, TernaryLoraLinear | TernaryLoraConv2d):
+                module.delete_adapter("default")  # as diffusers' delete_adapters does
+        torch.testing.assert_close(packed(inputs()), both, **CLOSE)
+        packed.unmerge_adapter()
+        dense.unmerge_adapter()
+        dense.merge_adapter(["default"])
+        with dense.disable_adapter():
+            pass
+        packed.base_model.disable_adapter_layers()
+        torch.testing.assert_close(packed(inputs()), dense.unload()(inputs()), **CLOSE)
+
+    def test_a_copied_model_unmerges_for_itself(self):
+        packed, _ = self.two()
+        packed.merge_adapter(["default"])
+        model = packed.unload()
+        first = model(inputs())
+        wrapped = get_peft_model(model, copy.deepcopy(CONFIGS["lora"]))
+        randomize(wrapped, seed=6)
+        wrapped.merge_adapter()
+        twin = copy.deepcopy(wrapped)
+        wrapped.unmerge_adapter()
+        twin.unmerge_adapter()
+        assert torch.equal(twin.unload()(inputs()), first)
+        assert torch.equal(wrapped.unload()(inputs()), first)
+
+    def test_casts_of_the_model_reach_what_is_restored(self):
+        packed, _ = self.two()
+        packed.merge_adapter()
+        wrapped = get_peft_model(packed.unload(), copy.deepcopy(CONFIGS["lora"]))
+        wrapped.merge_adapter()
+        wrapped.to(torch.bfloat16)
+        wrapped.unmerge_adapter()
+        layers = [module for module in wrapped.modules() if isinstance(module, QuantizedLayer)]
+        assert {layer.fused_weight.dtype for layer in layers} == {torch.bfloat16}
+
     def test_dequantizing_under_an_adapter(self):
         packed, dense = self.two()
         model = packed.base_model.model

@@ -13,6 +13,8 @@ from torch import nn
 
 from diffusers_ternary import CalibrationConfig, TernaryConfig, quantize
 from diffusers_ternary.calibration import SolverConfig
+from diffusers_ternary.format import Int8Spec, TernarySpec
+from diffusers_ternary.layers import Int8Linear, TernaryLinear
 from diffusers_ternary.lora import merge_lora
 from diffusers_ternary.quantizers import packed_layers
 
@@ -208,3 +210,63 @@ def test_more_refusals():
     pipeline, _ = pipeline_with_adapters(config=int8)
     with pytest.raises(ValueError, match="is a Int8Linear, not a ternary layer"):
         merge_lora(pipeline)
+
+
+class TestOverFusedAdapters:
+    """A layer may hold an adapter that was fused and unloaded: `merge_lora` folds in both."""
+
+    @pytest.mark.parametrize("requantize", [True, False])
+    @pytest.mark.parametrize("name", ["sd3", "sdxl"])
+    def test_both_are_in_the_packed_weight(self, name, requantize, tmp_path):
+        pipeline, model = pipeline_with_adapters(name)
+        pipeline.fuse_lora(components=[PIPELINES[name].denoiser])
+        model.unload_lora()
+        dense = {n: layer.dequantize().double() for n, layer in packed_layers(model).items()}
+        config = LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS, init_lora_weights=False)
+        model.add_adapter(config, adapter_name="second")
+        wanted = effective_weights(model, ["second"])
+        report = merge_lora(pipeline, requantize=requantize, rank=8)
+        for row in report.layers:
+            layer = row.name.partition(".")[2]
+            merged = model.get_submodule(layer)
+            assert not merged.is_fused
+            assert relative(merged.dequantize().double() - wanted[layer], wanted[layer]) == pytest.approx(
+                row.error, rel=1e-3, abs=1e-9
+            )
+            assert relative(dense[layer] - wanted[layer], wanted[layer]) == pytest.approx(row.adapter_energy, rel=1e-3)
+        model.save_pretrained(tmp_path)
+        again = packed_layers(type(model).from_pretrained(tmp_path))
+        for layer in wanted:
+            assert torch.equal(again[layer].dequantize(), model.get_submodule(layer).dequantize())
+
+    def test_a_fused_bias_is_not_lost(self):
+        layer = TernaryLinear(TernarySpec(8, 16, 4), bias=True)
+        layer.pack(torch.randn(8, 16))
+        nn.init.zeros_(layer.bias)
+        model = nn.Sequential(layer)
+        wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], lora_bias=True))
+        randomized = torch.Generator().manual_seed(0)
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=randomized)
+        wrapped.merge_adapter()
+        model = wrapped.unload()
+        bias = layer.active_bias.clone()
+        assert not torch.equal(bias, layer.bias)
+        wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        merge_lora(wrapped, rank=2)
+        torch.testing.assert_close(layer.bias, bias)
+
+
+@pytest.mark.parametrize("kind", ["ternary", "int8"])
+def test_packing_a_fused_layer_drops_the_fused_weight(kind):
+    torch.manual_seed(0)
+    cls, spec = {"ternary": (TernaryLinear, TernarySpec(8, 16, 4)), "int8": (Int8Linear, Int8Spec(8, 16))}[kind]
+    layer, x = cls(spec, activation_dtype="none"), torch.randn(3, 16)
+    layer.pack(torch.randn(8, 16))
+    nn.init.normal_(layer.bias)
+    layer.fuse(torch.randn(8, 16), torch.randn(8))
+    layer.pack(torch.randn(8, 16))
+    assert not layer.is_fused
+    assert layer.fused_bias is None
+    torch.testing.assert_close(layer(x), x @ layer.matrix(torch.float32).T + layer.bias)
