@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
-import string
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -14,52 +11,16 @@ from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
-    CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
 )
+from word_tokenizers import build_clip_tokenizer, build_t5_tokenizer
 
 
 CLIP_LENGTH = 32  # tokens; a complete prompt has 24
 T5_LENGTH = 24  # tokens; a complete prompt has 23
 WIDTHS = {"joint_attention_dim": 64, "pooled_projection_dim": 32}
 _LATENT_SCALE = 64.0  # a power of two, so that scaling is exact; large, so that the decoder's tanh is a no-op
-
-
-def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges (Sennrich et al., arXiv:1508.07909) that make one token of every word.
-
-    ``tokenizers.trainers.BpeTrainer`` breaks ties at random, and a resumed training would meet other token ids.
-    """
-    spelled = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
-    merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for symbols in spelled for pair in itertools.pairwise(symbols)):
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append(best)
-        for symbols in spelled:
-            for k in range(len(symbols) - 2, -1, -1):
-                if tuple(symbols[k : k + 2]) == best:
-                    symbols[k : k + 2] = ["".join(best)]
-    return merges
-
-
-def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer with one token per word of the grammar; anything else is spelled by smaller pieces."""
-    letters = string.ascii_lowercase + string.digits + string.punctuation
-    merges = learn_merges(words)
-    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    pieces += [first + second for first, second in merges]
-    vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_LENGTH)
-
-
-def build_t5_tokenizer(words: Sequence[str]) -> T5Tokenizer:
-    """A T5 tokenizer with one piece per word of the grammar; anything else is spelled letter by letter."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (",", -2.0), ("▁", -4.0)]
-    pieces += [(f"▁{word}", -3.0) for word in words]
-    pieces += [(letter, -10.0) for letter in string.ascii_lowercase + string.digits + ".-'"]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=T5_LENGTH)
 
 
 def build_identity_vae() -> AutoencoderTiny:
@@ -123,7 +84,7 @@ def build_pipeline(prompts: Sequence[str], *, num_layers: int, num_single_layers
         num_heads: Number of attention heads; the inner width is 32 times that.
     """
     words = sorted({word.strip(",") for prompt in prompts for word in prompt.split()})
-    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(words), build_t5_tokenizer(words)
+    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(words, CLIP_LENGTH), build_t5_tokenizer(words, T5_LENGTH)
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(clip_tokenizer),

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The untrained teachers of Scenes: stock pipelines of diffusers around a small transformer and small text encoders."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from diffusers_ternary.evaluation.geneval import TASKS
+from diffusers_ternary.evaluation.scenes.prompts import COMPOSED, training_task
+from diffusers_ternary.evaluation.scenes.vocabulary import CLASSES, COLORS, NUMBERS, PLURALS
+
+
+sys.path.append(str(Path(__file__).parents[1] / "pixel_people"))
+from word_tokenizers import build_clip_tokenizer, build_t5_tokenizer  # noqa: E402
+
+
+TEXT_LENGTH = 18  # tokens; the longest prompt has 15
+TEXT_WIDTH = 128
+POOLED_WIDTH = 64
+LATENT_CHANNELS = 4
+LATENT_SIDE = 16
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can have, in alphabetical order."""
+    rng = random.Random(0)
+    captions = (training_task(tag, rng).prompt for tag in (*TASKS, COMPOSED) for _ in range(200))
+    words = set(itertools.chain.from_iterable(text.split() for text in captions))
+    return sorted(words | {*CLASSES, *PLURALS.values(), *COLORS, *NUMBERS[1:]})
+
+
+def initialize(transformer: nn.Module, zero: tuple[str, ...]) -> None:
+    """Xavier for every linear layer, zero for those whose name contains one of ``zero`` (DiT, arXiv:2212.09748)."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if any(part in name for part in zero):
+                nn.init.zeros_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def build_flux(vae: AutoencoderTiny, *, width: int, num_layers: int, num_single_layers: int) -> FluxPipeline:
+    """A FluxPipeline with heads of 64 around a trained autoencoder.
+
+    Args:
+        vae: The autoencoder of ``train_vae.py``.
+        width: Inner width of the transformer, a multiple of 64.
+        num_layers: Number of double-stream blocks.
+        num_single_layers: Number of single-stream blocks.
+    """
+    words = vocabulary()
+    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(words, TEXT_LENGTH), build_t5_tokenizer(words, TEXT_LENGTH)
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=num_layers,
+        num_single_layers=num_single_layers,
+        attention_head_dim=64,
+        num_attention_heads=width // 64,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=POOLED_WIDTH,
+        axes_dims_rope=(16, 24, 24),
+        guidance_embeds=False,
+    )
+    initialize(transformer, zero=(".norm1", ".norm1_context", ".norm.", "norm_out.linear", "proj_out_"))
+    nn.init.zeros_(transformer.proj_out.weight)
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=POOLED_WIDTH,
+            projection_dim=POOLED_WIDTH,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=TEXT_LENGTH,
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id,
+            pad_token_id=clip_tokenizer.pad_token_id,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer),
+            d_model=TEXT_WIDTH,
+            d_kv=32,
+            d_ff=256,
+            num_layers=2,
+            num_heads=4,
+            relative_attention_num_buckets=16,
+            relative_attention_max_distance=TEXT_LENGTH,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=clip,
+        tokenizer=clip_tokenizer,
+        text_encoder_2=t5,
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer,
+    )
+
+
+class FluxTrainee(nn.Module):
+    """The trained parts of a FluxPipeline in one module: noisy latents and token ids in, velocity out."""
+
+    def __init__(self, pipeline: FluxPipeline) -> None:
+        super().__init__()
+        self.transformer = pipeline.transformer
+        self.text_encoder = pipeline.text_encoder
+        self.text_encoder_2 = pipeline.text_encoder_2
+        self._tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
+        side = LATENT_SIDE // 2
+        positions = FluxPipeline._prepare_latent_image_ids(1, side, side, torch.device("cpu"), torch.float32)
+        self.register_buffer("image_positions", positions, persistent=False)
+
+    def tokenize(self, captions: list[str]) -> torch.Tensor:
+        """Token ids of both encoders, int64 [batch, 2, ``TEXT_LENGTH``]."""
+        return torch.stack([_ids(tokenizer, captions) for tokenizer in self._tokenizers], dim=1)
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Predict the velocity [B, 4, 16, 16] at ``timestep`` in [0, 1] the way FluxPipeline does."""
+        packed = FluxPipeline._pack_latents(latents, *latents.shape)
+        velocity = self.transformer(
+            hidden_states=packed,
+            timestep=timestep,
+            encoder_hidden_states=self.text_encoder_2(ids[:, 1])[0],
+            pooled_projections=self.text_encoder(ids[:, 0]).pooler_output,
+            txt_ids=self.image_positions.new_zeros(ids.shape[-1], 3),
+            img_ids=self.image_positions,
+            return_dict=False,
+        )[0]
+        return FluxPipeline._unpack_latents(velocity, LATENT_SIDE, LATENT_SIDE, vae_scale_factor=1)
+
+
+def _ids(tokenizer, captions: list[str]) -> torch.Tensor:
+    return tokenizer(
+        captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a teacher of Scenes from nothing: flow matching on latents, text encoders trained along, scenes drawn on the fly.
+
+Runs on a GPU or on one CPU core, from the files of this folder and the autoencoder alone. Resumes from the last
+checkpoint in ``--work`` by itself. Every step draws its batch from the seed and its own number, so an interrupted run
+continues exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import random
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from components import LATENT_CHANNELS, LATENT_SIDE, FluxTrainee, build_flux
+from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers.training_utils import EMAModel
+from renderer import Layout, Renderer, Sprites, layout_of
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
+
+from diffusers_ternary.evaluation.geneval import TASKS
+from diffusers_ternary.evaluation.scenes.prompts import COMPOSED, training_task
+
+
+logger = logging.getLogger("train_teacher")
+MIXTURE = dict(zip((*TASKS, COMPOSED), (8, 12, 22, 10, 20, 16, 12), strict=True))  # percent of the pictures
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result."""
+
+    architecture: str = "flux"
+    width: int = 256
+    num_layers: int = 3
+    num_single_layers: int = 6
+    steps: int = 40_000
+    decay_steps: int = 2_000
+    batch_size: int = 48
+    optimizer: str = "muon"
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.02
+    ema_decay: float = 0.999
+    no_caption: float = 0.1
+    timestep_mean: float = 0.4
+    seed: int = 0
+
+
+class Batches(Dataset):
+    """Captioned layouts with noise and timesteps; batch ``step`` depends on nothing but the seed and ``step``."""
+
+    def __init__(self, trainee: FluxTrainee, sprites: Sprites, recipe: Recipe, first: int, last: int) -> None:
+        self.tokenize, self.sprites, self.recipe = trainee.tokenize, sprites, recipe
+        self.first, self.last = first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One batch: objects, background, ids, noise [B, 4, 16, 16] and t = sigmoid(N(``timestep_mean``, 1))."""
+        step, size = self.first + index, self.recipe.batch_size
+        rng = random.Random(f"scenes {self.recipe.seed} {step}")
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
+        tags = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()), k=size)
+        tasks = [training_task(tag, rng) for tag in tags]
+        layout = layout_of(tasks, self.sprites, rng, training=True)
+        captions = ["" if rng.random() < self.recipe.no_caption else task.prompt for task in tasks]
+        return {
+            "objects": layout.objects,
+            "background": layout.background,
+            "ids": self.tokenize(captions),
+            "noise": torch.randn(size, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE, generator=generator),
+            "timestep": (torch.randn(size, generator=generator) + self.recipe.timestep_mean).sigmoid(),
+        }
+
+
+class Encoder:
+    """Layouts in, normalized latents out."""
+
+    def __init__(self, vae: AutoencoderTiny, sprites: Sprites, device: torch.device) -> None:
+        self.vae = vae.to(device, memory_format=torch.channels_last)
+        self.renderer = Renderer(sprites, device)
+
+    @torch.no_grad()
+    def encode(self, layout: Layout) -> torch.Tensor:
+        """float32 [B, 4, 16, 16] with mean 0 and standard deviation 1."""
+        pictures = self.renderer.draw(layout).contiguous(memory_format=torch.channels_last)
+        latents = self.vae.encode(pictures).latents.float()
+        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+
+def learning_rate_factor(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, constant, then linear decay to zero over the last ``decay_steps``."""
+    return min(1.0, (step + 1) / recipe.warmup_steps, max(0.0, (recipe.steps - step) / recipe.decay_steps))
+
+
+def build_optimizers(trainee: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for the matrices of the transformer's blocks, AdamW for everything else."""
+    hidden, other = [], []
+    for name, parameter in trainee.named_parameters():
+        in_block = name.startswith("transformer.") and "blocks." in name and parameter.ndim == 2
+        (hidden if in_block and recipe.optimizer == "muon" else other).append(parameter)
+    decay, rate = recipe.weight_decay, recipe.learning_rate
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(other, lr=rate, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+    ]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def export(pipeline: DiffusionPipeline, trainee: nn.Module, ema: EMAModel, folder: Path) -> None:
+    """Write the averaged weights as a bfloat16 pipeline folder; the weights in training stay as they are."""
+    ema.store(trainee.parameters())
+    ema.copy_to(trainee.parameters())
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    pipeline.save_pretrained(part)
+    ema.restore(trainee.parameters())
+    shutil.rmtree(folder, ignore_errors=True)
+    type(pipeline).from_pretrained(part, dtype=torch.bfloat16).save_pretrained(folder)
+    shutil.rmtree(part)
+    for config in (*folder.glob("*/config.json"), folder / "model_index.json"):
+        written = json.loads(config.read_text())
+        written.pop("_name_or_path", None)  # the temporary folder's name
+        if written.get("_class_name") == "AutoencoderTiny":
+            written.pop("block_out_channels", None)  # AutoencoderTiny sets it itself, and warns when a file does
+        config.write_text(json.dumps(written, indent=2) + "\n")
+
+
+class Checkpoints:
+    """Folders ``checkpoint-<step>`` in the work folder; ``progress.json`` names the one that is complete."""
+
+    def __init__(self, work: Path, recipe: Recipe) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.work, self.recipe = work, recipe
+        self.progress_file = work / "progress.json"
+
+    def load(self, accelerator: Accelerator) -> dict[str, float]:
+        """Restore the last checkpoint, if there is one: the step to go on with and the CPU seconds spent."""
+        if not self.progress_file.exists():
+            return {"step": 0, "cpu_seconds": 0.0}
+        progress = json.loads(self.progress_file.read_text())
+        step, stored = progress["step"], Recipe(**progress["recipe"])
+        schedules = [learning_rate_factor(step - 1, recipe) for recipe in (stored, self.recipe)]
+        movable = {"steps": 0, "decay_steps": 1}  # the end may be moved as long as the decay has not begun
+        if Recipe(**asdict(stored) | movable) != Recipe(**asdict(self.recipe) | movable) or schedules != [1.0, 1.0]:
+            if stored != self.recipe:
+                raise ValueError(
+                    f"{self.work} holds a run of another recipe at step {step}: {stored}; choose another --work."
+                )
+        accelerator.load_state(str(self.work / f"checkpoint-{step}"))
+        return progress
+
+    def save(self, accelerator: Accelerator, step: int, cpu_seconds: float) -> None:
+        """Write a checkpoint, then name it, then remove the one before it."""
+        accelerator.save_state(str(self.work / f"checkpoint-{step}"))
+        written = self.progress_file.with_suffix(".part")
+        written.write_text(
+            json.dumps({"step": step, "cpu_seconds": round(cpu_seconds, 1), "recipe": asdict(self.recipe)}, indent=2)
+        )
+        written.replace(self.progress_file)
+        for folder in self.work.glob("checkpoint-*"):
+            if folder.name != f"checkpoint-{step}":
+                shutil.rmtree(folder)
+
+
+def train(
+    vae_folder: Path, work: Path, recipe: Recipe, *, checkpoint_every: int, stop_at: int | None = None
+) -> DiffusionPipeline:
+    """Run or resume the training; the averaged weights are in ``work/teacher`` at every checkpoint.
+
+    Args:
+        vae_folder: The trained autoencoder.
+        work: Folder for the checkpoints, the log of losses and the pipeline.
+        recipe: What to train, and how.
+        checkpoint_every: Steps between checkpoints.
+        stop_at: Stop before this step as if interrupted there, after writing a checkpoint.
+    """
+    set_seed(recipe.seed)
+    vae = AutoencoderTiny.from_pretrained(vae_folder).eval().requires_grad_(False)
+    pipeline = build_flux(
+        vae, width=recipe.width, num_layers=recipe.num_layers, num_single_layers=recipe.num_single_layers
+    )
+    trainee = FluxTrainee(pipeline)
+    accelerator = Accelerator(mixed_precision="bf16", step_scheduler_with_optimizer=False)
+    optimizers = build_optimizers(trainee, recipe)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
+        for optimizer in optimizers
+    ]
+    model, *prepared = accelerator.prepare(trainee, *optimizers, *schedules)
+    optimizers, schedules = prepared[: len(optimizers)], prepared[len(optimizers) :]
+    ema = EMAModel(trainee.parameters(), decay=recipe.ema_decay)
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema)
+    checkpoints = Checkpoints(work, recipe)
+    progress = checkpoints.load(accelerator)
+    first, spent = int(progress["step"]), progress["cpu_seconds"] - time.process_time()
+
+    sprites = Sprites()
+    encoder = Encoder(vae, sprites, accelerator.device)
+    last = recipe.steps if stop_at is None else min(stop_at, recipe.steps)
+    on_cpu = accelerator.device.type == "cpu"
+    batches = DataLoader(
+        Batches(trainee, sprites, recipe, first, last), batch_size=None, num_workers=0 if on_cpu else 12
+    )
+    # scaled_dot_product_attention's CPU flash kernel is slower than plain matmuls at 82 tokens
+    attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext()
+    average = torch.zeros((), device=accelerator.device)
+    with attention, (work / "losses.csv").open("a") as log:
+        for step, host in enumerate(batches, first):
+            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in host.items()}
+            t = batch["timestep"][:, None, None, None]
+            with accelerator.autocast():
+                clean = encoder.encode(Layout(batch["objects"], batch["background"]))
+                noisy = (1.0 - t) * clean + t * batch["noise"]
+                velocity = model(noisy, batch["timestep"], batch["ids"])
+            loss = nn.functional.mse_loss(velocity.float(), batch["noise"] - clean)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            for part in (*optimizers, *schedules):
+                part.step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            ema.step(trainee.parameters())
+            average += loss.detach()
+            if (step + 1) % 50 == 0:
+                log.write(f"{step + 1},{average.item() / 50:.5f},{spent + time.process_time():.0f}\n")
+                log.flush()
+                average.zero_()
+            if (step + 1) % checkpoint_every == 0 or step + 1 == last:
+                checkpoints.save(accelerator, step + 1, spent + time.process_time())
+                export(pipeline, trainee, ema, work / "teacher")
+                logger.info("step %d, %.0f CPU seconds", step + 1, spent + time.process_time())
+    return pipeline
+
+
+def main() -> None:
+    """Command line of the training."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae", type=Path, required=True, help="folder of train_vae.py")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, losses and the pipeline")
+    parser.add_argument("--checkpoint-every", type=int, default=200)
+    for name, default in asdict(Recipe()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    arguments = vars(parser.parse_args())
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_flush_denormal(True)
+    recipe = Recipe(**{name: arguments[name] for name in asdict(Recipe())})
+    train(arguments["vae"], arguments["work"], recipe, checkpoint_every=arguments["checkpoint_every"])
+
+
+if __name__ == "__main__":
+    main()
