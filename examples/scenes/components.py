@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The untrained teachers of Scenes: stock pipelines of diffusers around a small transformer and small text encoders."""
+"""The untrained teachers of Scenes: stock diffusers pipelines, a small transformer and small text encoders in each."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
 
 from diffusers_ternary.evaluation.geneval import TASKS
 from diffusers_ternary.evaluation.scenes.prompts import COMPOSED, training_task
@@ -19,7 +26,7 @@ from diffusers_ternary.evaluation.scenes.vocabulary import CLASSES, COLORS, NUMB
 
 
 sys.path.append(str(Path(__file__).parents[1] / "pixel_people"))
-from word_tokenizers import build_clip_tokenizer, build_t5_tokenizer  # noqa: E402
+from word_tokenizers import build_clip_tokenizer, build_gemma_tokenizer, build_t5_tokenizer
 
 
 TEXT_LENGTH = 18  # tokens; the longest prompt has 15
@@ -143,6 +150,88 @@ class FluxTrainee(nn.Module):
             return_dict=False,
         )[0]
         return FluxPipeline._unpack_latents(velocity, LATENT_SIDE, LATENT_SIDE, vae_scale_factor=1)
+
+
+def build_sana(vae: AutoencoderTiny, *, width: int, num_layers: int) -> SanaPipeline:
+    """A SanaPipeline with heads of 32 around a trained autoencoder.
+
+    Args:
+        vae: The autoencoder of ``train_vae.py``.
+        width: Inner width of the transformer, a multiple of 64.
+        num_layers: Number of blocks.
+    """
+    tokenizer = build_gemma_tokenizer(vocabulary(), TEXT_LENGTH)
+    transformer = SanaTransformer2DModel(
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_attention_heads=width // 32,
+        attention_head_dim=32,
+        num_layers=num_layers,
+        num_cross_attention_heads=width // 64,
+        cross_attention_head_dim=64,
+        cross_attention_dim=width,
+        caption_channels=TEXT_WIDTH,
+        sample_size=LATENT_SIDE,
+        patch_size=2,
+        interpolation_scale=1,
+    )
+    initialize(transformer, zero=("attn2.to_out", "time_embed.linear"))
+    nn.init.zeros_(transformer.proj_out.weight)
+    with torch.no_grad():
+        for block in transformer.transformer_blocks:
+            block.scale_shift_table.zero_()  # with the zeroed time_embed.linear: blocks start as identity
+    gemma = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=32,
+            query_pre_attn_scalar=32,
+            max_position_embeddings=TEXT_LENGTH,
+            sliding_window=TEXT_LENGTH,
+            initializer_range=TEXT_WIDTH**-0.5,
+            use_cache=False,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=gemma,
+        vae=vae,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+    )
+
+
+class SanaTrainee(nn.Module):
+    """The trained parts of a SanaPipeline in one module: noisy latents and token ids in, velocity out."""
+
+    def __init__(self, pipeline: SanaPipeline) -> None:
+        super().__init__()
+        self.transformer = pipeline.transformer
+        self.text_encoder = pipeline.text_encoder
+        self._tokenizer = pipeline.tokenizer
+        self._tokenizer.padding_side = "right"  # as SanaPipeline sets it
+
+    def tokenize(self, captions: list[str]) -> torch.Tensor:
+        """Token ids, int64 [batch, ``TEXT_LENGTH``]."""
+        return _ids(self._tokenizer, captions)
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Predict the velocity [B, 4, 16, 16] at ``timestep`` in [0, 1] the way SanaPipeline does."""
+        mask = (ids != self._tokenizer.pad_token_id).long()
+        return self.transformer(
+            latents,
+            encoder_hidden_states=self.text_encoder(ids, attention_mask=mask)[0],
+            encoder_attention_mask=mask,
+            timestep=1000.0 * timestep,
+            return_dict=False,
+        )[0]
 
 
 def _ids(tokenizer, captions: list[str]) -> torch.Tensor:

@@ -62,6 +62,12 @@ class Sprites:
         self.num_sizes = len(stored["sizes"])
 
 
+def corner(place: int, extent: int, rng: random.Random) -> int:
+    """Where an object of ``extent`` pixels begins in row or column ``place`` of the grid, about the middle of it."""
+    slack = min(JITTER, (CELL - int(extent)) // 2)
+    return int((place + 0.5) * CANVAS / GRID - extent / 2 + rng.randint(-slack, slack))
+
+
 def lay_out(task: Task, sprites: Sprites, rng: random.Random, *, training: bool) -> tuple[list[list[int]], int]:
     """Place what a prompt asks for: rows of ``Layout.objects`` and the background.
 
@@ -82,11 +88,7 @@ def lay_out(task: Task, sprites: Sprites, rng: random.Random, *, training: bool)
         for (kind, color, index), cell in zip(wanted, cells, strict=True):
             size = rng.randrange(sprites.num_sizes)
             width, height = sprites.extents[kind, size]
-            left, top = (
-                int((place * CANVAS + CANVAS // 2) / GRID - extent / 2 + rng.randint(-slack, slack))
-                for place, extent in ((cell % GRID, width), (cell // GRID, height))
-                for slack in (min(JITTER, (CELL - int(extent)) // 2),)
-            )
+            left, top = corner(cell % GRID, width, rng), corner(cell // GRID, height, rng)
             objects.append([kind, color, size, left, top])
             boxes[index].append((left, top, left + int(width), top + int(height)))
         if _relations_hold(task, boxes):
@@ -137,7 +139,12 @@ class Renderer:
         last = self.masks.shape[-1] - 1
         row = (self.pixels - top[..., None] + 1).clamp(0, last)  # [batch, objects, 64]
         column = (self.pixels - left[..., None] + 1).clamp(0, last)
-        masks = self.masks[kind.clamp(min=0)[..., None, None], size.clamp(min=0)[..., None, None], row[..., None], column[..., None, :]]
+        masks = self.masks[
+            kind.clamp(min=0)[..., None, None],
+            size.clamp(min=0)[..., None, None],
+            row[..., None],
+            column[..., None, :],
+        ]
         return masks * (kind != NOTHING)[..., None, None]
 
     def draw(self, layout: Layout) -> torch.Tensor:

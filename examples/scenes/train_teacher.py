@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a teacher of Scenes from nothing: flow matching on latents, text encoders trained along, scenes drawn on the fly.
+"""Train a teacher of Scenes from nothing: flow matching on latents of scenes drawn on the fly, text encoders as well.
 
 Runs on a GPU or on one CPU core, from the files of this folder and the autoencoder alone. Resumes from the last
 checkpoint in ``--work`` by itself. Every step draws its batch from the seed and its own number, so an interrupted run
@@ -15,13 +15,13 @@ import logging
 import random
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from components import LATENT_CHANNELS, LATENT_SIDE, FluxTrainee, build_flux
+from components import LATENT_CHANNELS, LATENT_SIDE, FluxTrainee, SanaTrainee, build_flux, build_sana
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from renderer import Layout, Renderer, Sprites, layout_of
@@ -41,10 +41,10 @@ MIXTURE = dict(zip((*TASKS, COMPOSED), (8, 12, 22, 10, 20, 16, 12), strict=True)
 class Recipe:
     """Everything that decides the result."""
 
-    architecture: str = "flux"
+    architecture: str = "flux"  # or "sana"
     width: int = 256
     num_layers: int = 3
-    num_single_layers: int = 6
+    num_single_layers: int = 6  # of flux
     steps: int = 40_000
     decay_steps: int = 2_000
     batch_size: int = 48
@@ -61,7 +61,9 @@ class Recipe:
 class Batches(Dataset):
     """Captioned layouts with noise and timesteps; batch ``step`` depends on nothing but the seed and ``step``."""
 
-    def __init__(self, trainee: FluxTrainee, sprites: Sprites, recipe: Recipe, first: int, last: int) -> None:
+    def __init__(
+        self, trainee: FluxTrainee | SanaTrainee, sprites: Sprites, recipe: Recipe, first: int, last: int
+    ) -> None:
         self.tokenize, self.sprites, self.recipe = trainee.tokenize, sprites, recipe
         self.first, self.last = first, last
 
@@ -99,6 +101,17 @@ class Encoder:
         pictures = self.renderer.draw(layout).contiguous(memory_format=torch.channels_last)
         latents = self.vae.encode(pictures).latents.float()
         return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+
+def build(vae: AutoencoderTiny, recipe: Recipe) -> tuple[DiffusionPipeline, FluxTrainee | SanaTrainee]:
+    """The untrained pipeline of a recipe, and its trained parts."""
+    if recipe.architecture == "sana":
+        pipeline = build_sana(vae, width=recipe.width, num_layers=recipe.num_layers)
+        return pipeline, SanaTrainee(pipeline)
+    pipeline = build_flux(
+        vae, width=recipe.width, num_layers=recipe.num_layers, num_single_layers=recipe.num_single_layers
+    )
+    return pipeline, FluxTrainee(pipeline)
 
 
 def learning_rate_factor(step: int, recipe: Recipe) -> float:
@@ -154,13 +167,13 @@ class Checkpoints:
             return {"step": 0, "cpu_seconds": 0.0}
         progress = json.loads(self.progress_file.read_text())
         step, stored = progress["step"], Recipe(**progress["recipe"])
-        schedules = [learning_rate_factor(step - 1, recipe) for recipe in (stored, self.recipe)]
-        movable = {"steps": 0, "decay_steps": 1}  # the end may be moved as long as the decay has not begun
-        if Recipe(**asdict(stored) | movable) != Recipe(**asdict(self.recipe) | movable) or schedules != [1.0, 1.0]:
-            if stored != self.recipe:
-                raise ValueError(
-                    f"{self.work} holds a run of another recipe at step {step}: {stored}; choose another --work."
-                )
+        # The end may be moved as long as the decay towards it has not begun.
+        begun = any(step > recipe.steps - recipe.decay_steps for recipe in (stored, self.recipe))
+        same = replace(stored, steps=self.recipe.steps, decay_steps=self.recipe.decay_steps) == self.recipe
+        if stored != self.recipe and (begun or not same):
+            raise ValueError(
+                f"{self.work} holds a run of another recipe at step {step}: {stored}; choose another --work."
+            )
         accelerator.load_state(str(self.work / f"checkpoint-{step}"))
         return progress
 
@@ -191,10 +204,7 @@ def train(
     """
     set_seed(recipe.seed)
     vae = AutoencoderTiny.from_pretrained(vae_folder).eval().requires_grad_(False)
-    pipeline = build_flux(
-        vae, width=recipe.width, num_layers=recipe.num_layers, num_single_layers=recipe.num_single_layers
-    )
-    trainee = FluxTrainee(pipeline)
+    pipeline, trainee = build(vae, recipe)
     accelerator = Accelerator(mixed_precision="bf16", step_scheduler_with_optimizer=False)
     optimizers = build_optimizers(trainee, recipe)
     schedules = [

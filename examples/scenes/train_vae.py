@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderTiny
 from diffusers.training_utils import EMAModel
-from renderer import BACKGROUNDS, CELL, GRID, JITTER, NOTHING, CANVAS, Layout, Renderer, Sprites, layout_of
+from renderer import BACKGROUNDS, GRID, NOTHING, Layout, Renderer, Sprites, corner, layout_of
 from torch import nn
 from tqdm import tqdm
 
@@ -44,11 +44,9 @@ def random_layout(count: int, sprites: Sprites, rng: random.Random) -> Layout:
     for scene in objects:
         for cell in rng.sample(range(GRID * GRID), rng.randint(0, GRID * GRID)):
             kind, size = rng.randrange(len(CLASSES)), rng.randrange(sprites.num_sizes)
-            corner = []
-            for place, extent in zip((cell % GRID, cell // GRID), sprites.extents[kind, size].tolist(), strict=True):
-                slack = min(JITTER, (CELL - extent) // 2)
-                corner.append(int((place + 0.5) * CANVAS / GRID - extent / 2 + rng.randint(-slack, slack)))
-            scene[cell] = torch.tensor([kind, rng.randrange(len(COLORS)), size, *corner])
+            width, height = sprites.extents[kind, size].tolist()
+            place = corner(cell % GRID, width, rng), corner(cell // GRID, height, rng)
+            scene[cell] = torch.tensor([kind, rng.randrange(len(COLORS)), size, *place])
     return Layout(objects, background)
 
 

@@ -161,7 +161,10 @@ def read_task(prompt: str) -> Task | None:
         numeral = numeral or article in NUMBERS
         position = (relation, 0) if relation and include else None
         include.append(Requirement(_NOUNS[noun], count, color, position))
-    if len({requirement.name for requirement in include}) < len(include) or sum(r.count for r in include) > MAX_OBJECTS:
+    if (
+        len({requirement.name for requirement in include}) < len(include)
+        or sum(r.count for r in include) > MAX_OBJECTS
+    ):
         return None
     tag = _tag_of(include, numeral)
     exclude = tuple(Requirement(r.name, r.count + 1) for r in include) if numeral else ()
