@@ -30,7 +30,7 @@ PathLike = str | os.PathLike[str]
 
 RESTORE = "Restore the file."
 _PARTIAL, _OLD = "partial", "old"
-_TOKEN = "[0-9a-f]{3,8}"
+_LEFTOVER = re.compile(rf"\.(?P<name>.+)\.[0-9a-f]{{3,8}}\.(?P<kind>{_PARTIAL}|{_OLD})", re.DOTALL)
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -201,8 +201,11 @@ def recover_folder(target: PathLike) -> None:
     Nobody else may be writing there: hold [`lock`].
     """
     path = pathlib.Path(target)
-    for found in _leftovers(path):
-        if found.name.endswith(f".{_OLD}") and not path.exists():
+    for found in sorted(path.parent.glob(".*")):
+        match = _LEFTOVER.fullmatch(found.name)
+        if match is None or match["name"] != path.name:
+            continue
+        if match["kind"] == _OLD and not path.exists():
             found.rename(path)
         elif found.is_dir() and not found.is_symlink():
             shutil.rmtree(found, ignore_errors=True)
@@ -210,16 +213,16 @@ def recover_folder(target: PathLike) -> None:
             found.unlink(missing_ok=True)
 
 
-def is_partial(path: pathlib.Path) -> bool:
-    """Whether a name is that of a result that was being written."""
-    return path.name.startswith(".") and path.name.endswith(f".{_PARTIAL}")
+def is_leftover(path: pathlib.Path) -> bool:
+    """Whether a name is that of a result that was being written, or replaced, when its process was killed."""
+    return _LEFTOVER.fullmatch(path.name) is not None
 
 
-def remove_partial_files(folder: PathLike) -> None:
-    """Removes the files in a folder that killed runs were writing. Nobody else may be writing there."""
-    for path in pathlib.Path(folder).iterdir():
-        if is_partial(path) and path.is_file():
-            path.unlink(missing_ok=True)
+def recover_contents(folder: PathLike) -> None:
+    """[`recover_folder`] for everything in a folder. Nobody else may be writing there: hold its [`lock`]."""
+    found = (_LEFTOVER.fullmatch(path.name) for path in sorted(pathlib.Path(folder).glob(".*")))
+    for name in {match["name"] for match in found if match}:
+        recover_folder(pathlib.Path(folder, name))
 
 
 @contextlib.contextmanager
@@ -329,11 +332,6 @@ def _errno_in(message: str) -> int | None:
 
 def _beside(target: pathlib.Path, kind: str) -> pathlib.Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{kind}")
-
-
-def _leftovers(target: pathlib.Path) -> list[pathlib.Path]:
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.{_TOKEN}\.({_PARTIAL}|{_OLD})")
-    return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)] if target.parent.is_dir() else []
 
 
 def _sync(path: pathlib.Path) -> None:

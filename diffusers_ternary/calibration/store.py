@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..files import lock, new_file, read_json, remove_partial_files, write_json
+from ..files import lock, new_file, read_json, recover_contents, write_json
 from ..format import TernarySpec
 from ..ternarize import LowRank, TernaryWeight
 from .solver import OutputErrors, SolvedLayer
@@ -52,7 +52,7 @@ def work_folder(folder: str | os.PathLike[str] | None) -> Iterator[None]:
         return
     with lock(folder, "another calibration"):
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        remove_partial_files(folder)
+        recover_contents(folder)
         yield
 
 

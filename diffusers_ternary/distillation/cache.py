@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The teacher's latents and text embeddings on disk: drawn once, trained on for many runs."""
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -15,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from ..files import write_text
+from ..files import lock, recover_folder, write_text
 from ..rollouts import RolloutBatch, Rollouts, make_rollouts, prepared, weights_sha256
 from .batch import TeacherBatch
 from .layout import InputLayout, TeacherRow, assemble
 from .manifest import Manifest, find_differences, join, json_values, read_manifest, split
 from .recording import TeacherRecorder, find_denoiser
-from .shards import find_fault, write_tensors
+from .shards import find_fault, hash_path, write_tensors
 
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class TeacherCache:
             TypeError: if a prompt is no string.
             ValueError: for bad prompts or call arguments, or if the folder holds a cache made from something else
                 (nothing is overwritten; the message names what differs).
+            BlockingIOError: if another run is drawing it.
             OSError: if the disk is full.
         """
         for name, value, least in (("rollout_states", rollout_states, 0), ("batch_size", batch_size, 1)):
@@ -92,8 +94,11 @@ class TeacherCache:
         target = pathlib.Path(folder)
         identity = teacher_identity(pipeline, rollouts, rollout_states=rollout_states, component=component)
         _check_same(target, identity)
+        complete = _complete(target, process, processes)
+        if complete is not None:
+            return complete
         recorder = TeacherRecorder(pipeline, rollouts, rollout_states=rollout_states, component=component)
-        with prepared(pipeline):
+        with prepared(pipeline), _writing(target, process=process):
             manifest = _read(target) or _start(target, identity, recorder, write=process == 0)
             cache = cls(target, manifest)
             _draw(cache, recorder, process, processes)
@@ -235,6 +240,23 @@ def _read(folder: pathlib.Path) -> Manifest | None:
     return Manifest.from_files(folder / _MANIFEST, load_file(folder / _SHARED))
 
 
+def _complete(folder: pathlib.Path, process: int, processes: int) -> TeacherCache | None:
+    """The cache, if nothing is missing of what this process would draw."""
+    manifest = _read(folder)
+    if manifest is None:
+        return None
+    cache = TeacherCache(folder, manifest)
+    faults = (find_fault(cache.shard_path(number)) for number in range(process, cache.shards, processes))
+    return cache if all(fault is None for fault in faults) else None
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path, *, process: int) -> Iterator[None]:
+    """Keeps other runs from drawing the same cache; the first process does it for all of a run."""
+    with lock(folder, "another run, which is drawing it") if process == 0 else contextlib.nullcontext():
+        yield
+
+
 def _start(folder: pathlib.Path, identity: Mapping[str, Any], recorder: TeacherRecorder, *, write: bool) -> Manifest:
     # Whole batches in a shard, so that a shard's content does not depend on where an interrupted build went on.
     size = -(-_SHARD_PROMPTS // recorder.rollouts.batch_size) * recorder.rollouts.batch_size
@@ -242,6 +264,8 @@ def _start(folder: pathlib.Path, identity: Mapping[str, Any], recorder: TeacherR
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         text, tensors = manifest.to_files()
+        for path in (folder / _SHARED, hash_path(folder / _SHARED), folder / _MANIFEST):
+            recover_folder(path)
         write_tensors(folder / _SHARED, tensors)
         write_text(folder / _MANIFEST, text)
     return manifest
@@ -281,6 +305,8 @@ def _missing_shards(cache: TeacherCache, numbers: range) -> Iterator[int]:
         fault = find_fault(path)
         if fault is None:
             continue
+        for file in (path, hash_path(path)):  # of this process alone: others may be writing theirs
+            recover_folder(file)
         if path.exists():
             logger.warning("%s %s; it is drawn again.", path, fault)
         yield number

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..config import TernaryConfig
+from ..extras import check_extra
 from ..files import new_folder
 from ..quantizers import below_compiled_wrappers, bits_per_weight, packed_layers, with_separate_projections
 from ..rollouts import Rollouts, make_rollouts, weights_sha256
@@ -29,7 +30,7 @@ from .online import TeacherPool
 from .progress import Progress
 from .prompts import check_disjoint
 from .report import DistillReport
-from .run_folder import check_run, flat, start_run
+from .run_folder import check_run, flat, own_run, recover_run, start_run
 from .start import StudentSource, given_student, make_student, teacher_component, with_denoiser
 
 
@@ -101,21 +102,60 @@ def distill(
         ValueError: for a quantized teacher, a student of another architecture, held-out prompts that are trained on,
             a scheduler or call that cannot be distilled, a cache or an output folder of other settings.
         FileExistsError: if `output_dir` holds something else than a run.
+        BlockingIOError: if another distillation is using `output_dir`, or drawing the same cache.
+        MissingExtraError: without bitsandbytes, if `optimizer="adamw8bit"` asks for it.
         MemoryError: if the run cannot fit.
     """
     config, distill_config = config or TernaryConfig(), distill_config or DistillConfig()
     component = teacher_component(teacher_pipeline, config)
     teacher = teacher_pipeline.components[component]
+    if distill_config.optimizer == "adamw8bit":
+        check_extra("bitsandbytes", "optimizer='adamw8bit'")
     start = None if student is None else given_student(student, component, teacher)
     training, held_out = _split(teacher_pipeline, prompts, held_out_prompts, distill_config)
     accelerator = accelerator or _make_accelerator(distill_config, teacher)
     folder = pathlib.Path(output_dir)
+    with own_run(folder, main_process=accelerator.is_main_process):
+        trained = _distill(
+            teacher_pipeline,
+            component,
+            start,
+            training,
+            held_out,
+            config,
+            distill_config,
+            folder,
+            pathlib.Path(cache_dir) if cache_dir is not None else folder / "cache",
+            accelerator,
+            progress=progress,
+        )
+    return with_denoiser(teacher_pipeline, component, trained)
+
+
+def _distill(
+    teacher_pipeline: DiffusionPipeline,
+    component: str,
+    start: nn.Module | None,
+    training: Rollouts,
+    held_out: Rollouts,
+    config: TernaryConfig,
+    distill_config: DistillConfig,
+    folder: pathlib.Path,
+    caches: pathlib.Path,
+    accelerator: Accelerator,
+    *,
+    progress: bool,
+) -> nn.Module:
+    """The run itself, in a folder that is its own; returns the best student."""
+    teacher = teacher_pipeline.components[component]
     identity = _identity(teacher_pipeline, config, distill_config, training, held_out, start, accelerator)
     # Before anything is written, and in all processes before the first of them writes.
     check_run(folder, identity)
+    if accelerator.is_main_process:
+        recover_run(folder)
     accelerator.wait_for_everyone()
     if (folder / _REPORT).is_file():  # the run has ended before
-        return with_denoiser(teacher_pipeline, component, _load(teacher, folder / "best", accelerator))
+        return _load(teacher, folder / "best", accelerator)
     teacher.to(accelerator.device)
     with observed_tokens(teacher) as tokens:
         noise = observe_noise(
@@ -143,7 +183,6 @@ def distill(
                 )
             _save_start(start, folder)
     accelerator.wait_for_everyone()
-    caches = pathlib.Path(cache_dir) if cache_dir is not None else folder / "cache"
     data: TeacherCache | TeacherPool
     if distill_config.online_pool:
         data = _pool(teacher_pipeline, training, distill_config.online_pool, component, accelerator)
@@ -186,7 +225,7 @@ def distill(
         report = _report(trainer.student, result, identity, config, distill_config, accelerator)
         report.save_json(folder / _REPORT)
     accelerator.wait_for_everyone()
-    return with_denoiser(teacher_pipeline, component, trainer.student)
+    return trainer.student
 
 
 def _split(

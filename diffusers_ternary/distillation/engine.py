@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from diffusers.utils.logging import tqdm
 from torch import nn
 
-from ..files import new_folder, recover_folder
+from ..files import new_folder
 from .blocks import BlockRecorder, block_names
 from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import DistillConfig
@@ -75,8 +75,6 @@ class Trainer:
         layers = list(ternary_layers(self.student))
         phases = plan_phases(self.config, layers, self._blocks_in_order())
         checkpoint = latest_checkpoint(self.folder / "checkpoints")
-        if self.accelerator.is_main_process:
-            recover_folder(self.folder / "best")
         if checkpoint is not None:
             load_pool(self.inputs.data, checkpoint.folder.parent, checkpoint.step, self.accelerator.process_index)
             self.progress = Progress.from_dict(checkpoint.progress)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: whose it is, and that nobody else writes there."""
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..files import is_partial, read_json, write_json
+from ..files import is_leftover, lock, read_json, recover_contents, write_json
 
 
 _IDENTITY = "run.json"
@@ -25,7 +26,7 @@ def check_run(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
     """
     known = read_json(folder / _IDENTITY, remedy="Choose another output folder, or delete this one.")
     if known is None:
-        if folder.is_file() or (folder.is_dir() and not all(is_partial(path) for path in folder.iterdir())):
+        if folder.is_file() or (folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir())):
             raise FileExistsError(f"{folder} exists and holds no distillation run. Choose another output folder.")
         return
     differences = [
@@ -38,6 +39,23 @@ def check_run(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
             f"{folder} holds the checkpoints of another run ({'; '.join(differences)}). Nothing was changed. Choose "
             "another output folder, delete this one, or repeat the settings it was started with."
         )
+
+
+@contextlib.contextmanager
+def own_run(folder: pathlib.Path, *, main_process: bool) -> Iterator[None]:
+    """Keeps other distillations out of a folder until the block ends; the main process does it for all of a run.
+
+    Raises:
+        BlockingIOError: if one is using it.
+    """
+    with lock(folder, "another distillation") if main_process else contextlib.nullcontext():
+        yield
+
+
+def recover_run(folder: pathlib.Path) -> None:
+    """Removes what a killed run of this folder was writing, and puts back what it was replacing."""
+    for part in ("", "checkpoints", "phases"):
+        recover_contents(folder / part)
 
 
 def start_run(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
