@@ -12,8 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.logging import tqdm
 from torch import nn
 
-from ..rollouts import DenoiserCall, Rollouts, recorded_calls
-from ..rollouts.rollouts import prepared
+from ..rollouts import DenoiserCall, Rollouts, prepared, recorded_calls
 from ..ternarize import quantize_int8
 from .candidates import Candidate
 from .config import SensitivityConfig

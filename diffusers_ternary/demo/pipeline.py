@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 
+from ..rollouts import batches, draw, prepared
+
 
 DATA = Path(__file__).with_name("data")
 
@@ -99,17 +101,10 @@ def generate(
     """
     call = {**DEMO_CALL, **overrides}
     negative = call.pop("negative_prompt", "" if call["true_cfg_scale"] > 1.0 else None)
-    pictures = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = list(prompts[start : start + batch_size])
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + offset) for offset in range(len(chunk))]
-        result = pipeline(
-            chunk,
-            # FluxPipeline does not repeat a single negative prompt for a batch
-            negative_prompt=None if negative is None else [negative] * len(chunk),
-            generator=generators,
-            output_type="np",
-            **call,
+    if negative is not None:
+        call["negative_prompt"] = negative
+    seeds = range(seed * 1_000_003, seed * 1_000_003 + len(prompts))
+    with prepared(pipeline):
+        return np.concatenate(
+            [draw(pipeline, batch, call, "np").images for batch in batches(prompts, seeds, batch_size)]
         )
-        pictures.append(result.images)
-    return np.concatenate(pictures)

@@ -18,7 +18,7 @@ from ..config import TernaryConfig
 from ..extras import check_extra
 from ..files import new_folder
 from ..quantizers import below_compiled_wrappers, bits_per_weight, packed_layers, with_separate_projections
-from ..rollouts import Rollouts, make_rollouts, weights_sha256
+from ..rollouts import Rollouts, check_prompts, evaluation_mode, make_rollouts, weights_sha256
 from .cache import TeacherCache
 from .config import DistillConfig
 from .engine import Trainer
@@ -28,7 +28,7 @@ from .memory import available_memory, check_memory, observed_tokens
 from .noise import observe_noise
 from .online import TeacherPool
 from .progress import Progress
-from .prompts import check_disjoint
+from .prompts import check_disjoint, split_held_out
 from .report import DistillReport
 from .run_folder import check_run, flat, own_run, recover_run, start_run
 from .start import StudentSource, given_student, make_student, teacher_component, with_denoiser
@@ -84,8 +84,8 @@ def distill(
         student (`DiffusionPipeline`, `nn.Module`, `str` or `os.PathLike`, *optional*):
             A packed student to start from: pipeline, denoiser or folder. It is not changed.
         held_out_prompts (`Sequence[str]`, *optional*):
-            Prompts for the evaluation during the run; default: the last `held_out` of `prompts`, which are then not
-            trained on.
+            Prompts for the evaluation during the run; default: `held_out` of `prompts`, chosen by their hash, which
+            are then not trained on.
         cache_dir (`str` or `os.PathLike`, *optional*):
             Folder of the teacher's latents, to share it between runs; default: inside `output_dir`. With
             `online_pool`, only those of the held-out prompts are kept.
@@ -115,7 +115,8 @@ def distill(
     training, held_out = _split(teacher_pipeline, prompts, held_out_prompts, distill_config)
     accelerator = accelerator or _make_accelerator(distill_config, teacher)
     folder = pathlib.Path(output_dir)
-    with own_run(folder, main_process=accelerator.is_main_process):
+    parts = teacher_pipeline.components.values()
+    with own_run(folder, main_process=accelerator.is_main_process), evaluation_mode(parts):
         trained = _distill(
             teacher_pipeline,
             component,
@@ -232,13 +233,8 @@ def _split(
     pipeline: DiffusionPipeline, prompts: Sequence[str], held_out: Sequence[str] | None, config: DistillConfig
 ) -> tuple[Rollouts, Rollouts]:
     """Training and held-out trajectories, checked."""
-    if held_out is None and not isinstance(prompts, str):
-        if len(prompts) <= config.held_out:
-            raise ValueError(
-                f"{len(prompts)} prompts are too few to hold out {config.held_out} of them. Give more, a smaller "
-                "held_out, or held_out_prompts of their own."
-            )
-        prompts, held_out = prompts[: -config.held_out], prompts[-config.held_out :]
+    if held_out is None:
+        prompts, held_out = split_held_out(check_prompts(prompts), config.held_out)
     rows, call = config.batch_size, config.call_kwargs
     training = make_rollouts(pipeline, prompts, seed=config.seed * _SEED_STRIDE, batch_size=rows, call_kwargs=call)
     unseen = make_rollouts(pipeline, held_out or (), seed=_HELD_OUT_SEED, batch_size=rows, call_kwargs=call)

@@ -81,8 +81,8 @@ def split_held_out(prompts: Sequence[str], count: int) -> tuple[list[str], list[
     held = set(sorted(set(keys))[:count])
     if count < 1 or len(set(keys)) <= count:
         raise ValueError(
-            f"{count} of {len(set(keys))} different prompts cannot be held out. Give more prompts (20 to 100 of "
-            "thousands are held out), or name the held-out ones (--held-out FILE)."
+            f"{count} of {len(set(keys))} different prompts cannot be held out: they are too few to hold out so many. "
+            "Give more (20 to 100 of thousands are held out), or name the held-out ones (--held-out FILE)."
         )
     train = [prompt for prompt, key in zip(prompts, keys, strict=True) if key not in held]
     held_out = {key: prompt for prompt, key in reversed(list(zip(prompts, keys, strict=True))) if key in held}

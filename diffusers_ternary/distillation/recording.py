@@ -18,8 +18,8 @@ from ..rollouts import (
     Rollouts,
     named_arguments,
     recorded_calls,
-    returns_latents,
     sample_name,
+    takes_output_type,
     timestep_name,
 )
 from .layout import REPEATED, SHARED, Branch, InputLayout, Path, TeacherRow, find_kinds, leaves, same
@@ -64,7 +64,7 @@ class TeacherRecorder:
     def __init__(
         self, pipeline: DiffusionPipeline, rollouts: Rollouts, *, rollout_states: int, component: str | None = None
     ) -> None:
-        if not returns_latents(pipeline):
+        if not takes_output_type(pipeline):
             raise ValueError(f"{type(pipeline).__name__} takes no output_type, so it does not give its latents.")
         self.pipeline = pipeline
         self.rollouts = rollouts

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import track
 
 from ..quantizers import below_compiled_wrappers
-from ..rollouts import DenoiserCall, recorded_calls
+from ..rollouts import DenoiserCall, RolloutBatch, prepared, recorded_calls
 from .comparable import check_comparable, denoiser_of
 from .metrics import check_same_size, image_distance
 from .result import EvaluationResult, ScorePair
-from .sampling import Batch, Sampling, check_call, draw, make_sampling, silent
+from .sampling import Sampling, draw_images, make_sampling
 from .velocity import VelocityError, velocity_error
 
 
@@ -131,22 +131,22 @@ def observe_teacher(
     """The teacher's half of [`evaluate`], to be compared with several students."""
     if not isinstance(velocity_prompts, int) or velocity_prompts < 0:
         raise ValueError(f"velocity_prompts={velocity_prompts!r} is not a number of prompts (0 = no velocity error).")
-    check_call(teacher, sampling.call_kwargs)
+    sampling.check(teacher)
     denoiser = denoiser_of(teacher)
     images: list[Image.Image] = []
     calls: list[DenoiserCall] = []
     recorded = 0
     seconds = 0.0
-    with silent(teacher):
+    with prepared(teacher):
         for batch in _progress(sampling, "teacher", progress):
             start = time.perf_counter()
             if recorded < velocity_prompts:
                 with recorded_calls(denoiser) as new_calls:
-                    images += draw(teacher, batch, sampling.call_kwargs)
+                    images += draw_images(teacher, batch, sampling.call_kwargs)
                 calls += new_calls
                 recorded += len(batch.prompts)
             else:
-                images += draw(teacher, batch, sampling.call_kwargs)
+                images += draw_images(teacher, batch, sampling.call_kwargs)
             seconds += time.perf_counter() - start
     scorers = dict(scorers or {})
     scores = _score(scorers, images, sampling.prompts)
@@ -159,10 +159,10 @@ def compare(student: DiffusionPipeline, run: TeacherRun, *, progress: bool = Tru
     sampling = run.sampling
     images: list[Image.Image] = []
     seconds = 0.0
-    with silent(student):
+    with prepared(student):
         for batch in _progress(sampling, "student", progress):
             start = time.perf_counter()
-            images += draw(student, batch, sampling.call_kwargs)
+            images += draw_images(student, batch, sampling.call_kwargs)
             seconds += time.perf_counter() - start
             check_same_size(images[-1], run.images[len(images) - 1])
     distance = image_distance(images, run.images)
@@ -192,13 +192,16 @@ def _velocity(student: DiffusionPipeline, run: TeacherRun) -> VelocityError | No
     if not run.calls:
         return None
     teacher_dtype = getattr(denoiser_of(run.teacher), "dtype", torch.float32)
-    error = velocity_error(denoiser_of(student), run.calls, teacher_dtype=teacher_dtype, prompts=run.recorded_prompts)
+    with prepared(student):
+        error = velocity_error(
+            denoiser_of(student), run.calls, teacher_dtype=teacher_dtype, prompts=run.recorded_prompts
+        )
     student.maybe_free_model_hooks()  # an offloaded denoiser goes back to where it was
     return error
 
 
 def _progress(sampling: Sampling, role: str, visible: bool) -> "Any":
-    batches: list[Batch] = list(sampling.batches())
+    batches: list[RolloutBatch] = list(sampling.batches())
     console = Console(stderr=True)
     return track(batches, description=f"{role} draws", console=console, transient=True, disable=not visible)
 

@@ -11,14 +11,29 @@ from .calls import (
     timestep_name,
     timestep_of,
 )
+from .drawing import (
+    RolloutBatch,
+    batches,
+    check_call,
+    check_prompts,
+    draw,
+    evaluation_mode,
+    prepared,
+    takes_output_type,
+)
 from .fingerprint import fingerprint, weights_sha256
-from .rollouts import RolloutBatch, Rollouts, make_rollouts, prepared, returns_latents
+from .rollouts import Rollouts, make_rollouts
 
 
 __all__ = [
     "DenoiserCall",
     "RolloutBatch",
     "Rollouts",
+    "batches",
+    "check_call",
+    "check_prompts",
+    "draw",
+    "evaluation_mode",
     "fingerprint",
     "make_rollouts",
     "map_tensors",
@@ -26,8 +41,8 @@ __all__ = [
     "prediction_of",
     "prepared",
     "recorded_calls",
-    "returns_latents",
     "sample_name",
+    "takes_output_type",
     "timestep_name",
     "timestep_of",
     "weights_sha256",

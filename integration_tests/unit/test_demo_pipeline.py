@@ -136,3 +136,15 @@ def test_model_index_names_library_classes_only() -> None:
     index = json.loads(Path(DATA / "teacher" / "model_index.json").read_text())
     libraries = {value[0] for value in index.values() if isinstance(value, list)}
     assert libraries <= {"diffusers", "transformers", None}
+
+
+def test_dropout_does_not_reach_the_pictures() -> None:
+    pipeline = demo_pipeline()
+    before = generate(pipeline, held_out_prompts(2, 1), seed=3)
+    pipeline.text_encoder_2.train()
+    dropouts = [part for part in pipeline.text_encoder_2.modules() if isinstance(part, torch.nn.Dropout)]
+    for part in dropouts:
+        part.p = 0.5
+    assert dropouts
+    np.testing.assert_array_equal(generate(pipeline, held_out_prompts(2, 1), seed=3), before)
+    assert pipeline.text_encoder_2.training

@@ -17,7 +17,7 @@ from support.fresh_process import ROOT, run_python
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.distillation import DistillConfig, DistillReport, distill
 from diffusers_ternary.distillation.trainee import ternary_layers
-from diffusers_ternary.files import recover_folder
+from diffusers_ternary.files import lock, recover_folder
 
 
 RUN = "import json, sys; from support import distillation as d; "
@@ -254,3 +254,33 @@ def test_a_folder_that_was_being_replaced_is_recovered(tmp_path):
     recover_folder(tmp_path / "best")
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
     assert (tmp_path / "best" / "config.json").read_text() == "{}"
+
+
+def test_the_teacher_teaches_in_evaluation_mode(tmp_path):
+    """Also between the drawings: dropout would make every target random."""
+    teacher = distillation.teacher()
+    modes = []
+    teacher.transformer.train().register_forward_pre_hook(lambda module, *_: modes.append(module.training))
+    distillation.run(tmp_path / "run", pipeline=teacher, steps=2)
+    assert len(modes) > 10
+    assert not any(modes)
+    assert teacher.transformer.training
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with (
+        lock(tmp_path / "run", "a test"),
+        pytest.raises(BlockingIOError, match=r"run is in use by another distillation\. Wait until"),
+    ):
+        distillation.run(tmp_path / "run", steps=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    run = tmp_path / "run"
+    for name in (".run.json.0a1b2c3d.partial", ".start.0a1b2c3d.partial"):  # the first that it writes
+        run.mkdir(exist_ok=True)
+        (run / name).write_text("half")
+    distillation.run(run, steps=1)
+    assert not list(run.rglob("*.partial"))
+    assert report(run).steps == 1

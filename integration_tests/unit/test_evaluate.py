@@ -67,6 +67,23 @@ def test_velocity_error_of_a_shifted_teacher_matches_a_direct_computation(teache
 
 
 @pytest.mark.parametrize("make", [tiny_flux, tiny_stable_diffusion])
+def test_a_pipeline_in_training_mode_equals_itself(make) -> None:
+    """Dropout in every part: the text encoder's own, and one more behind the denoiser's first projection."""
+    pipeline = make()
+    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    first = next(name for name, part in denoiser.named_modules() if isinstance(part, torch.nn.Linear))
+    denoiser.set_submodule(first, torch.nn.Sequential(denoiser.get_submodule(first), torch.nn.Dropout(0.5)))
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    for part in parts:
+        part.train()
+    result = run(pipeline, pipeline, call_kwargs={"height": 16, "width": 16, "num_inference_steps": 2})
+    assert math.isinf(result.psnr_db)
+    assert result.velocity is not None
+    assert result.velocity.overall == 0.0
+    assert all(module.training for part in parts for module in part.modules()), "the modes are given back"
+
+
+@pytest.mark.parametrize("make", [tiny_flux, tiny_stable_diffusion])
 def test_a_pipeline_equals_itself(make) -> None:
     pipeline = make()
     call = {"height": 16, "width": 16, "num_inference_steps": 2}
