@@ -191,7 +191,13 @@ class Checkpoints:
 
 
 def train(
-    vae_folder: Path, work: Path, recipe: Recipe, *, checkpoint_every: int, stop_at: int | None = None
+    vae_folder: Path,
+    work: Path,
+    recipe: Recipe,
+    *,
+    checkpoint_every: int,
+    stop_at: int | None = None,
+    compile_blocks: bool = False,
 ) -> DiffusionPipeline:
     """Run or resume the training; the averaged weights are in ``work/teacher`` at every checkpoint.
 
@@ -201,10 +207,17 @@ def train(
         recipe: What to train, and how.
         checkpoint_every: Steps between checkpoints.
         stop_at: Stop before this step as if interrupted there, after writing a checkpoint.
+        compile_blocks: Compile the transformer's blocks: minutes at the start, 1.5 times the speed on a CPU. Rounds
+            differently, so a resumed run repeats an uninterrupted one exactly only if both do the same.
     """
     set_seed(recipe.seed)
     vae = AutoencoderTiny.from_pretrained(vae_folder).eval().requires_grad_(False)
     pipeline, trainee = build(vae, recipe)
+    if compile_blocks:
+        for blocks in trainee.transformer.children():
+            if isinstance(blocks, nn.ModuleList):
+                for block in blocks:
+                    block.compile(fullgraph=True)
     accelerator = Accelerator(mixed_precision="bf16", step_scheduler_with_optimizer=False)
     optimizers = build_optimizers(trainee, recipe)
     schedules = [
@@ -264,13 +277,22 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True, help="folder of train_vae.py")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, losses and the pipeline")
     parser.add_argument("--checkpoint-every", type=int, default=200)
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the blocks: a slow start, then 1.5 times faster"
+    )
     for name, default in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     arguments = vars(parser.parse_args())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_flush_denormal(True)
     recipe = Recipe(**{name: arguments[name] for name in asdict(Recipe())})
-    train(arguments["vae"], arguments["work"], recipe, checkpoint_every=arguments["checkpoint_every"])
+    train(
+        arguments["vae"],
+        arguments["work"],
+        recipe,
+        checkpoint_every=arguments["checkpoint_every"],
+        compile_blocks=arguments["compile"],
+    )
 
 
 if __name__ == "__main__":
