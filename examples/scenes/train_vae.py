@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import random
@@ -58,22 +59,29 @@ def psnr(vae: AutoencoderTiny, pictures: torch.Tensor) -> float:
     return (10 * (4.0 / errors).log10()).mean().item()
 
 
-def train(steps: int, batch_size: int, learning_rate: float, seed: int) -> AutoencoderTiny:
-    """Squared error of the pixels, with latents held at mean 0 and standard deviation 1 per channel."""
+def train(
+    steps: int, batch_size: int, learning_rate: float, seed: int, start: AutoencoderTiny | None = None
+) -> AutoencoderTiny:
+    """Squared error of the pixels, with latents held at mean 0 and standard deviation 1 per channel.
+
+    With ``start`` only the decoder is trained further: the latents, and so what a teacher learns, stay what they are.
+    """
     set_seed(seed)
     accelerator = Accelerator(mixed_precision="bf16")
     sprites = Sprites()
     renderer = Renderer(sprites, accelerator.device)
-    vae = build_vae().to(memory_format=torch.channels_last)
+    vae = build_vae() if start is None else start
+    vae.encoder.requires_grad_(start is None)
+    vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     )
     model, optimizer, schedule = accelerator.prepare(vae, optimizer, schedule)
     ema = EMAModel(vae.parameters(), decay=0.995)
-    bar = tqdm(range(steps), mininterval=10)
-    for step in bar:
-        layout = random_layout(batch_size, sprites, random.Random(f"vae {seed} {step}"))
+    stage = "vae" if start is None else "decoder"
+    for step in tqdm(range(steps), mininterval=10):
+        layout = random_layout(batch_size, sprites, random.Random(f"{stage} {seed} {step}"))
         pictures = renderer.draw(layout.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             latents = model.encode(pictures).latents.float()
@@ -98,6 +106,7 @@ def main() -> None:
     """Train, measure the latents and the reconstruction on held-out scenes, write a bfloat16 folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--refine", type=Path, help="folder of a trained autoencoder whose decoder is trained further")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -105,7 +114,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_flush_denormal(True)
-    vae = train(arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.seed)
+    start = AutoencoderTiny.from_pretrained(arguments.refine) if arguments.refine else None
+    vae = train(arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.seed, start)
 
     vae = vae.bfloat16().float()  # measured with the weights as they are stored
     sprites, rng = Sprites(), random.Random(arguments.seed)
@@ -113,10 +123,16 @@ def main() -> None:
     pictures = Renderer(sprites).draw(layout_of(tasks, sprites, rng, training=False))
     with torch.no_grad():
         latents = torch.cat([vae.encode(part).latents for part in pictures.split(64)])
-    vae.register_to_config(scaling_factor=1.0 / latents.std().item(), shift_factor=latents.mean().item())
+    if start is None:
+        vae.register_to_config(scaling_factor=1.0 / latents.std().item(), shift_factor=latents.mean().item())
     logger.info("per channel: mean %s, std %s", latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist())
     logger.info("%d held-out scenes rebuilt: %.2f dB", len(pictures), psnr(vae, pictures))
     vae.bfloat16().save_pretrained(arguments.output)
+    config = arguments.output / "config.json"
+    written = json.loads(config.read_text())
+    written.pop("block_out_channels", None)  # AutoencoderTiny sets it itself, and warns when a file does
+    written.pop("_name_or_path", None)
+    config.write_text(json.dumps(written, indent=2) + "\n")
 
 
 if __name__ == "__main__":
