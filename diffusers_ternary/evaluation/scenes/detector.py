@@ -59,7 +59,9 @@ class Detector(nn.Module):
         )
         self.parts = (1, 4, len(CLASSES), len(COLORS))
         self.head = nn.Conv2d(width, sum(self.parts), 1)
-        nn.init.constant_(self.head.bias[:1], -4.0)  # an object is rare; FCOS and RetinaNet start so
+        bias = torch.zeros(sum(self.parts))
+        bias[0] = -4.0  # an object is rare; FCOS and RetinaNet start so
+        self.head.bias = nn.Parameter(bias)
 
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits of an object [B, 1, 16, 16], boxes in pixels [B, 4, 16, 16], logits of classes and of colors."""
