@@ -2,6 +2,7 @@
 """The quantizer that diffusers calls from `from_pretrained`, `from_single_file` and `save_pretrained`."""
 
 import logging
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,8 +13,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..compat import DiffusersQuantizer, drop_config_entries
-from ..config import TernaryConfig, TernaryMethod
-from ..layers import QuantizedLayer, read_records
+from ..config import RECOVER, TernaryConfig, TernaryMethod
+from ..layers import Int8Layer, QuantizedLayer, read_records
 from .checkpoint import (
     PackedCheckpoint,
     check_crc,
@@ -30,6 +31,7 @@ from .float8 import Float8Scales, find_float8_scales, headers_of, unscale_state_
 from .foreign import refuse_gguf, refuse_quantized_headers
 from .fused_projections import enable_fused_projections
 from .host_models import prepare_diffusers
+from .placement import model_bytes
 from .plan import plan_conversion
 from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
 from .summary import packed_layers, summarize
@@ -63,6 +65,10 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         # Parameters whose float values are packed while loading.
         self.to_pack: set[str] = set()
         self.packing = PackingRecord()
+        # Of the bytes of the packed model, those that accelerate counts while it plans a device map.
+        self.counted_share = 1.0
+        self.warm_up_factor = 4
+        self.dtype = torch.float32
         self.progress: Any = None
         self.input_hook: Any = None
 
@@ -83,13 +89,33 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         """Without `torch_dtype`, the model is loaded in the config's compute dtype."""
-        return torch_dtype if torch_dtype is not None else self.quantization_config.torch_compute_dtype
+        dtype = torch_dtype if torch_dtype is not None else self.quantization_config.torch_compute_dtype
+        self.dtype = dtype or self.dtype
+        return dtype
 
-    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
-        """Bytes per weight for `device_map="auto"`: 2-bit codes and scales (accelerate has no finer unit)."""
-        from accelerate.utils import CustomDtype
+    def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, Any]:
+        """What the weights of placeholders take in `device_map="auto"`: 2-bit codes, int8, or float.
 
-        return CustomDtype.INT2
+        accelerate has no finer unit: `adjust_max_memory` makes up for the scales.
+        """
+        from accelerate.utils import CustomDtype, compute_module_sizes
+
+        config = self.quantization_config
+        special: dict[str, Any] = {}
+        for name, layer in packed_layers(model).items():
+            if not layer.is_packed and config.rounding != RECOVER:
+                special[f"{name}.weight"] = torch.int8 if isinstance(layer, Int8Layer) else CustomDtype.INT2
+        counted = compute_module_sizes(model, dtype=torch_dtype, special_dtypes=special)[""]
+        self.counted_share = min(1.0, counted / max(1, model_bytes(model, config)))
+        return special
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Leaves the room of what `get_special_dtypes_update` cannot count: scales, multipliers, corrections."""
+        return {device: int(limit * self.counted_share) for device, limit in max_memory.items()}
+
+    def get_cuda_warm_up_factor(self) -> int:
+        """The loader allocates "elements of the model" / this factor, in the model's dtype: no more than it needs."""
+        return self.warm_up_factor
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """The only hook that sees all shards before modules are swapped: reads and checks their headers."""
@@ -132,6 +158,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
                 self.quantization_config,
                 source=next(iter(self.checkpoint.tensors.values())).file,
             )
+            self._plan_allocation(model)
             return
         if state_dict is not None:
             # Only from_single_file hands over the weights here; it claims that every checkpoint is pre-quantized.
@@ -140,7 +167,13 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         insert_placeholders(model, plan, self.quantization_config)
         self.kept = plan.kept
         self.to_pack = {f"{name}.weight" for name in plan.kinds}
+        self._plan_allocation(model)
         self.progress = tqdm(total=len(plan.kinds), desc="Packing layers", leave=False)
+
+    def _plan_allocation(self, model: nn.Module) -> None:
+        elements = sum(tensor.numel() for tensor in model.state_dict().values())
+        needed = max(1, model_bytes(model, self.quantization_config))
+        self.warm_up_factor = max(1, math.ceil(elements * self.dtype.itemsize / needed))
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """A packed or to-be-packed layer without its tensors is an error, not a warning."""

@@ -32,6 +32,7 @@ from .dequantize import dequantize_layers
 from .float8 import Float8Scales, find_float8_scales
 from .foreign import refuse_quantized_headers
 from .host_models import prepare_transformers
+from .placement import bytes_per_weight
 from .plan import plan_conversion
 from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
 from .summary import packed_layers, summarize
@@ -186,6 +187,13 @@ class TernaryTransformersQuantizer(HfQuantizer):
             return not module.is_packed
         # Only the conversion is told what the weight is called in the file.
         return bool(self.float8.scales) and module.weight.is_floating_point()
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element while a device map or an allocation is planned; of a placeholder, as it will be packed."""
+        layer = model.get_submodule(param_name.rpartition(".")[0])
+        if isinstance(layer, QuantizedLayer) and param is layer.weight and not layer.is_packed:
+            return bytes_per_weight(layer, self.quantization_config)
+        return param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:
         """Packs on the fly."""
