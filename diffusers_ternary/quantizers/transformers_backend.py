@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantizer that transformers calls for text encoders."""
 
+import copy
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from .dequantize import dequantize_layers
 from .float8 import Float8Scales, find_float8_scales
 from .foreign import refuse_quantized_headers
 from .host_models import prepare_transformers
+from .parts import give_own_config, packed_parts, renamed_for
 from .placement import bytes_per_weight
 from .plan import plan_conversion
 from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
@@ -51,6 +54,20 @@ class QuantizerOperation(ConversionOps):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizerOperation":
         return self
+
+
+def _packed_parts(model: Any) -> list[Any]:
+    from transformers import PreTrainedModel  # not at import: it loads half of transformers
+
+    return packed_parts(model, PreTrainedModel)
+
+
+def _mark_initialized(layer: Any, names: Iterable[str] = _STORED) -> None:
+    """transformers draws random values for parameters without this mark."""
+    for name in names:
+        parameter = getattr(layer, name, None)
+        if parameter is not None:
+            parameter._is_hf_initialized = True
 
 
 class PackOnLoad(QuantizerOperation):
@@ -83,10 +100,7 @@ class PackOnLoad(QuantizerOperation):
             layer, names = float_layer(layer, weight.to(layer.weight.dtype)), ("weight",)
             kwargs["model"].set_submodule(name, layer)
             quantizer.kept[name] = NOT_TERNARY
-        for parameter_name in names:
-            parameter = getattr(layer, parameter_name)
-            if parameter is not None:
-                parameter._is_hf_initialized = True  # transformers draws random values for what is not marked
+        _mark_initialized(layer, names)
         kwargs["missing_keys"].discard(f"{name}.weight")
         return {}
 
@@ -171,8 +185,11 @@ class TernaryTransformersQuantizer(HfQuantizer):
         # Before anything is loaded: the loader collects the errors of conversions and raises one of its own.
         check_headers(layout, tensors, source=source)
         check_values(layout, tensors)
-        self.checkpoint = PackedCheckpoint(layout, tensors)
-        insert_packed(model, layout.layers, self.checkpoint.scale_dtypes(), self.quantization_config, source=source)
+        self.checkpoint = renamed_for(model, PackedCheckpoint(layout, tensors))
+        layers = self.checkpoint.layout.layers
+        insert_packed(model, layers, self.checkpoint.scale_dtypes(), self.quantization_config, source=source)
+        for layer in packed_layers(model).values():
+            _mark_initialized(layer)  # layers that stay on disk are not loaded, and must not be drawn at random
         return model
 
     # --- the weights --------------------------------------------------------------------------------------------
@@ -250,15 +267,21 @@ class TernaryTransformersQuantizer(HfQuantizer):
         self.read = set()
         prepare_transformers()
         self.once = frozenset(packed_layers(model))
-        # Files are written with the names of the modules, whatever names they were read under.
-        forget_weight_conversions(model)
-        model.hf_quantizer = self
-        model.is_quantized = True
-        model.quantization_method = TernaryMethod.DIFFUSERS_TERNARY
+        give_own_config(model)
         model.config.quantization_config = self.quantization_config
+        for part in _packed_parts(model):  # each may be saved on its own
+            # Files are written with the names of the modules, whatever names they were read under.
+            forget_weight_conversions(part)
+            part.hf_quantizer = self
+            part.is_quantized = True
+            part.quantization_method = TernaryMethod.DIFFUSERS_TERNARY
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Memory layout to file layout, called by `save_pretrained`."""
+        """Memory layout to file layout, called by `save_pretrained` of the model or of a model within it."""
+        if getattr(model.config, "quantization_config", None) is None:
+            # A tower's config is a part of the whole model's, which says once for all that it is packed.
+            model.config = copy.copy(model.config)
+            model.config.quantization_config = self.quantization_config
         state_dict = model.state_dict()
         records = read_records(state_dict)
         converted, layout = state_dict_to_file(drop_unsaved(state_dict, model), records, once=self.once)
@@ -266,7 +289,13 @@ class TernaryTransformersQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # save_pretrained leaves the name of the dtype in the model's config.
+        parts = _packed_parts(model)
         dequantize_layers(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        for part in parts:
+            if part is not model:
+                self.remove_quantization_config(part)
+        if getattr(model.config, "quantization_config", None) is None:  # a part of the model shared it, and removed it
+            model.config.quantization_config = self.quantization_config
         return model
 
     def is_serializable(self) -> bool:
