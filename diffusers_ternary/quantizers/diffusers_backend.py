@@ -2,7 +2,6 @@
 """The quantizer that diffusers calls from `from_pretrained`, `from_single_file` and `save_pretrained`."""
 
 import logging
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -31,7 +30,7 @@ from .float8 import Float8Scales, find_float8_scales, headers_of, unscale_state_
 from .foreign import refuse_gguf, refuse_quantized_headers
 from .fused_projections import enable_fused_projections
 from .host_models import prepare_diffusers
-from .placement import model_bytes
+from .placement import model_bytes, warm_up_factor
 from .plan import plan_conversion
 from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
 from .summary import packed_layers, summarize
@@ -158,7 +157,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
                 self.quantization_config,
                 source=next(iter(self.checkpoint.tensors.values())).file,
             )
-            self._plan_allocation(model)
+            self.warm_up_factor = warm_up_factor(model, self.quantization_config, self.dtype)
             return
         if state_dict is not None:
             # Only from_single_file hands over the weights here; it claims that every checkpoint is pre-quantized.
@@ -167,13 +166,8 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         insert_placeholders(model, plan, self.quantization_config)
         self.kept = plan.kept
         self.to_pack = {f"{name}.weight" for name in plan.kinds}
-        self._plan_allocation(model)
+        self.warm_up_factor = warm_up_factor(model, self.quantization_config, self.dtype)
         self.progress = tqdm(total=len(plan.kinds), desc="Packing layers", leave=False)
-
-    def _plan_allocation(self, model: nn.Module) -> None:
-        elements = sum(tensor.numel() for tensor in model.state_dict().values())
-        needed = max(1, model_bytes(model, self.quantization_config))
-        self.warm_up_factor = max(1, math.ceil(elements * self.dtype.itemsize / needed))
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """A packed or to-be-packed layer without its tensors is an error, not a warning."""

@@ -4,6 +4,7 @@
 import dataclasses
 import math
 
+import torch
 from torch import nn
 
 from ..config import RECOVER, TernaryConfig
@@ -53,3 +54,12 @@ def model_bytes(model: nn.Module, config: TernaryConfig) -> int:
         planned_bytes(placeholders[name], config) if name in placeholders else tensor.numel() * tensor.element_size()
         for name, tensor in tensors.items()
     )
+
+
+def warm_up_factor(model: nn.Module, config: TernaryConfig, dtype: torch.dtype) -> int:
+    """What diffusers divides the elements of a model by before it allocates as many values of `dtype` on a GPU.
+
+    The quotient is at most what the model takes once it is packed.
+    """
+    elements = sum(tensor.numel() for tensor in model.state_dict().values())
+    return max(1, math.ceil(elements * dtype.itemsize / max(1, model_bytes(model, config))))
