@@ -16,9 +16,10 @@ from rich.progress import track
 
 from ..quantizers import below_compiled_wrappers
 from ..rollouts import DenoiserCall, RolloutBatch, prepared, recorded_calls
+from .benchmarks import Benchmark, BenchmarkScores, judge_all, make_benchmark
 from .comparable import check_comparable, denoiser_of
 from .metrics import check_same_size, image_distance
-from .result import EvaluationResult, ScorePair
+from .result import BenchmarkPair, EvaluationResult, ScorePair
 from .sampling import Sampling, draw_images, make_sampling
 from .velocity import VelocityError, velocity_error
 
@@ -40,6 +41,8 @@ class TeacherRun:
         recorded_prompts (`int`): prompts behind `calls`.
         scorers (`Mapping[str, Scorer]`): applied to the student's images too.
         scores (`dict[str, float]`): the teacher's.
+        benchmark ([`Benchmark`], *optional*): judges the student's images too.
+        benchmark_scores ([`BenchmarkScores`], *optional*): the teacher's.
     """
 
     teacher: DiffusionPipeline
@@ -50,14 +53,18 @@ class TeacherRun:
     recorded_prompts: int
     scorers: Mapping[str, Scorer]
     scores: dict[str, float]
+    benchmark: Benchmark | None = None
+    benchmark_scores: BenchmarkScores | None = None
 
 
 @below_compiled_wrappers
 def evaluate(
     student: DiffusionPipeline,
     teacher: DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | None = None,
     *,
+    benchmark: str | Benchmark | None = None,
+    benchmark_options: Mapping[str, Any] | None = None,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
     num_inference_steps: int | None = None,
@@ -78,8 +85,13 @@ def evaluate(
         student, teacher (`DiffusionPipeline`):
             Text-to-image pipelines of one class, whose denoiser is `transformer` or `unet`, with the same
             architecture and scheduler.
-        prompts (`Sequence[str]`):
-            One image is drawn for each.
+        prompts (`Sequence[str]`, *optional*):
+            One image is drawn for each. Not with a benchmark, which brings its own.
+        benchmark (`str` or [`Benchmark`], *optional*):
+            `"geneval"` or `"t2i-compbench"`: several images of each of its prompts are drawn and judged, see
+            [`GenEval`] and [`T2ICompBench`]. All images are held in memory until the comparison is done.
+        benchmark_options (`Mapping[str, Any]`, *optional*):
+            Options of the benchmark's class, e.g. `{"detector": "folder", "images_per_prompt": 1}`.
         seed (`int`, *optional*, defaults to 0):
             Prompt i is drawn from the seed `seed + i`.
         seeds (`Sequence[int]`, *optional*):
@@ -103,11 +115,15 @@ def evaluate(
 
     Raises:
         TypeError: for arguments of the wrong type.
-        ValueError: for no or empty prompts, a wrong number of seeds, pipelines that differ in architecture, scheduler
-            or image size, or call arguments that the pipeline does not take.
+        ValueError: for no or empty prompts, an unknown benchmark or a checkpoint of it that cannot be loaded, a wrong
+            number of seeds, pipelines that differ in architecture, scheduler or image size, or call arguments that
+            the pipeline does not take.
     """
+    judge = _benchmark(benchmark, benchmark_options, prompts)
+    if judge is not None:
+        prompts = [prompt for prompt in judge.prompts for _ in range(judge.images_per_prompt)]
     sampling = make_sampling(
-        prompts,
+        prompts or (),
         seed=seed,
         seeds=seeds,
         num_inference_steps=num_inference_steps,
@@ -116,7 +132,14 @@ def evaluate(
         batch_size=batch_size,
     )
     check_comparable(student, teacher)
-    run = observe_teacher(teacher, sampling, scorers=scorers, velocity_prompts=velocity_prompts, progress=progress)
+    run = observe_teacher(
+        teacher,
+        sampling,
+        scorers=scorers,
+        benchmark=judge,
+        velocity_prompts=velocity_prompts,
+        progress=progress,
+    )
     return compare(student, run, progress=progress)
 
 
@@ -125,6 +148,7 @@ def observe_teacher(
     sampling: Sampling,
     *,
     scorers: Mapping[str, Scorer] | None = None,
+    benchmark: Benchmark | None = None,
     velocity_prompts: int = 8,
     progress: bool = True,
 ) -> TeacherRun:
@@ -150,7 +174,10 @@ def observe_teacher(
             seconds += time.perf_counter() - start
     scorers = dict(scorers or {})
     scores = _score(scorers, images, sampling.prompts)
-    return TeacherRun(teacher, sampling, tuple(images), seconds, tuple(calls), recorded, scorers, scores)
+    judged = _judge(benchmark, images, "teacher", progress)
+    return TeacherRun(
+        teacher, sampling, tuple(images), seconds, tuple(calls), recorded, scorers, scores, benchmark, judged
+    )
 
 
 def compare(student: DiffusionPipeline, run: TeacherRun, *, progress: bool = True) -> EvaluationResult:
@@ -180,12 +207,43 @@ def compare(student: DiffusionPipeline, run: TeacherRun, *, progress: bool = Tru
         unavailable=distance.unavailable,
         velocity=_velocity(student, run),
         scores={name: ScorePair(scores[name], run.scores[name]) for name in run.scores},
+        benchmark=_benchmark_pair(run, _judge(run.benchmark, images, "student", progress)),
         student_seconds=seconds,
         teacher_seconds=run.seconds,
         pipeline=type(student).__name__,
         versions={name: importlib.metadata.version(name) for name in _VERSIONED},
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def _benchmark(
+    benchmark: str | Benchmark | None, options: Mapping[str, Any] | None, prompts: Sequence[str] | None
+) -> Benchmark | None:
+    if benchmark is None:
+        if options:
+            raise ValueError(f"benchmark_options={dict(options)} without a benchmark. Give benchmark= as well.")
+        return None
+    if prompts is not None:
+        raise ValueError("A benchmark brings its own prompts. Give prompts or benchmark, not both.")
+    if isinstance(benchmark, str):
+        return make_benchmark(benchmark, **(options or {}))
+    if options:
+        raise ValueError("benchmark_options belong to a benchmark given by name; this one is made already.")
+    return benchmark
+
+
+def _judge(
+    benchmark: Benchmark | None, images: Sequence[Image.Image], role: str, visible: bool
+) -> BenchmarkScores | None:
+    if benchmark is None:
+        return None
+    return judge_all(benchmark, images, wrap=lambda each: _bar(each, f"{benchmark.name} judges the {role}", visible))
+
+
+def _benchmark_pair(run: TeacherRun, student: BenchmarkScores | None) -> BenchmarkPair | None:
+    if run.benchmark is None or run.benchmark_scores is None or student is None:
+        return None
+    return BenchmarkPair(run.benchmark.name, student, run.benchmark_scores)
 
 
 def _velocity(student: DiffusionPipeline, run: TeacherRun) -> VelocityError | None:
@@ -202,8 +260,12 @@ def _velocity(student: DiffusionPipeline, run: TeacherRun) -> VelocityError | No
 
 def _progress(sampling: Sampling, role: str, visible: bool) -> "Any":
     batches: list[RolloutBatch] = list(sampling.batches())
+    return _bar(batches, f"{role} draws", visible)
+
+
+def _bar(items: Sequence[Any], description: str, visible: bool) -> "Any":
     console = Console(stderr=True)
-    return track(batches, description=f"{role} draws", console=console, transient=True, disable=not visible)
+    return track(items, description=description, console=console, transient=True, disable=not visible)
 
 
 def _score(scorers: Mapping[str, Scorer], images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, float]:

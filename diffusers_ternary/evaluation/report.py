@@ -9,10 +9,12 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from PIL import Image
 
+from .benchmarks import BenchmarkScores
 from .plot import plot_velocity_error
 from .result import EvaluationResult
 
@@ -29,6 +31,8 @@ class _Pair:
     teacher: str
     student: str
     pixelated: bool
+    teacher_note: str = ""
+    student_note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,9 @@ def render(result: EvaluationResult, *, student_name: str, teacher_name: str, ma
             rows=result.rows(),
             student=student_name,
             teacher=teacher_name,
-            pairs=_pairs(result, max_images),
+            pairs=_pairs(result, range(min(max_images, len(result.prompts)))),
+            misses=[] if result.benchmark is None else _pairs(result, result.benchmark.misses[:max_images]),
+            miss_count=0 if result.benchmark is None else len(result.benchmark.misses),
             plot=_plot(result),
             call_kwargs={name: _shown(value) for name, value in result.call_kwargs.items()},
             size="{} × {}".format(*result.teacher_images[0].size),
@@ -106,8 +112,8 @@ def _shown(value: Any) -> str:
         return repr(value)
 
 
-def _pairs(result: EvaluationResult, limit: int) -> list[_Pair]:
-    count = min(limit, len(result.prompts))
+def _pairs(result: EvaluationResult, indices: Iterable[int]) -> list[_Pair]:
+    pair = result.benchmark
     return [
         _Pair(
             prompt=result.prompts[index],
@@ -116,9 +122,18 @@ def _pairs(result: EvaluationResult, limit: int) -> list[_Pair]:
             teacher=_embedded(result.teacher_images[index]),
             student=_embedded(result.student_images[index]),
             pixelated=max(result.teacher_images[index].size) <= 128,
+            teacher_note="" if pair is None else _verdict(pair.teacher, index),
+            student_note="" if pair is None else _verdict(pair.student, index),
         )
-        for index in range(count)
+        for index in indices
     ]
+
+
+def _verdict(scores: BenchmarkScores, index: int) -> str:
+    judgement = scores.judgements[index]
+    if judgement.score in (0, 1):
+        return judgement.reason or ("right" if judgement.score else "wrong")
+    return f"{judgement.score:.2f}" + (f", {judgement.reason}" if judgement.reason else "")
 
 
 def _decibel(value: float) -> str:

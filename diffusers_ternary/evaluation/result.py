@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import new_file, write_json
+from .benchmarks import BenchmarkScores
 from .contact_sheet import contact_sheet
 from .plot import plot_velocity_error
 from .velocity import VelocityError
@@ -25,6 +26,35 @@ class ScorePair:
 
     student: float
     teacher: float
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkPair:
+    """What a benchmark says of both sides.
+
+    Args:
+        name (`str`): of the benchmark.
+        student, teacher ([`BenchmarkScores`]): picture by picture, in the order of the images.
+    """
+
+    name: str
+    student: BenchmarkScores
+    teacher: BenchmarkScores
+
+    @property
+    def relative(self) -> float:
+        """The student's overall score as a share of the teacher's; NaN if the teacher's is 0."""
+        return self.student.overall / self.teacher.overall if self.teacher.overall else math.nan
+
+    @property
+    def misses(self) -> tuple[int, ...]:
+        """Images where the student scores below the teacher, the worst first, then those where both miss."""
+        lost = [
+            (mine.score - its.score, mine.score, index)
+            for index, (mine, its) in enumerate(zip(self.student.judgements, self.teacher.judgements, strict=True))
+            if mine.score < 0.5 or mine.score < its.score
+        ]
+        return tuple(index for *_, index in sorted(lost))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +89,7 @@ class EvaluationResult:
         unavailable (`dict[str, str]`): metrics that are `None`, and why.
         velocity ([`VelocityError`], *optional*): `None` if it was left out.
         scores (`dict[str, ScorePair]`): of the scorers.
+        benchmark ([`BenchmarkPair`], *optional*): `None` if none was run.
         student_seconds, teacher_seconds (`float`): wall time of all pipeline calls.
         pipeline (`str`): class of both.
         versions (`dict[str, str]`): of the libraries.
@@ -82,6 +113,7 @@ class EvaluationResult:
     pipeline: str
     versions: dict[str, str]
     created: str
+    benchmark: BenchmarkPair | None = None
 
     @property
     def identical_images(self) -> int:
@@ -101,8 +133,23 @@ class EvaluationResult:
             rows.append(Row("velocity NMSE", _number(self.velocity.overall, 5), "", "lower", note))
         for name, pair in self.scores.items():
             rows.append(Row(name.replace("_", " "), _number(pair.student, 4), _number(pair.teacher, 4), "", "scorer"))
+        rows += self._benchmark_rows()
         each = [seconds / len(self.prompts) for seconds in (self.student_seconds, self.teacher_seconds)]
         rows.append(Row("seconds per image", _number(each[0], 3), _number(each[1], 3), "lower", "this machine, once"))
+        return rows
+
+    def _benchmark_rows(self) -> list[Row]:
+        if self.benchmark is None:
+            return []
+        pair, student, teacher = self.benchmark, self.benchmark.student, self.benchmark.teacher
+        share = "" if math.isnan(pair.relative) else f"{100 * pair.relative:.1f} % of the teacher's; "
+        rows = [
+            Row(pair.name, _percent(student.overall), _percent(teacher.overall), "higher", f"{share}mean of tasks")
+        ]
+        theirs = teacher.per_task
+        for tag, score in student.per_task.items():
+            note = _count(student.tags.count(tag), "image", "images")
+            rows.append(Row(f"  {tag.replace('_', ' ')}", _percent(score), _percent(theirs[tag]), "higher", note))
         return rows
 
     def summary(self) -> str:
@@ -148,6 +195,7 @@ class EvaluationResult:
             "unavailable": self.unavailable,
             "velocity_nmse": None if self.velocity is None else self.velocity.overall,
             "velocity": None if self.velocity is None else dataclasses.asdict(self.velocity),
+            "benchmark": None if self.benchmark is None else _benchmark_dict(self.benchmark),
             "scores": {name: dataclasses.asdict(pair) for name, pair in self.scores.items()},
             "seconds": {"student": self.student_seconds, "teacher": self.teacher_seconds},
             "versions": self.versions,
@@ -183,6 +231,27 @@ class EvaluationResult:
 
     def _reason(self, name: str) -> str:
         return self.unavailable.get(name, "mean over images")
+
+
+def _benchmark_dict(pair: BenchmarkPair) -> dict[str, Any]:
+    sides = {"student": pair.student, "teacher": pair.teacher}
+    return {
+        "name": pair.name,
+        "relative": pair.relative,
+        "overall": {side: scores.overall for side, scores in sides.items()},
+        "per_task": {side: scores.per_task for side, scores in sides.items()},
+        "images": [
+            {
+                "task": tag,
+                **{side: dataclasses.asdict(scores.judgements[index]) for side, scores in sides.items()},
+            }
+            for index, tag in enumerate(pair.student.tags)
+        ],
+    }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks of prompt following: which prompts to draw, how often, and what each picture is worth."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from . import geneval, t2i_compbench
+from .blip_vqa import BlipVqa
+from .clip_colors import ClipColors
+from .detectors import Detector, load_detector
+from .geneval_prompts import COLORS, geneval_tasks
+
+
+# What the benchmarks' authors use, as their Hub ids in transformers' format.
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+CLIP = "openai/clip-vit-large-patch14"
+VQA = "Salesforce/blip-vqa-base"
+IMAGES_PER_PROMPT = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What a picture is worth.
+
+    Args:
+        score (`float`): in [0, 1]; 1 is right.
+        reason (`str`, *optional*): what is wrong.
+    """
+
+    score: float
+    reason: str | None = None
+
+
+class Benchmark(Protocol):
+    """Prompts with a task each, and a judge of the pictures.
+
+    Args:
+        name (`str`): as it is called in reports.
+        prompts (`tuple[str, ...]`): what to draw.
+        tags (`tuple[str, ...]`): the task of each prompt.
+        images_per_prompt (`int`): pictures of each prompt, from seeds of their own.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    tags: tuple[str, ...]
+    images_per_prompt: int
+
+    def judge(self, index: int, image: Image.Image) -> Judgement:
+        """Judges a picture of `prompts[index]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkScores:
+    """What the pictures of one model are worth.
+
+    Args:
+        tags (`tuple[str, ...]`): the task of each picture.
+        judgements (`tuple[Judgement, ...]`): of each picture.
+    """
+
+    tags: tuple[str, ...]
+    judgements: tuple[Judgement, ...]
+
+    @property
+    def per_task(self) -> dict[str, float]:
+        """Mean score of each task's pictures."""
+        scores: dict[str, list[float]] = {}
+        for tag, judgement in zip(self.tags, self.judgements, strict=True):
+            scores.setdefault(tag, []).append(judgement.score)
+        return {tag: sum(values) / len(values) for tag, values in scores.items()}
+
+    @property
+    def overall(self) -> float:
+        """Mean of the tasks: each weighs the same, whatever its number of pictures."""
+        per_task = self.per_task
+        return sum(per_task.values()) / len(per_task)
+
+
+def judge_all(
+    benchmark: Benchmark,
+    images: Sequence[Image.Image],
+    *,
+    wrap: Callable[[Sequence[Image.Image]], Iterable[Image.Image]] = iter,
+) -> BenchmarkScores:
+    """Judges `images_per_prompt` pictures of each prompt, in order.
+
+    Args:
+        benchmark ([`Benchmark`]): the judge.
+        images (`Sequence[PIL.Image.Image]`): all pictures of the first prompt, then those of the second, ...
+        wrap (`Callable`, *optional*): put around the pictures, to show progress.
+
+    Raises:
+        ValueError: if there is another number of pictures.
+    """
+    each = benchmark.images_per_prompt
+    if len(images) != each * len(benchmark.prompts):
+        raise ValueError(
+            f"{len(images)} pictures for {len(benchmark.prompts)} prompts of {benchmark.name}; it takes {each} each."
+        )
+    judgements = tuple(benchmark.judge(index // each, image) for index, image in enumerate(wrap(images)))
+    tags = tuple(tag for tag in benchmark.tags for _ in range(each))
+    return BenchmarkScores(tags, judgements)
+
+
+def first_of_each_task(tasks: Sequence[Any], limit: int | None) -> tuple[Any, ...]:
+    """The first `limit` of each task; all without a limit."""
+    if limit is None:
+        return tuple(tasks)
+    taken: dict[str, int] = {}
+    chosen = []
+    for task in tasks:
+        taken[task.tag] = taken.get(task.tag, 0) + 1
+        if taken[task.tag] <= limit:
+            chosen.append(task)
+    return tuple(chosen)
+
+
+class GenEval:
+    """GenEval (Ghosh et al., arXiv:2310.11513): 553 prompts of six tasks, judged by a detector and CLIP.
+
+    Args:
+        detector (`str`, `os.PathLike` or [`Detector`], *optional*): folder or Hub id, see [`load_detector`].
+        clip (`str` or `os.PathLike`, *optional*): folder or Hub id of the CLIP model that names colors.
+        tasks (`Sequence[geneval.Task]`, *optional*): other prompts, judged by the same rules.
+        images_per_prompt (`int`, *optional*, defaults to 4): as in the paper.
+        prompts_per_task (`int`, *optional*): only the first of each task.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where detector and CLIP run.
+
+    Raises:
+        ValueError: if a checkpoint cannot be loaded, is of another task, or does not know a class of the prompts.
+    """
+
+    name = "GenEval"
+
+    def __init__(
+        self,
+        *,
+        detector: "str | os.PathLike[str] | Detector" = DETECTOR,
+        clip: str | os.PathLike[str] = CLIP,
+        tasks: Sequence[geneval.Task] | None = None,
+        images_per_prompt: int = IMAGES_PER_PROMPT,
+        prompts_per_task: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.tasks: tuple[geneval.Task, ...] = first_of_each_task(tasks or geneval_tasks(), prompts_per_task)
+        self.prompts = tuple(task.prompt for task in self.tasks)
+        self.tags = tuple(task.tag for task in self.tasks)
+        self.images_per_prompt = images_per_prompt
+        self.detector = _detector(detector, [need.name for task in self.tasks for need in task.include], device)
+        colored = any(need.color for task in self.tasks for need in task.include)
+        self.colors = ClipColors(clip, COLORS, device=device) if colored else None
+
+    def judge(self, index: int, image: Image.Image) -> Judgement:
+        """Judges a picture of `prompts[index]`: 1 if all that the prompt asks for is there, else 0."""
+        task = self.tasks[index]
+        names = {need.name: need for need in (*task.include, *task.exclude)}
+        found = self.detector(image, tuple(names), task.threshold)
+        colored = {need.name for need in task.include if need.color is not None}
+        detections = [item.detection for item in found if item.detection.name not in colored]
+        if self.colors is not None:
+            asked = [item for item in found if item.detection.name in colored]
+            colors = self.colors(image, asked)
+            detections += [
+                dataclasses.replace(item.detection, color=color) for item, color in zip(asked, colors, strict=True)
+            ]
+        verdict = geneval.score(task, detections)
+        return Judgement(float(verdict.correct), "; ".join(verdict.reasons) or None)
+
+
+class T2ICompBench:
+    """T2I-CompBench (Huang et al., arXiv:2307.06350): attributes by BLIP-VQA, 2D relations by a detector.
+
+    The score of an attribute prompt is the product over its noun phrases of the probability of "yes".
+
+    Args:
+        vqa (`str` or `os.PathLike`, *optional*): folder or Hub id of the question answering model.
+        detector (`str`, `os.PathLike` or [`Detector`], *optional*): for the relations, see [`load_detector`]. The
+            paper uses UniDet, which transformers does not have.
+        tasks (*optional*): other prompts, e.g. from [`t2i_compbench.parse_tasks`].
+        images_per_prompt (`int`, *optional*, defaults to 4): the paper draws 10.
+        prompts_per_task (`int`, *optional*): only the first of each task.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where both run.
+
+    Raises:
+        ValueError: if a checkpoint cannot be loaded, is of another task, or does not know a class of the prompts.
+    """
+
+    name = "T2I-CompBench"
+
+    def __init__(
+        self,
+        *,
+        vqa: str | os.PathLike[str] = VQA,
+        detector: "str | os.PathLike[str] | Detector" = DETECTOR,
+        tasks: Sequence[t2i_compbench.BindingTask | t2i_compbench.SpatialTask] | None = None,
+        images_per_prompt: int = IMAGES_PER_PROMPT,
+        prompts_per_task: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.tasks = first_of_each_task(tasks or t2i_compbench.t2i_compbench_tasks(), prompts_per_task)
+        self.prompts = tuple(task.prompt for task in self.tasks)
+        self.tags = tuple(task.tag for task in self.tasks)
+        self.images_per_prompt = images_per_prompt
+        spatial = [task for task in self.tasks if isinstance(task, t2i_compbench.SpatialTask)]
+        names = [name for task in spatial for name in (task.first, task.second)]
+        self.detector = _detector(detector, names, device) if spatial else None
+        self.vqa = BlipVqa(vqa, device=device) if len(spatial) < len(self.tasks) else None
+
+    def judge(self, index: int, image: Image.Image) -> Judgement:
+        """Judges a picture of `prompts[index]`."""
+        task = self.tasks[index]
+        if isinstance(task, t2i_compbench.SpatialTask):
+            assert self.detector is not None
+            found = self.detector(image, (task.first, task.second), geneval.SCORE_THRESHOLD)
+            return Judgement(*t2i_compbench.spatial_score(task, [item.detection for item in found], image.size))
+        assert self.vqa is not None
+        answers = self.vqa.yes(image, task.phrases)
+        score = 1.0
+        for answer in answers:
+            score *= answer
+        doubted = [phrase for phrase, answer in zip(task.phrases, answers, strict=True) if answer < 0.5]
+        return Judgement(score, f"not seen: {', '.join(doubted)}" if doubted else None)
+
+
+BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {"geneval": GenEval, "t2i-compbench": T2ICompBench}
+
+
+def make_benchmark(name: str, **options: Any) -> Benchmark:
+    """Builds a benchmark by name; `options` are those of its class, `None` for its defaults.
+
+    Raises:
+        ValueError: for an unknown name, or options that this benchmark does not have.
+    """
+    if name not in BENCHMARKS:
+        raise ValueError(f"benchmark={name!r} is not one of {', '.join(BENCHMARKS)}.")
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return BENCHMARKS[name](**given)
+    except TypeError as error:
+        raise ValueError(f"The benchmark {name} does not take one of {', '.join(given)} ({error}).") from error
+
+
+def _detector(detector: Any, names: Sequence[str], device: str | torch.device) -> Detector:
+    loaded: Detector = load_detector(detector, device=device) if isinstance(detector, (str, os.PathLike)) else detector
+    loaded.check_names(sorted(set(names)))
+    return loaded
