@@ -10,6 +10,7 @@ from typing import Any
 _EXTRAS = {
     "matplotlib": "diffusers-ternary[evaluate]",
     "gguf": "diffusers-ternary[gguf]",
+    "scipy": "diffusers-ternary[evaluate]",
 }
 
 

@@ -30,7 +30,27 @@ if TYPE_CHECKING:
 def evaluate_command(
     student: Annotated[str, typer.Argument(help="Pipeline or denoiser folder, Hub id, or demo:rounded.")],
     teacher: Annotated[str, typer.Argument(help="Pipeline folder, Hub id, or demo for the embedded model.")],
-    prompts: Annotated[str, typer.Option(help="Text file, UTF-8, one prompt a line; - for stdin.", metavar="FILE")],
+    prompts: Annotated[
+        str | None, typer.Option(help="Text file, UTF-8, one prompt a line; - for stdin.", metavar="FILE")
+    ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="scenes, geneval or t2i-compbench: its prompts and its judge.", metavar="NAME"),
+    ] = None,
+    images_per_prompt: Annotated[
+        int | None, typer.Option(help="Images of each prompt of the benchmark.", min=1)
+    ] = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(help="Detector of geneval and t2i-compbench: folder or Hub id.", metavar="MODEL"),
+    ] = None,
+    color_model: Annotated[
+        str | None, typer.Option(help="CLIP that names the colors of geneval.", metavar="MODEL")
+    ] = None,
+    vqa: Annotated[
+        str | None, typer.Option(help="BLIP that answers questions for t2i-compbench.", metavar="MODEL")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(help="Weights of the detector of scenes.", metavar="FILE")] = None,
     report: Annotated[
         pathlib.Path | None, typer.Option(help="Folder to write: HTML page, JSON, images.", metavar="DIR")
     ] = None,
@@ -43,7 +63,9 @@ def evaluate_command(
         typer.Option("--set", help="Any other argument of the pipeline call (repeatable).", metavar="NAME=VALUE"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Prompt i is drawn from seed + i.", min=0)] = 0,
-    limit: Annotated[int | None, typer.Option(help="Use the first prompts only.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use the first prompts only; of a benchmark, the first of each task.", min=1)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images per pipeline call.", min=1)] = 1,
     velocity_prompts: Annotated[int, typer.Option(help="Prompts for the velocity error; 0 = none.", min=0)] = 8,
     clip: Annotated[str | None, typer.Option(help="Local CLIP checkpoint for a CLIP score.", metavar="PATH")] = None,
@@ -58,10 +80,13 @@ def evaluate_command(
     Example: diffusers-ternary evaluate flux-ternary black-forest-labs/FLUX.1-dev --prompts prompts.txt --report out
     """
     from ..evaluation import ClipScore, evaluate, write_report
+    from ..evaluation.benchmarks import make_benchmark
     from .quiet import hide_loading_bars
 
     with explained_errors(), contextlib.ExitStack() as stack:
-        lines = read_prompts(prompts, limit)
+        if (prompts is None) == (benchmark is None):
+            raise ValueError("Give --prompts FILE or --benchmark NAME, one of the two.")
+        lines = None if prompts is None else read_prompts(prompts, limit)
         call_kwargs = parse_call_kwargs(call, {"height": height, "width": width})
         place = parse_device(device)
         torch_dtype = parse_dtype(dtype, place)
@@ -69,19 +94,33 @@ def evaluate_command(
         if report is not None:
             if velocity_prompts:
                 check_extra("matplotlib", "The report's plot of the velocity error")
-            sources = [student, teacher, clip]
+            sources = [student, teacher, clip, detector, color_model, vqa, judge]
             folder = stack.enter_context(output_folder(report, sources=sources, overwrite=overwrite))
         hide_loading_bars()
         scorers: dict[str, Scorer] = {} if clip is None else {"clip_score": ClipScore(clip, device=place)}
+        task = None
+        models = {"detector": detector, "clip": color_model, "vqa": vqa, "judge": judge}
+        if benchmark is not None:
+            task = make_benchmark(
+                benchmark,
+                images_per_prompt=images_per_prompt,
+                prompts_per_task=limit,
+                device=None if benchmark == "scenes" else place,
+                **models,
+            )
+        elif images_per_prompt or any(models.values()):
+            raise ValueError("--images-per-prompt, --detector, --color-model, --vqa and --judge need --benchmark.")
         teacher_pipeline = load_pipeline(teacher, torch_dtype).to(place)
         student_pipeline = load_student(student, teacher_pipeline, torch_dtype).to(place)
         if is_demo(teacher):
             call_kwargs = demo_settings(call_kwargs, steps, guidance)
-            scorers.update(demo_scorers(lines))
+            if lines is not None:
+                scorers.update(demo_scorers(lines))
         result = evaluate(
             student_pipeline,
             teacher_pipeline,
             lines,
+            benchmark=task,
             seed=seed,
             num_inference_steps=steps,
             guidance_scale=guidance,

@@ -2,6 +2,7 @@
 """Compares a student pipeline with its teacher: the same prompts, the same seeds, and numbers that say how far off."""
 
 from ..extras import MissingExtraError
+from .benchmarks import Benchmark, GenEval, Scenes, T2ICompBench
 from .clip import ClipScore
 from .contact_sheet import contact_sheet
 from .evaluation import Scorer, TeacherRun, compare, evaluate, observe_teacher
@@ -12,11 +13,15 @@ from .velocity import VelocityError
 
 
 __all__ = [
+    "Benchmark",
     "ClipScore",
     "EvaluationResult",
+    "GenEval",
     "MissingExtraError",
     "Sampling",
+    "Scenes",
     "Scorer",
+    "T2ICompBench",
     "TeacherRun",
     "VelocityError",
     "compare",

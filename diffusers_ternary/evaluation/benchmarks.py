@@ -2,18 +2,22 @@
 """Benchmarks of prompt following: which prompts to draw, how often, and what each picture is worth."""
 
 import dataclasses
+import inspect
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from . import geneval, t2i_compbench
 from .blip_vqa import BlipVqa
 from .clip_colors import ClipColors
 from .detectors import Detector, load_detector
 from .geneval_prompts import COLORS, geneval_tasks
+from .scenes.prompts import benchmark_tasks, read_task
 
 
 # What the benchmarks' authors use, as their Hub ids in transformers' format.
@@ -21,6 +25,9 @@ DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"
 VQA = "Salesforce/blip-vqa-base"
 IMAGES_PER_PROMPT = 4
+UNKNOWN = "unknown"  # task of a prompt that nothing can judge
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +235,75 @@ class T2ICompBench:
         return Judgement(score, f"not seen: {', '.join(doubted)}" if doubted else None)
 
 
-BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {"geneval": GenEval, "t2i-compbench": T2ICompBench}
+class Scenes:
+    """GenEval's rules over pictures of the Scenes models, whose objects a small detector finds.
+
+    Args:
+        judge (`str` or `os.PathLike`): the detector's weights, as `examples/scenes/train_judge.py` writes them.
+        prompts (`Sequence[str]`, *optional*): of the Scenes grammar; prompts outside of it are drawn, but their
+            pictures cannot be judged and count as missed.
+        count (`int`, *optional*, defaults to 553): held-out prompts to draw when no prompts are given.
+        seed (`int`, *optional*, defaults to 0): of those prompts.
+        images_per_prompt (`int`, *optional*, defaults to 1).
+        prompts_per_task (`int`, *optional*): only the first of each task.
+
+    Raises:
+        ValueError: if there is no such file, or it holds something else.
+    """
+
+    name = "Scenes"
+
+    def __init__(
+        self,
+        *,
+        judge: str | os.PathLike[str],
+        prompts: Sequence[str] | None = None,
+        count: int = 553,
+        seed: int = 0,
+        images_per_prompt: int = 1,
+        prompts_per_task: int | None = None,
+    ) -> None:
+        from .scenes.detector import Detector as SceneDetector
+
+        try:
+            self.detector = SceneDetector.from_file(os.fspath(judge))
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"The judge {os.fspath(judge)!r} cannot be loaded ({error}). Give the file that "
+                "examples/scenes/train_judge.py writes."
+            ) from error
+        tasks = benchmark_tasks(count, seed) if prompts is None else [_scene_task(prompt) for prompt in prompts]
+        unread = [task.prompt for task in tasks if task.tag == UNKNOWN]
+        if unread:
+            logger.warning(
+                "%d of the prompts cannot be judged: they are outside the grammar of Scenes; the first is %r.",
+                len(unread),
+                unread[0],
+            )
+        self.tasks: tuple[geneval.Task, ...] = first_of_each_task(tasks, prompts_per_task)
+        self.prompts = tuple(task.prompt for task in self.tasks)
+        self.tags = tuple(task.tag for task in self.tasks)
+        self.images_per_prompt = images_per_prompt
+
+    def judge(self, index: int, image: Image.Image) -> Judgement:
+        """Judges a picture of `prompts[index]`: 1 if all that the prompt asks for is there, else 0."""
+        from .scenes.detector import to_pictures
+
+        if self.tasks[index].tag == UNKNOWN:
+            return Judgement(0.0, "the prompt is outside the grammar")
+        verdict = geneval.score(self.tasks[index], self.detector.detect(to_pictures([image]))[0])
+        return Judgement(float(verdict.correct), "; ".join(verdict.reasons) or None)
+
+
+def _scene_task(prompt: str) -> geneval.Task:
+    return read_task(prompt) or geneval.Task(UNKNOWN, prompt, ())
+
+
+BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
+    "scenes": Scenes,
+    "geneval": GenEval,
+    "t2i-compbench": T2ICompBench,
+}
 
 
 def make_benchmark(name: str, **options: Any) -> Benchmark:
@@ -240,10 +315,13 @@ def make_benchmark(name: str, **options: Any) -> Benchmark:
     if name not in BENCHMARKS:
         raise ValueError(f"benchmark={name!r} is not one of {', '.join(BENCHMARKS)}.")
     given = {key: value for key, value in options.items() if value is not None}
-    try:
-        return BENCHMARKS[name](**given)
-    except TypeError as error:
-        raise ValueError(f"The benchmark {name} does not take one of {', '.join(given)} ({error}).") from error
+    parameters = inspect.signature(BENCHMARKS[name]).parameters
+    unknown = [key for key in given if key not in parameters]
+    missing = [key for key, known in parameters.items() if known.default is known.empty and key not in given]
+    if unknown or missing:
+        wrong = f"has no {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
+        raise ValueError(f"The benchmark {name} {wrong}. Its options are {', '.join(parameters)}.")
+    return BENCHMARKS[name](**given)
 
 
 def _detector(detector: Any, names: Sequence[str], device: str | torch.device) -> Detector:

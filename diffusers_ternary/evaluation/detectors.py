@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from ..extras import check_extra
 from .checkpoints import load_part
 from .geneval import Detection
 
@@ -65,6 +66,7 @@ def load_detector(checkpoint: str | os.PathLike[str], *, device: str | torch.dev
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where it runs.
 
     Raises:
+        MissingExtraError: without scipy, which transformers' detectors need.
         ValueError: if the checkpoint cannot be loaded or is of another task.
     """
     from transformers import (
@@ -76,6 +78,7 @@ def load_detector(checkpoint: str | os.PathLike[str], *, device: str | torch.dev
         Mask2FormerForUniversalSegmentation,
     )
 
+    check_extra("scipy", "The detector")
     config = load_part(AutoConfig, checkpoint, "detector")
     if config.model_type == "mask2former":
         model = load_part(Mask2FormerForUniversalSegmentation, checkpoint, "detector")

@@ -88,8 +88,8 @@ def evaluate(
         prompts (`Sequence[str]`, *optional*):
             One image is drawn for each. Not with a benchmark, which brings its own.
         benchmark (`str` or [`Benchmark`], *optional*):
-            `"geneval"` or `"t2i-compbench"`: several images of each of its prompts are drawn and judged, see
-            [`GenEval`] and [`T2ICompBench`]. All images are held in memory until the comparison is done.
+            `"scenes"`, `"geneval"` or `"t2i-compbench"`: images of each of its prompts are drawn and judged, see
+            [`Scenes`], [`GenEval`] and [`T2ICompBench`]. All images are held in memory until the comparison is done.
         benchmark_options (`Mapping[str, Any]`, *optional*):
             Options of the benchmark's class, e.g. `{"detector": "folder", "images_per_prompt": 1}`.
         seed (`int`, *optional*, defaults to 0):

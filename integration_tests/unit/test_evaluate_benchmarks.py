@@ -10,19 +10,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from support import vision
+from transformers import YolosConfig, YolosForObjectDetection
+from typer.testing import CliRunner
 
 from diffusers_ternary import evaluate, quantize
+from diffusers_ternary.cli.app import app
 from diffusers_ternary.demo import DEMO_CALL, demo_pipeline
 from diffusers_ternary.evaluation import write_report
 from diffusers_ternary.evaluation.benchmarks import GenEval, T2ICompBench, judge_all, make_benchmark
 from diffusers_ternary.evaluation.blip_vqa import BlipVqa
 from diffusers_ternary.evaluation.clip_colors import ClipColors
 from diffusers_ternary.evaluation.detectors import Found, load_detector
-from diffusers_ternary.evaluation.geneval import Detection, Requirement, Task
-from diffusers_ternary.evaluation.geneval_prompts import COLORS, geneval_tasks
+from diffusers_ternary.evaluation.geneval import TASKS, Detection, Requirement, Task
+from diffusers_ternary.evaluation.geneval_prompts import CLASSES, COLORS, geneval_tasks
 from diffusers_ternary.evaluation.report import render
 from diffusers_ternary.evaluation.result import BenchmarkPair
+from diffusers_ternary.evaluation.scenes.detector import Detector as SceneDetector
 from diffusers_ternary.evaluation.t2i_compbench import (
     BindingTask,
     SpatialTask,
@@ -316,14 +321,16 @@ def test_compbench_multiplies_the_answers(folder, image) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: make_benchmark("genevil"), "benchmark='genevil' is not one of geneval, t2i-compbench"),
+        (lambda folder: make_benchmark("genevil"), "benchmark='genevil' is not one of scenes, geneval, t2i-compbench"),
         (lambda folder: GenEval(detector=folder / "nothing"), "The detector '.*nothing' cannot be loaded"),
         (lambda folder: GenEval(detector=vision.clip(folder / "c")), "holds a clip model, which detects no objects"),
         (
             lambda folder: GenEval(detector=ScriptedDetector(), clip=folder / "nothing"),
             "The color classifier '.*nothing' cannot be loaded",
         ),
-        (lambda folder: make_benchmark("geneval", vqa="x"), "geneval does not take one of vqa"),
+        (lambda folder: make_benchmark("geneval", vqa="x"), "geneval has no vqa. Its options are detector, clip,"),
+        (lambda folder: make_benchmark("scenes"), "scenes needs judge. Its options are judge, prompts,"),
+        (lambda folder: make_benchmark("scenes", judge=folder / "none"), "The judge '.*none' cannot be loaded"),
     ],
 )
 def test_missing_and_wrong_checkpoints_are_named(tmp_path, make, message) -> None:
@@ -394,3 +401,65 @@ def test_benchmark_arguments_are_checked_before_anything_is_drawn(options, messa
     pipeline = demo_pipeline()
     with pytest.raises(ValueError, match=message):
         evaluate(pipeline, pipeline, **options)
+
+
+def test_scenes_judges_its_grammar_and_warns_of_other_prompts(tmp_path, caplog) -> None:
+    torch.manual_seed(0)
+    detector = SceneDetector(width=16)
+    save_file(detector.state_dict(), tmp_path / "judge.safetensors")
+    prompts = ["a photo of a cat", "a photo of two keys", "a photograph of my aunt"]
+    benchmark = make_benchmark("scenes", judge=tmp_path / "judge.safetensors", prompts=prompts)
+    assert benchmark.tags == ("single_object", "counting", "unknown")
+    assert "1 of the prompts cannot be judged" in caplog.text
+    scores = judge_all(benchmark, [Image.new("RGB", (64, 64))] * 3)
+    assert scores.per_task == {"single_object": 0.0, "counting": 0.0, "unknown": 0.0}
+    assert scores.judgements[2].reason == "the prompt is outside the grammar"
+    assert len(make_benchmark("scenes", judge=tmp_path / "judge.safetensors").prompts) == 553
+    with pytest.raises(ValueError, match="64 x 64"):
+        benchmark.judge(0, Image.new("RGB", (32, 32)))
+
+
+def test_command_line_draws_a_benchmark(tmp_path) -> None:
+    checkpoint = vision.yolos(tmp_path / "yolos")
+    classes = dict(enumerate(CLASSES))
+    config = YolosConfig.from_pretrained(checkpoint)
+    config.id2label, config.label2id = classes, {name: index for index, name in classes.items()}
+    YolosForObjectDetection(config).save_pretrained(checkpoint)
+    models = ["--detector", str(checkpoint), "--color-model", str(vision.clip(tmp_path / "clip"))]
+    options = [
+        "--benchmark",
+        "geneval",
+        "--limit",
+        "1",
+        "--images-per-prompt",
+        "1",
+        "--velocity-prompts",
+        "0",
+        "--batch-size",
+        "6",
+        "--steps",
+        "1",
+    ]
+    arguments = ["evaluate", "demo:rounded", "demo", *options, *models, "--report", str(tmp_path / "report")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    stored = json.loads((tmp_path / "report" / "result.json").read_text())["benchmark"]
+    assert stored["name"] == "GenEval"
+    assert list(stored["per_task"]["student"]) == [*TASKS]
+    assert len(stored["images"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "Give --prompts FILE or --benchmark NAME"),
+        (["--benchmark", "geneval", "--prompts", "-"], "Give --prompts FILE or --benchmark NAME"),
+        (["--benchmark", "scenes"], "scenes needs judge"),
+        (["--benchmark", "coco"], "is not one of scenes, geneval"),
+        (["--prompts", "-", "--vqa", "x"], "need --benchmark"),
+    ],
+)
+def test_command_line_says_what_a_benchmark_needs(options, message) -> None:
+    done = CliRunner().invoke(app, ["evaluate", "demo:rounded", "demo", *options], input="a cat\n")
+    assert done.exit_code == 3
+    assert message in " ".join(done.output.split())
