@@ -427,19 +427,11 @@ def test_command_line_draws_a_benchmark(tmp_path) -> None:
     YolosForObjectDetection(config).save_pretrained(checkpoint)
     models = ["--detector", str(checkpoint), "--color-model", str(vision.clip(tmp_path / "clip"))]
     options = [
-        "--benchmark",
-        "geneval",
-        "--limit",
-        "1",
-        "--images-per-prompt",
-        "1",
-        "--velocity-prompts",
-        "0",
+        *("--benchmark", "geneval", "--limit", "1", "--images-per-prompt", "1", "--steps", "1"),
         "--batch-size",
         "6",
-        "--steps",
-        "1",
     ]
+    options += ["--velocity-prompts", "0"]
     arguments = ["evaluate", "demo:rounded", "demo", *options, *models, "--report", str(tmp_path / "report")]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
