@@ -6,13 +6,22 @@ The folder needs torch and Triton, and nothing else of this package: its files c
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
 from .weights import PackedWeight
 
 
-__all__ = ["MAX_HADAMARD", "dequantize", "linear", "rotate", "served_activation_dtype", "unavailable_reason"]
+__all__ = [
+    "MAX_HADAMARD",
+    "dequantize",
+    "linear",
+    "prepare",
+    "rotate",
+    "served_activation_dtype",
+    "unavailable_reason",
+]
 
 MAX_HADAMARD = 16384  # a block that is rotated stays in the registers of one program
 
@@ -99,9 +108,43 @@ def linear(
     return multiply(x, packed, bias, activation_dtype)
 
 
-def prepare(shape, dtype, device, **layout):  # type: ignore[no-untyped-def]
-    """Stub."""
-    return None
+def prepare(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    activation_dtype: str,
+    hadamard: int,
+) -> Callable[..., torch.Tensor] | None:
+    """[`linear`] for inputs of one shape, with as little host time as can be; `None` where `linear` must be called.
+
+    Args:
+        shape, dtype, device: of `x`, not empty.
+        out_features (`int`): N.
+        scale_dtype (`torch.dtype`): of the scales.
+        in_features, group_size, activation_dtype, hadamard: as in [`linear`].
+
+    Returns:
+        A function of `(x, weight, scale, multiplier, bias)`, see [`PreparedCall`]. It holds no tensor.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or hadamard > MAX_HADAMARD:
+        return None
+    from .prepared import PreparedCall
+
+    return PreparedCall(
+        shape,
+        device,
+        out_features=out_features,
+        in_features=in_features,
+        group_size=group_size,
+        scale_dtype=scale_dtype,
+        activation_dtype=activation_dtype,
+        hadamard=hadamard,
+    )
 
 
 def dequantize(

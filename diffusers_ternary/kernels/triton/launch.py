@@ -16,6 +16,7 @@ from .epilogue import epilogue_kernel
 from .fused import fused_kernel
 from .gemv import gemv_kernel
 from .hadamard import rotate_kernel
+from .recording import buffer, launch
 from .unpack import derive_multipliers_kernel, unpack_kernel
 from .weights import PackedWeight
 
@@ -62,10 +63,17 @@ def rotate(x: torch.Tensor, hadamard: int) -> torch.Tensor:
         hadamard (`int`): b, a power of two of at most `MAX_TOKEN_BLOCK`.
     """
     rows, columns = x.shape
-    out = torch.empty_like(x)
+    out = buffer(*x.shape, dtype=x.dtype, device=x.device)
     block = max(hadamard, min(power_of_two_from(columns), ROTATION_BLOCK))
-    rotate_kernel[(rows, ceil_div(columns, block))](
-        x, out, columns, STAGES=hadamard.bit_length() - 1, BLOCK_K=block, num_warps=token_warps(block)
+    launch(
+        rotate_kernel,
+        (rows, ceil_div(columns, block)),
+        x,
+        out,
+        columns,
+        STAGES=hadamard.bit_length() - 1,
+        BLOCK_K=block,
+        num_warps=token_warps(block),
     )
     return out
 
@@ -91,10 +99,12 @@ def quantize_activations(
     """
     rows, columns = x.shape
     stride = padded(columns)
-    out = torch.empty(rows, stride, dtype=torch.int8, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    out = buffer(rows, stride, dtype=torch.int8, device=x.device)
+    scale = buffer(rows, dtype=torch.float32, device=x.device)
     block = max(hadamard, min(power_of_two_from(stride), MAX_TOKEN_BLOCK))
-    quantize_kernel[(rows,)](
+    launch(
+        quantize_kernel,
+        (rows,),
         x,
         out,
         scale,
@@ -113,17 +123,24 @@ def derive_multipliers(weight: PackedWeight) -> PackedWeight:
     """Group scales as integer multipliers of a row scale (see `derive_multipliers_kernel`)."""
     groups = weight.groups
     device = weight.packed.device
-    multiplier = torch.empty(weight.out_features, groups, dtype=torch.int8, device=device)
-    row_scale = torch.empty(weight.out_features, 1, dtype=torch.float32, device=device)
-    derive_multipliers_kernel[(weight.out_features,)](
-        weight.scale, multiplier, row_scale, groups, BLOCK_G=power_of_two_from(groups), num_warps=1
+    multiplier = buffer(weight.out_features, groups, dtype=torch.int8, device=device)
+    row_scale = buffer(weight.out_features, 1, dtype=torch.float32, device=device)
+    launch(
+        derive_multipliers_kernel,
+        (weight.out_features,),
+        weight.scale,
+        multiplier,
+        row_scale,
+        groups,
+        BLOCK_G=power_of_two_from(groups),
+        num_warps=1,
     )
     return dataclasses.replace(weight, scale=row_scale, multiplier=multiplier)
 
 
 def unpack_float(weight: PackedWeight, dtype: torch.dtype, *, inline_ptx: bool) -> torch.Tensor:
     """The dequantized weight `[N, K]` in a float dtype."""
-    out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.packed.device)
+    out = buffer(weight.out_features, weight.in_features, dtype=dtype, device=weight.packed.device)
     _unpack(weight, out, None, "exact", inline_ptx)
     return out
 
@@ -131,9 +148,9 @@ def unpack_float(weight: PackedWeight, dtype: torch.dtype, *, inline_ptx: bool) 
 def unpack_8bit(weight: PackedWeight, kind: str, *, inline_ptx: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight as operand of an 8-bit product: int8 `[N, K']` (float8 as its bits) and float32 row scales `[N]`."""
     columns = padded(weight.in_features)
-    allocate = torch.empty if columns == weight.in_features else torch.zeros
-    out = allocate(weight.out_features, columns, dtype=torch.int8, device=weight.packed.device)
-    row_scale = torch.empty(weight.out_features, dtype=torch.float32, device=weight.packed.device)
+    padding = columns != weight.in_features
+    out = buffer(weight.out_features, columns, dtype=torch.int8, device=weight.packed.device, zeros=padding)
+    row_scale = buffer(weight.out_features, dtype=torch.float32, device=weight.packed.device)
     _unpack(weight, out, row_scale, kind, inline_ptx)
     return out, row_scale
 
@@ -146,7 +163,9 @@ def _unpack(
     block_n = 2048 // block_k
     groups = 0 if kind != "exact" and weight.per_row else weight.group_mode(block_k)
     grid = (ceil_div(weight.out_features, block_n), ceil_div(weight.plane_width, block_k))
-    unpack_kernel[grid](
+    launch(
+        unpack_kernel,
+        grid,
         weight.packed,
         weight.scale,
         weight.multiplier,
@@ -221,10 +240,10 @@ def packed_product(
     }
     tiles_n = ceil_div(weight.out_features, plan.block_n)
     if plan.path == "gemv":
-        gemv_kernel[(tiles_n,)](*arguments, **options)
+        launch(gemv_kernel, (tiles_n,), *arguments, **options)
     else:
         tiles = ceil_div(rows, plan.block_m) * tiles_n
-        fused_kernel[(tiles,)](*arguments, **options, WEIGHT_LEFT=plan.weight_left, GROUP_M=8)
+        launch(fused_kernel, (tiles,), *arguments, **options, WEIGHT_LEFT=plan.weight_left, GROUP_M=8)
 
 
 def dense_product(
@@ -242,7 +261,9 @@ def dense_product(
     """Runs the dense 8-bit kernel into `y`: x int8 `[M, K']`, dense int8 `[N, K']`."""
     rows, columns = x.shape
     grid = (ceil_div(rows, plan.block_m) * ceil_div(dense.shape[0], plan.block_n),)
-    dense_kernel[grid](
+    launch(
+        dense_kernel,
+        grid,
         x,
         dense,
         row_scale,
@@ -272,6 +293,18 @@ def epilogue(
     rows, columns = acc.shape
     block_m, block_n = 16, 256
     grid = (ceil_div(rows, block_m), ceil_div(columns, block_n))
-    epilogue_kernel[grid](
-        acc, row_scale, x_scale, bias, y, rows, columns, 1.0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4
+    launch(
+        epilogue_kernel,
+        grid,
+        acc,
+        row_scale,
+        x_scale,
+        bias,
+        y,
+        rows,
+        columns,
+        1.0,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4,
     )

@@ -20,6 +20,7 @@ from .dispatch import (
     candidates,
     resolve_activation_dtype,
 )
+from .recording import buffer, library
 from .trial import LIBRARY_SIZE, TOLERANCE, problem_of, product_problem, trial_weight
 from .weights import PackedWeight
 
@@ -42,11 +43,27 @@ def multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, a
     Raises:
         RuntimeError: if Triton cannot serve the device of `x`.
     """
-    target = supported_target(x.device)
     tokens = x.reshape(-1, weight.in_features)  # [M, K]
     tokens = tokens if tokens.is_contiguous() else tokens.contiguous()
+    if tokens.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], weight.out_features)
+    with current(x.device):
+        plan, resolved, target = decide(tokens, weight, bias, activation_dtype)
+        y = run(plan, tokens, weight, bias, resolved, target)
+    return y.view(*x.shape[:-1], weight.out_features)
+
+
+def decide(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation_dtype: str
+) -> tuple[Plan, str, Target]:
+    """The plan for contiguous `x` `[M, K]`, the activation dtype that its device has for it, and the device's target.
+
+    Raises:
+        RuntimeError: if Triton cannot serve the device of `x`.
+    """
+    target = supported_target(x.device)
     request = Request(
-        rows=tokens.shape[0],
+        rows=x.shape[0],
         out_features=weight.out_features,
         in_features=weight.in_features,
         group_size=weight.group_size,
@@ -54,12 +71,8 @@ def multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, a
         dtype=x.dtype,
         activation_dtype=activation_dtype,
     )
-    if request.rows == 0:
-        return x.new_empty(*x.shape[:-1], weight.out_features)
     resolved, plans = _resolve(target, request)
-    with current(x.device):
-        y = run(choose(tokens, weight, bias, request, resolved, plans), tokens, weight, bias, resolved, target)
-    return y.view(*x.shape[:-1], weight.out_features)
+    return choose(x, weight, bias, request, resolved, plans), resolved, target
 
 
 def run(
@@ -78,7 +91,7 @@ def run(
         x = launch.rotate(x, weight.hadamard)
     if activation_dtype == "none" and plan.path == "library":
         dense = launch.unpack_float(weight, x.dtype, inline_ptx=ptx)
-        return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+        return library(_linear, x, dense, bias)
     kind = launch.KINDS[activation_dtype]
     operand, x_scale = x, None
     if activation_dtype != "none":
@@ -86,21 +99,29 @@ def run(
         if weight.multiplier is None and not weight.per_row:
             weight = launch.derive_multipliers(weight)
     if plan.path in ("gemv", "fused"):
-        y = x.new_empty(x.shape[0], weight.out_features)
+        y = buffer(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
         launch.packed_product(operand, x_scale, weight, bias, y, kind=kind, plan=plan, inline_ptx=ptx)
         return y
     assert x_scale is not None  # only 8-bit products are left
     dense, row_scale = launch.unpack_8bit(weight, kind, inline_ptx=ptx)
     if plan.path == "library" and kind == "fp8":
-        return _scaled_mm(operand, x_scale, dense, row_scale, bias, x.dtype)
-    y = x.new_empty(x.shape[0], weight.out_features)
+        return library(_scaled_mm, operand, x_scale, dense, row_scale, bias, x.dtype)
+    y = buffer(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
     if plan.path == "library":
-        launch.epilogue(torch._int_mm(operand, dense.t()), x_scale, row_scale, bias, y)
+        launch.epilogue(library(_int_mm, operand, dense), x_scale, row_scale, bias, y)
     else:
         launch.dense_product(
             operand, x_scale, dense, row_scale, bias, y, kind=kind, plan=plan, no_prefetch=target.register_operands
         )
     return y
+
+
+def _linear(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+
+
+def _int_mm(x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    return torch._int_mm(x, dense.t())
 
 
 def _scaled_mm(
