@@ -37,7 +37,6 @@ __all__ = [
     "HubTransportError",
     "TransformersConfigMixin",
     "WeightConverter",
-    "drop_config_entries",
     "drop_unsaved",
     "forget_weight_conversions",
     "ignore_unexpected",
@@ -45,14 +44,24 @@ __all__ = [
     "patch_flux_expansion",
     "patch_lora_mixin",
     "refuse_unknown_components",
+    "update_config",
     "wrap_fuse_projections",
 ]
 
 
-def drop_config_entries(model: Any, names: tuple[str, ...]) -> None:
-    """Removes entries from the frozen config of a diffusers model."""
-    remaining = {name: value for name, value in model.config.items() if name not in names}
-    model._internal_dict = FrozenDict(remaining)
+def update_config(model: Any, *, drop: tuple[str, ...] = (), **entries: Any) -> None:
+    """Sets and removes entries of the frozen config of a diffusers model.
+
+    Other than with `register_to_config`, attributes that diffusers set on the config without an entry stay:
+    `load_ip_adapter` notes there that the model takes pictures.
+    """
+    old = model.config
+    kept = {name: value for name, value in old.items() if name not in drop}
+    new = FrozenDict({**kept, **entries})
+    for name, value in vars(old).items():
+        if name not in entries and name not in drop and (name not in kept or value is not kept[name]):
+            setattr(new, name, value)
+    model._internal_dict = new
 
 
 def keep_in_fp32_names(model: Any) -> list[str]:

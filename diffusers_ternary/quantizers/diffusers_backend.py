@@ -11,7 +11,7 @@ from diffusers.utils.logging import tqdm
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..compat import DiffusersQuantizer, drop_config_entries
+from ..compat import DiffusersQuantizer, update_config
 from ..config import RECOVER, TernaryConfig, TernaryMethod
 from ..layers import Int8Layer, QuantizedLayer, read_records
 from .checkpoint import (
@@ -280,7 +280,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = TernaryMethod.DIFFUSERS_TERNARY
-        model.register_to_config(quantization_config=self.quantization_config)
+        update_config(model, quantization_config=self.quantization_config)
         if self.input_hook is None and model.dtype == torch.float32:
             self.input_hook = model.register_forward_pre_hook(upcast_inputs, with_kwargs=True)
 
@@ -303,7 +303,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
             self.input_hook.remove()
             self.input_hook = None
         model.quantization_method = None
-        drop_config_entries(model, ("quantization_config", "_pre_quantization_dtype"))
+        update_config(model, drop=("quantization_config", "_pre_quantization_dtype"))
         return model
 
     @property

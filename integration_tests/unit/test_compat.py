@@ -151,7 +151,7 @@ def test_config_entries_can_be_dropped():
     with torch.device("meta"):
         model = FluxTransformer2DModel(num_layers=1, num_single_layers=1)
     model.register_to_config(something="x")
-    compat.drop_config_entries(model, ("something",))
+    compat.update_config(model, drop=("something",))
     assert "something" not in model.config, f"model.config is not model._internal_dict any more {VERSIONS}"
     assert model.config.num_layers == 1
     assert "something" not in model.to_json_string()
