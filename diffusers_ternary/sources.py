@@ -6,14 +6,26 @@ import pathlib
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT as HUB
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from torch import nn
 
 from .compat import keep_in_fp32_names
 from .config import TernaryConfig
 from .files import read_json
 from .quantizers import packed_layers
+
+
+_CONFIGS = ("model_index.json", "config.json")
 
 
 def load_quantized(
@@ -33,7 +45,7 @@ def load_quantized(
     import diffusers
     import transformers
 
-    index = _read_json(source, "model_index.json")
+    index = read_source_json(source, "model_index.json")
     if index is not None:
         known = [name for name, value in index.items() if isinstance(value, list) and value and value[0]]
         missing = [name for name in config.components or [] if name not in known]
@@ -43,11 +55,11 @@ def load_quantized(
             )
         for name in known:
             if config.selects(name):
-                _refuse_quantized(_read_json(source, f"{name}/config.json"), f"{source}/{name}")
+                _refuse_quantized(read_source_json(source, f"{name}/config.json"), f"{source}/{name}")
         return diffusers.DiffusionPipeline.from_pretrained(
             source, quantization_config=config, dtype=dtype, variant=variant
         )
-    model = _read_json(source, "config.json")
+    model = read_source_json(source, "config.json")
     if model is None:
         raise ValueError(
             f"{source} holds neither model_index.json (a pipeline) nor config.json (a model). Give a folder that "
@@ -66,16 +78,40 @@ def load_quantized(
     return cls.from_pretrained(source, quantization_config=config, dtype=dtype, variant=variant)
 
 
-def _read_json(source: str, name: str) -> dict[str, Any] | None:
-    path: str | os.PathLike[str] = pathlib.Path(source) / name
-    if not os.path.isdir(source):
-        try:
-            path = hf_hub_download(source, name)
-        except EntryNotFoundError:
+def read_source_json(source: str, name: str) -> dict[str, Any] | None:
+    """A JSON file of a local folder or a Hub repository; `None` if it has no such file.
+
+    Raises:
+        ValueError: if there is neither such a folder nor such a repository, or the file is damaged.
+    """
+    if os.path.isdir(source):
+        return read_json(pathlib.Path(source) / name)
+    try:
+        return read_json(hf_hub_download(source, name))
+    except LocalEntryNotFoundError as error:  # the Hub was not asked, or could not be reached
+        if any(isinstance(try_to_load_from_cache(source, known), str) for known in _CONFIGS):
             return None
-        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-            raise ValueError(f"{source} is no local folder, and the Hub does not give it: {error}") from error
-    return read_json(path)
+        raise source_error(source, error) from error
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
+        raise source_error(source, error) from error
+
+
+def source_error(source: str | os.PathLike[str], error: Exception) -> ValueError:
+    """Why a source that is no local folder cannot be had from the Hub either, in one sentence."""
+    place = os.fspath(source)
+    if isinstance(error, HFValidationError):
+        reason = "and no Hub id (owner/name) either. Check how it is written."
+    elif isinstance(error, GatedRepoError):
+        reason = f"and the Hub gives it only to those who were granted access: ask for it at {HUB}/{place}."
+    elif isinstance(error, RepositoryNotFoundError):
+        reason = "and the Hub has no such repository, or shows it to others only: check the name, or `hf auth login`."
+    elif isinstance(error, HfHubHTTPError):
+        reason = f"and the Hub does not give it: {str(error).splitlines()[0]}"
+    else:
+        reason = "it is not in the cache, and the Hub cannot be reached. Check the name and the connection."
+    return ValueError(f"{place} is no local folder, {reason}")
 
 
 def _refuse_quantized(config: dict[str, Any] | None, source: str) -> None:

@@ -2,10 +2,12 @@
 """The calibration report as a figure: what calibration gained in each layer, and what each layer costs."""
 
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..extras import import_extra
+from ..files import new_file
 
 
 if TYPE_CHECKING:
@@ -37,7 +39,8 @@ def plot_report(report: "CalibrationReport", path: str | os.PathLike[str]) -> No
     if report.sensitivity:
         _plot_sensitivity(axes[1], report.sensitivity)
     figure.suptitle(f"{report.bits_per_weight:.3f} bits per weight, {report.prompts} prompts")
-    figure.savefig(path, dpi=120)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format=pathlib.Path(path).suffix.removeprefix(".") or "png", dpi=120)
 
 
 def _plot_errors(axes: Any, layers: "Sequence[LayerReport]") -> None:

@@ -12,8 +12,9 @@ from ..destinations import output_folder
 from ..extras import MissingExtraError, check_extra
 from ..inspection import inspect_path
 from ..sources import store_in_16_bits
-from .console import console, escape, explained_errors, format_bytes
+from .console import ExitCode, console, escape, explained_errors, format_bytes
 from .options import (
+    check_shard_size,
     demo_settings,
     is_demo,
     load_pipeline,
@@ -98,8 +99,8 @@ def calibrate_command(
     from ..calibration import CalibrationConfig, SensitivityConfig, SolverConfig, calibrate
     from .quiet import hide_loading_bars
 
-    with explained_errors():
-        lines = read_prompts(prompts, limit)
+    hide_loading_bars()
+    with explained_errors(ExitCode.USAGE):
         call_kwargs = parse_call_kwargs(
             call,
             {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width},
@@ -112,7 +113,8 @@ def calibrate_command(
             components=component,
         )
         place = parse_device(device)
-        hide_loading_bars()
+        torch_dtype = parse_dtype(dtype, place)
+        check_shard_size(max_shard_size)
         if is_demo(source):
             call_kwargs = demo_settings(call_kwargs, steps, guidance)
         calibration = CalibrationConfig(
@@ -125,10 +127,12 @@ def calibrate_command(
             size_budget=size_budget,
             sensitivity=SensitivityConfig() if sensitivity else None,
         )
+    with explained_errors():
+        lines = read_prompts(prompts, limit)
         plotted = _can_plot()
         kept = work_dir or destination.parent / f".{destination.name}.calibration"
         with output_folder(destination, sources=[source], work=[work_dir], overwrite=overwrite) as folder:
-            pipeline = load_pipeline(source, parse_dtype(dtype, place))
+            pipeline = load_pipeline(source, torch_dtype)
             if offload:
                 pipeline.enable_model_cpu_offload(device=place)
             else:

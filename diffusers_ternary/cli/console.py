@@ -32,8 +32,10 @@ errors = Console(stderr=True)
 
 
 @contextlib.contextmanager
-def explained_errors() -> Iterator[None]:
-    """Turns errors that name their remedy into one message and exit code 3; bugs keep their traceback.
+def explained_errors(code: ExitCode = ExitCode.BAD_INPUT) -> Iterator[None]:
+    """Turns errors that name their remedy into one message and an exit code; bugs keep their traceback.
+
+    Where options alone are looked at, the code is `USAGE`: they are wrong whatever the input.
 
     A request to end (SIGTERM, SIGHUP) unwinds like an error, so that nothing half-written stays behind.
     """
@@ -45,7 +47,7 @@ def explained_errors() -> Iterator[None]:
             raise
         errors.print(f"[bold red]error:[/] {escape(_message(error))}", soft_wrap=True)
         logging.getLogger(__name__).debug("traceback", exc_info=True)
-        raise typer.Exit(ExitCode.BAD_INPUT) from error
+        raise typer.Exit(code) from error
     except KeyboardInterrupt as error:
         errors.print("interrupted")
         raise typer.Exit(ExitCode.INTERRUPTED) from error

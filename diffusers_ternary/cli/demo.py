@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`diffusers-ternary demo`."""
 
+import contextlib
 import pathlib
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,8 +9,12 @@ import typer
 from rich import box
 from rich.table import Table
 
+from ..destinations import output_file
 from .console import console, explained_errors, format_bytes
 
+
+# How the files of an earlier demo begin; no others are replaced.
+_PICTURE, _ROWS = b"\x89PNG", b'[\n  {\n    "variant": '
 
 if TYPE_CHECKING:
     from ..demo.run import DemoResult
@@ -32,17 +37,21 @@ def demo_command(
 
     Example: diffusers-ternary demo --json demo.json
     """
-    with explained_errors():
+    with explained_errors(), contextlib.ExitStack() as stack:
         if json_path is not None and not json_path.parent.is_dir():
             raise FileNotFoundError(
                 f"--json {json_path}: the folder {json_path.parent} does not exist. Make it first."
             )
         output.mkdir(parents=True, exist_ok=True)
-        result = _run(full, threads)
         sheet = output / "contact_sheet.png"
-        result.save_contact_sheet(sheet)
+        picture = stack.enter_context(output_file(sheet, magic=_PICTURE, overwrite=True))
+        table = None
         if json_path is not None:
-            result.save_json(json_path)
+            table = stack.enter_context(output_file(json_path, magic=_ROWS, overwrite=True))
+        result = _run(full, threads)
+        result.save_contact_sheet(picture)
+        if table is not None:
+            result.save_json(table)
     console.print(_table(result))
     for path in (sheet, json_path):
         if path is not None:

@@ -14,8 +14,9 @@ from ..destinations import check_folder, output_folder
 from ..files import read_json
 from ..inspection import inspect_path
 from ..sources import store_in_16_bits
-from .console import console, escape, explained_errors, format_bytes
+from .console import ExitCode, console, escape, explained_errors, format_bytes
 from .options import (
+    check_shard_size,
     demo_settings,
     is_demo,
     load_pipeline,
@@ -147,10 +148,9 @@ def distill_command(
     from .quiet import hide_loading_bars
 
     state = PartialState(cpu=cpu)
-    with _quiet(state.is_main_process), explained_errors():
+    hide_loading_bars()
+    with _quiet(state.is_main_process), explained_errors(ExitCode.USAGE):
         settings = _settings(inference_steps, guidance, height, width, call)
-        lines = read_prompts(prompts, limit)
-        unseen = None if held_out is None else read_prompts(held_out)
         config = TernaryConfig(
             group_size=group_size or None,
             scales=scales,
@@ -158,7 +158,6 @@ def distill_command(
             overrides=parse_overrides(override),
             components=None if component is None else [component],
         )
-        hide_loading_bars()
         if is_demo(source):
             settings = demo_settings(settings, inference_steps, guidance)
         distill_config = DistillConfig(
@@ -182,6 +181,11 @@ def distill_command(
             calibration=None if rounded else CalibrationConfig(),
             call_kwargs=settings,
         )
+        check_shard_size(max_shard_size)
+        torch_dtype = parse_dtype(dtype, state.device)
+    with _quiet(state.is_main_process), explained_errors():
+        lines = read_prompts(prompts, limit)
+        unseen = None if held_out is None else read_prompts(held_out)
         if unseen is None:
             lines, unseen = split_held_out(lines, distill_config.held_out)
         run = work_dir or destination.parent / f".{destination.name}.distillation"
@@ -191,7 +195,7 @@ def distill_command(
             "overwrite": overwrite,
         }
         with _saved(destination, main=state.is_main_process, **checked) as folder:
-            pipeline = load_pipeline(source, parse_dtype(dtype, state.device))
+            pipeline = load_pipeline(source, torch_dtype)
             if offload:
                 pipeline.enable_model_cpu_offload(device=state.device)
             else:

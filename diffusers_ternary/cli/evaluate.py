@@ -10,7 +10,7 @@ import typer
 
 from ..destinations import output_folder
 from ..extras import check_extra
-from .console import console, explained_errors
+from .console import ExitCode, console, explained_errors
 from .options import (
     demo_scorers,
     demo_settings,
@@ -83,23 +83,26 @@ def evaluate_command(
     from ..evaluation.benchmarks import make_benchmark
     from .quiet import hide_loading_bars
 
-    with explained_errors(), contextlib.ExitStack() as stack:
+    hide_loading_bars()
+    with explained_errors(ExitCode.USAGE):
         if (prompts is None) == (benchmark is None):
             raise ValueError("Give --prompts FILE or --benchmark NAME, one of the two.")
-        lines = None if prompts is None else read_prompts(prompts, limit)
+        models = {"detector": detector, "clip": color_model, "vqa": vqa, "judge": judge}
+        if benchmark is None and (images_per_prompt or any(models.values())):
+            raise ValueError("--images-per-prompt, --detector, --color-model, --vqa and --judge need --benchmark.")
         call_kwargs = parse_call_kwargs(call, {"height": height, "width": width})
         place = parse_device(device)
         torch_dtype = parse_dtype(dtype, place)
+    with explained_errors(), contextlib.ExitStack() as stack:
+        lines = None if prompts is None else read_prompts(prompts, limit)
         folder = None
         if report is not None:
             if velocity_prompts:
                 check_extra("matplotlib", "The report's plot of the velocity error")
             sources = [student, teacher, clip, detector, color_model, vqa, judge]
             folder = stack.enter_context(output_folder(report, sources=sources, overwrite=overwrite))
-        hide_loading_bars()
         scorers: dict[str, Scorer] = {} if clip is None else {"clip_score": ClipScore(clip, device=place)}
         task = None
-        models = {"detector": detector, "clip": color_model, "vqa": vqa, "judge": judge}
         if benchmark is not None:
             task = make_benchmark(
                 benchmark,
@@ -108,8 +111,6 @@ def evaluate_command(
                 device=None if benchmark == "scenes" else place,
                 **models,
             )
-        elif images_per_prompt or any(models.values()):
-            raise ValueError("--images-per-prompt, --detector, --color-model, --vqa and --judge need --benchmark.")
         teacher_pipeline = load_pipeline(teacher, torch_dtype).to(place)
         student_pipeline = load_student(student, teacher_pipeline, torch_dtype).to(place)
         if is_demo(teacher):

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 
 from ..config.ternary_config import COMPUTE_DTYPES
+from ..sources import read_source_json
 from .console import console
 
 
@@ -33,8 +35,7 @@ def load_pipeline(source: str, dtype: torch.dtype) -> Any:
         from ..demo.variants import TEACHER, find_variant
 
         return find_variant(source.partition(":")[2] or TEACHER.name).load(dtype)
-    path = pathlib.Path(source)
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    if read_source_json(source, "model_index.json") is None:
         raise ValueError(f"{source} holds no model_index.json, so it is no pipeline. Give the folder of a pipeline.")
     return DiffusionPipeline.from_pretrained(source, dtype=dtype)
 
@@ -102,6 +103,16 @@ def parse_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in COMPUTE_DTYPES:
         raise ValueError(f"--dtype {name!r} is not one of auto, {', '.join(COMPUTE_DTYPES)}.")
     return COMPUTE_DTYPES[name]
+
+
+def check_shard_size(size: str) -> None:
+    """`--max-shard-size`, which is used after all the work."""
+    try:
+        if convert_file_size_to_int(size) > 0:
+            return
+    except (ValueError, OverflowError, IndexError):
+        pass
+    raise ValueError(f"--max-shard-size {size!r} is no size such as 5GB.")
 
 
 def parse_overrides(values: list[str] | None) -> dict[str, str] | None:

@@ -2,11 +2,11 @@
 """`diffusers-ternary push`."""
 
 import pathlib
-import tempfile
 from typing import Annotated
 
 import typer
 
+from ..files import temporary_folder
 from .console import console, escape, explained_errors, format_bytes
 
 
@@ -47,17 +47,17 @@ def push_command(
 
     Example: diffusers-ternary push flux-ternary me/flux-ternary --base-model black-forest-labs/FLUX.1-dev --dry-run
     """
-    from ..hub import check_target, prepare, publish, read_base_card
+    from ..hub import WORK, check_target, prepare, publish, read_base_card
     from .quiet import hide_loading_bars
 
-    with explained_errors(), tempfile.TemporaryDirectory(prefix="diffusers-ternary-push-") as work:
+    with explained_errors(), temporary_folder(WORK) as work:
         hide_loading_bars()
         check_target(repo_id, revision=revision, create_pr=create_pr)
         publication = prepare(
             folder,
             repo_id,
             read_base_card(base_model),
-            pathlib.Path(work),
+            work,
             report=report,
             calibration=calibration,
             distillation=distillation,

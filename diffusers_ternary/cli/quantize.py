@@ -12,8 +12,8 @@ from ..config.ternary_config import COMPUTE_DTYPES
 from ..destinations import output_folder
 from ..inspection import inspect_path
 from ..sources import load_quantized
-from .console import console, escape, explained_errors, format_bytes
-from .options import is_demo, parse_overrides
+from .console import ExitCode, console, escape, explained_errors, format_bytes
+from .options import check_shard_size, is_demo, parse_overrides
 
 
 def quantize_command(
@@ -52,8 +52,8 @@ def quantize_command(
     """
     from .quiet import hide_loading_bars
 
-    with explained_errors():
-        hide_loading_bars()
+    hide_loading_bars()
+    with explained_errors(ExitCode.USAGE):
         config = TernaryConfig(
             group_size=group_size or None,
             rounding=rounding,
@@ -63,6 +63,8 @@ def quantize_command(
             components=component,
         )
         model_dtype = _parse_dtype(dtype)
+        check_shard_size(max_shard_size)
+    with explained_errors():
         place = _resolve(source)
         with output_folder(destination, sources=[place], overwrite=overwrite) as folder:
             model = load_quantized(place, config, dtype=model_dtype, variant=variant)

@@ -3,10 +3,12 @@
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from ..extras import import_extra
+from ..files import new_file
 from .velocity import VelocityError
 
 
@@ -65,6 +67,8 @@ def plot_velocity_error(errors: Mapping[str, VelocityError], path: Any, *, dark:
     if len(errors) > 1:
         axes.legend(frameon=False, labelcolor=theme.ink)
     if isinstance(path, (str, os.PathLike)):
-        figure.savefig(os.fspath(path), facecolor=theme.background)
+        with new_file(path) as temporary:
+            suffix = pathlib.Path(path).suffix
+            figure.savefig(temporary, format=suffix.removeprefix(".") or "png", facecolor=theme.background)
     else:
         figure.savefig(path, format="png", facecolor=theme.background)

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..destinations import output_folder
 from .benchmarks import BenchmarkScores
 from .plot import plot_velocity_error
 from .result import EvaluationResult
@@ -54,7 +55,7 @@ def write_report(
 
     Args:
         result ([`EvaluationResult`]): what to show.
-        directory (`str` or `os.PathLike`): made if it does not exist.
+        directory (`str` or `os.PathLike`): made if it does not exist; takes the place of an earlier report.
         student_name, teacher_name (`str`): how the page calls them.
         max_images (`int`, *optional*, defaults to 48): pairs shown on the page; files are written for all.
 
@@ -62,23 +63,24 @@ def write_report(
         `pathlib.Path`: of the page. It makes no request, to this folder or elsewhere.
 
     Raises:
+        FileExistsError: if the directory holds something else.
         MissingExtraError: without matplotlib (`pip install diffusers-ternary[evaluate]`).
     """
-    folder = pathlib.Path(directory)
     page = render(result, student_name=student_name, teacher_name=teacher_name, max_images=max_images)
-    images = folder / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    result.save_json(folder / "result.json")
-    result.contact_sheet(folder / "contact_sheet.png")
-    if result.velocity is not None:
-        result.plot_velocity_error(folder / "velocity_error.png")
-    digits = len(str(len(result.prompts) - 1))
-    for index, (student, teacher) in enumerate(zip(result.student_images, result.teacher_images, strict=True)):
-        student.save(images / f"{index:0{digits}}_student.png")
-        teacher.save(images / f"{index:0{digits}}_teacher.png")
-    target = folder / "index.html"
-    target.write_text(page, encoding="utf-8")
-    return target
+    is_report = pathlib.Path(directory, "result.json").is_file()  # nothing else is replaced unasked
+    with output_folder(directory, overwrite=is_report) as folder:
+        images = folder / "images"
+        images.mkdir()
+        result.save_json(folder / "result.json")
+        result.contact_sheet(folder / "contact_sheet.png")
+        if result.velocity is not None:
+            result.plot_velocity_error(folder / "velocity_error.png")
+        digits = len(str(len(result.prompts) - 1))
+        for index, (student, teacher) in enumerate(zip(result.student_images, result.teacher_images, strict=True)):
+            student.save(images / f"{index:0{digits}}_student.png")
+            teacher.save(images / f"{index:0{digits}}_teacher.png")
+        (folder / "index.html").write_text(page, encoding="utf-8")
+    return pathlib.Path(directory, "index.html")
 
 
 def render(result: EvaluationResult, *, student_name: str, teacher_name: str, max_images: int = 48) -> str:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..files import read_json
+from ..files import read_json, temporary_folder
 from ..quantizers import below_compiled_wrappers
 from .base_card import BaseCard, read_base_card
 from .card import card_data, render_card
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
+WORK = "diffusers-ternary-push-"
+"""How the folders for what is sent begin, among the temporary files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +116,12 @@ def push_to_hub(
     """
     check_target(repo_id, revision=revision, create_pr=create_pr)
     base = read_base_card(base_model, token=token)
-    with tempfile.TemporaryDirectory(prefix="diffusers-ternary-push-") as work:
+    with temporary_folder(WORK) as work:
         publication = prepare(
             pipeline_or_model,
             repo_id,
             base,
-            pathlib.Path(work),
+            work,
             report=report,
             calibration=calibration,
             distillation=distillation,

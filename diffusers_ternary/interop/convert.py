@@ -23,6 +23,7 @@ from ..layers import reason_not_to_pack
 from ..quantizers import read_headers
 from ..quantizers.checkpoint import load_tensor
 from ..quantizers.plan import float_layers
+from ..sources import source_error
 from ..ternarize import TernaryFit, looks_ternary, recover, ternary_fit
 from .open import open_foreign, pipeline_components
 from .report import ConversionReport
@@ -122,7 +123,7 @@ def _local(source: str | os.PathLike[str]) -> pathlib.Path:
     try:
         return pathlib.Path(snapshot_download(text))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(f"{source} is no local path, and the Hub does not give it: {error}") from error
+        raise source_error(source, error) from error
 
 
 def _open_part(root: pathlib.Path, name: str, *, config: str | os.PathLike[str] | None, variant: str | None) -> _Part:

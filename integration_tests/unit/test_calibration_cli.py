@@ -64,20 +64,23 @@ def test_a_size_budget_is_kept_and_its_ranking_shown(source, prompts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("extra", "message"),
+    ("extra", "message", "code"),
     [
-        (["--set", "steps=3"], "FluxPipeline takes no steps"),
-        (["--memory-limit", "1kB"], "Raise memory_limit"),
-        (["--size-budget", "small"], "no positive size such as '2.0 bits' or '400MB'"),
-        (["--size-budget", "1 bits"], "below the smallest possible"),
-        (["--damping", "0"], "damping=0.0 is not a positive number"),
-        (["--component", "unet"], "has no component unet"),
-        (["--override", "x"], "is not PATTERN=KIND"),
+        (["--set", "steps=3"], "FluxPipeline takes no steps", ExitCode.BAD_INPUT),
+        (["--memory-limit", "1kB"], "Raise memory_limit", ExitCode.BAD_INPUT),
+        (["--size-budget", "small"], "no positive size such as '2.0 bits' or '400MB'", ExitCode.USAGE),
+        (["--size-budget", "1 bits"], "below the smallest possible", ExitCode.USAGE),
+        (["--damping", "0"], "damping=0.0 is not a positive number", ExitCode.USAGE),
+        (["--component", "unet"], "has no component unet", ExitCode.BAD_INPUT),
+        (["--override", "x"], "is not PATTERN=KIND", ExitCode.USAGE),
+        (["--dtype", "int3"], "'int3' is not one of", ExitCode.USAGE),
+        (["--max-shard-size", "big"], "'big' is no size such as 5GB", ExitCode.USAGE),
+        (["--max-shard-size", "1e400GB"], "'1e400GB' is no size such as 5GB", ExitCode.USAGE),
     ],
 )
-def test_bad_input_is_one_message(source, prompts, tmp_path, extra, message):
+def test_bad_input_is_one_message(source, prompts, tmp_path, extra, message, code):
     result = run(source, tmp_path / "out", "--prompts", prompts, *extra)
-    assert result.exit_code == ExitCode.BAD_INPUT
+    assert result.exit_code == code, result.output
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
 

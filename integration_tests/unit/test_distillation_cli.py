@@ -69,15 +69,15 @@ def test_prompts_are_held_out_by_their_hash(source, tmp_path):
 def test_bad_input(source, prompts, tmp_path):
     held_out = prompts.with_name("held_out.jsonl")
     cases = {
-        "32 of 3 different prompts": [],
-        "mode='best' is not one of": ["--held-out", held_out, "--mode", "best"],
-        "held-out prompts": ["--held-out", prompts],
-        "takes no cfg": ["--held-out", held_out, "--set", "cfg=3"],
-        "no folder of a packed": ["--held-out", held_out, "--student", tmp_path],
+        "32 of 3 different prompts": ([], ExitCode.BAD_INPUT),
+        "mode='best' is not one of": (["--held-out", held_out, "--mode", "best"], ExitCode.USAGE),
+        "held-out prompts": (["--held-out", prompts], ExitCode.BAD_INPUT),
+        "takes no cfg": (["--held-out", held_out, "--set", "cfg=3"], ExitCode.BAD_INPUT),
+        "no folder of a packed": (["--held-out", held_out, "--student", tmp_path], ExitCode.BAD_INPUT),
     }
-    for message, extra in cases.items():
+    for message, (extra, code) in cases.items():
         result = run(source, tmp_path / "out", "--prompts", prompts, *extra)
-        assert result.exit_code == ExitCode.BAD_INPUT, (message, result.output)
+        assert result.exit_code == code, (message, result.output)
         assert message in " ".join(result.output.split()), result.output
         assert not (tmp_path / "out").exists()
 

@@ -2,10 +2,12 @@
 """`diffusers-ternary evaluate`: files in, report out, and an exit code that means something."""
 
 import json
+import sys
 
 import pytest
 import torch
 import typer
+from diffusers import DiffusionPipeline
 from evaluate_pipelines import tiny_flux
 from typer.testing import CliRunner
 
@@ -68,19 +70,19 @@ def test_prompts_from_stdin(folders) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "message", "code"),
     [
-        (["--set", "nonsense"], "is not NAME=VALUE"),
-        (["--set", "height=8"], "given twice"),
-        (["--set", "stepz=8"], "takes no stepz"),
-        (["--dtype", "int3"], "'int3' is not one of"),
-        (["--device", "toaster"], "'toaster' is no device"),
-        (["--clip", "missing"], "no local CLIP checkpoint"),
+        (["--set", "nonsense"], "is not NAME=VALUE", ExitCode.USAGE),
+        (["--set", "height=8"], "given twice", ExitCode.USAGE),
+        (["--set", "stepz=8"], "takes no stepz", ExitCode.BAD_INPUT),
+        (["--dtype", "int3"], "'int3' is not one of", ExitCode.USAGE),
+        (["--device", "toaster"], "'toaster' is no device", ExitCode.USAGE),
+        (["--clip", "missing"], "no local CLIP checkpoint", ExitCode.BAD_INPUT),
     ],
 )
-def test_bad_options_exit_with_3(folders, options: list[str], message: str) -> None:
+def test_bad_options_say_what_is_wrong(folders, options: list[str], message: str, code: ExitCode) -> None:
     outcome = invoke(folders, *options)
-    assert outcome.exit_code == ExitCode.BAD_INPUT, outcome.output
+    assert outcome.exit_code == code, outcome.output
     assert message in outcome.output
 
 
@@ -101,6 +103,28 @@ def test_an_existing_report_is_kept(folders, tmp_path) -> None:
 
 def test_wrong_usage_exits_with_2(folders) -> None:
     assert invoke(folders, "--steps", "0").exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "no such name", "nobody/nothing"])
+def test_a_source_that_is_nowhere_is_one_sentence(folders, source) -> None:
+    for student, teacher in ((folders / "student", source), (source, folders / "teacher")):
+        command = [str(student), str(teacher), "--prompts", str(folders / "prompts.txt"), *CALL]
+        outcome = CliRunner().invoke(app, command)
+        assert outcome.exit_code == ExitCode.BAD_INPUT, outcome.output
+        assert outcome.output.startswith(f"error: {source} is no local folder, ")
+        assert outcome.output.count("\n") == 1
+
+
+def test_a_missing_library_is_noticed_before_the_work(folders, tmp_path, monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("the work has begun"))
+    outcome = invoke(folders, "--report", tmp_path / "out")
+    assert outcome.exit_code == ExitCode.BAD_INPUT, outcome.output
+    assert "needs matplotlib" in outcome.output
+    assert "pip install diffusers-ternary[evaluate]" in outcome.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_dtype_reaches_the_models(folders) -> None:
