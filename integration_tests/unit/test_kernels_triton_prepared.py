@@ -148,8 +148,8 @@ def test_a_call_that_torch_takes_part_in_is_repeated_with_tensors(monkeypatch):
     seen = []
 
     def multiply(x, x_scale, dense, row_scale, bias, dtype):
-        seen.append((x.shape, dense.shape, bias))
-        return torch.empty(x.shape[0], dense.shape[0], dtype=dtype)
+        seen.append((x.dtype, x.shape, dense.dtype, dense.shape, dense.stride(), x_scale.shape, row_scale.shape, bias))
+        return torch.empty(x.shape[0], dense.shape[1], dtype=dtype)
 
     monkeypatch.setattr(product, "_scaled_mm", multiply)
     with standing_in(TARGETS["sm_90"]) as launches:
@@ -160,7 +160,8 @@ def test_a_call_that_torch_takes_part_in_is_repeated_with_tensors(monkeypatch):
         assert [each.kernel for each in launches] == ["quantize_kernel", "unpack_kernel"] * 3
         assert call._replay is not None
         assert not call._replay.by_address
-    assert seen == [(x.shape, (N, K), weight[3])] * 3
+    eight = torch.float8_e4m3fn
+    assert seen == [(eight, (2000, K), eight, (K, N), (1, K), (2000, 1), (1, N), weight[3])] * 3
 
 
 def test_what_comes_from_elsewhere_is_not_repeated():
@@ -176,7 +177,7 @@ def test_what_comes_from_elsewhere_is_not_repeated():
         y = library(torch.add, x, 1)
     assert recording.replay(torch.ones(2), (2,)) is None
     repeat = recording.replay(y, (2, 1))
-    assert torch.equal(repeat((torch.full((2,), 5.0), None), (), 0), torch.full((2, 1), 6.0))
+    assert torch.equal(repeat((torch.full((2,), 5.0), None), (0, 0), 0), torch.full((2, 1), 6.0))
 
 
 def test_layers_take_the_quick_way_to_the_gpu(monkeypatch):

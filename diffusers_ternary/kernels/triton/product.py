@@ -105,10 +105,12 @@ def run(
     assert x_scale is not None  # only 8-bit products are left
     dense, row_scale = launch.unpack_8bit(weight, kind, inline_ptx=ptx)
     if plan.path == "library" and kind == "fp8":
-        return library(_scaled_mm, operand, x_scale, dense, row_scale, bias, x.dtype)
+        # Views of whole buffers: a prepared call allocates them in these shapes.
+        operand, dense = operand.view(torch.float8_e4m3fn), dense.view(torch.float8_e4m3fn).t()
+        return library(_scaled_mm, operand, x_scale.unsqueeze(1), dense, row_scale.unsqueeze(0), bias, x.dtype)
     y = buffer(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
     if plan.path == "library":
-        launch.epilogue(library(_int_mm, operand, dense), x_scale, row_scale, bias, y)
+        launch.epilogue(library(torch._int_mm, operand, dense.t()), x_scale, row_scale, bias, y)
     else:
         launch.dense_product(
             operand, x_scale, dense, row_scale, bias, y, kind=kind, plan=plan, no_prefetch=target.register_operands
@@ -120,10 +122,6 @@ def _linear(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None) -> 
     return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
 
-def _int_mm(x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    return torch._int_mm(x, dense.t())
-
-
 def _scaled_mm(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -133,10 +131,10 @@ def _scaled_mm(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     return torch._scaled_mm(
-        x.view(torch.float8_e4m3fn),
-        dense.view(torch.float8_e4m3fn).t(),
-        scale_a=x_scale[:, None],
-        scale_b=row_scale[None, :],
+        x,
+        dense,
+        scale_a=x_scale,
+        scale_b=row_scale,
         bias=None if bias is None else bias.to(dtype),
         out_dtype=dtype,
         use_fast_accum=True,

@@ -26,11 +26,13 @@ class _Slot(NamedTuple):
 
 
 class _Buffer(NamedTuple):
-    """An allocation, as arguments of `Tensor.new_empty`."""
+    """An allocation, in the shape that calls of torch see it in; kernels see its address."""
 
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     dtype: torch.dtype
     zeros: bool
+    bytes: int
 
 
 class _Step(NamedTuple):
@@ -87,6 +89,9 @@ class Recording:
         # The tensors are kept so that no other takes their identity.
         self._kept: list[torch.Tensor | None] = list(inputs)
         self._slots = {id(tensor): index for index, tensor in enumerate(inputs) if tensor is not None}
+        self.count = len(inputs)  # of slots
+        self._storages: dict[int, int] = {}
+        self._viewed: set[int] = set()
         self._complete = True
 
     @contextlib.contextmanager
@@ -104,8 +109,9 @@ class Recording:
 
     def _add(self, tensor: torch.Tensor) -> int:
         self._kept.append(tensor)
-        self._slots[id(tensor)] = len(self._kept) - 1
-        return len(self._kept) - 1
+        self._slots[id(tensor)] = self.count
+        self.count += 1
+        return self.count - 1
 
     def _with_slots(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(self._with_slot(argument) for argument in arguments)
@@ -115,14 +121,30 @@ class Recording:
             return argument
         index = self.slot_of(argument)
         if index is None:
+            index = self._slot_of_view(argument)
+        if index is None:
             # A tensor that nothing above accounts for: the call cannot be repeated.
             self._complete = False
             return argument
         return _Slot(index)
 
+    def _slot_of_view(self, view: torch.Tensor) -> int | None:
+        """Number of the buffer that this is all of, in another shape or dtype; it is allocated like that next time."""
+        index = self._storages.get(view.untyped_storage().data_ptr())
+        if index is None or view.nbytes != self.buffers[index].bytes or index in self._viewed:
+            return None
+        self._viewed.add(index)
+        before = self.buffers[index]
+        self.buffers[index] = before._replace(shape=tuple(view.shape), stride=view.stride(), dtype=view.dtype)
+        self._slots[id(view)] = index
+        self._kept.append(view)
+        return index
+
     def allocated(self, tensor: torch.Tensor, zeros: bool) -> None:
         """Notes a buffer."""
-        self.buffers[self._add(tensor)] = _Buffer(tuple(tensor.shape), tensor.dtype, zeros)
+        index = self._add(tensor)
+        self.buffers[index] = _Buffer(tuple(tensor.shape), tensor.stride(), tensor.dtype, zeros, tensor.nbytes)
+        self._storages[tensor.untyped_storage().data_ptr()] = index
 
     def called(self, function: Callable[..., Any], arguments: Sequence[Any], result: torch.Tensor) -> None:
         """Notes a call of torch."""
@@ -169,7 +191,7 @@ class Replay:
     """
 
     def __init__(self, recording: Recording, result: int, shape: tuple[int, ...]) -> None:
-        self._inputs, self._result, self._shape = recording.inputs, result, shape
+        self._result, self._shape = result, shape
         self._steps, self._buffers = recording.steps, recording.buffers
         self._dtype = recording.buffers[result].dtype if result in recording.buffers else None
         # With kernels alone, addresses are all that is needed: one allocation holds all buffers.
@@ -181,13 +203,9 @@ class Replay:
             for index, each in self._buffers.items():
                 if index != result:
                     self._offsets.append((index, offset))
-                    size = each.dtype.itemsize
-                    for length in each.shape:
-                        size *= length
-                    offset += -(-size // _BLOCK) * _BLOCK
+                    offset += -(-each.bytes // _BLOCK) * _BLOCK
         self._scratch_bytes = offset
-        count = 1 + max((self._inputs - 1, *self._buffers, *(s.result for s in self._steps if s.result is not None)))
-        self._blank = [None] * count
+        self._blank = [None] * (recording.count - recording.inputs)
         self._launches = [
             (
                 step.function,
@@ -203,19 +221,21 @@ class Replay:
         """The result for other inputs.
 
         Args:
-            inputs (`Sequence`): as the recording's.
+            inputs (`Sequence`): as the recording's; a call of torch gets them as they are here.
             addresses (`Sequence[int]`): of the inputs' data, 0 for `None`.
             stream (`int`): handle of the stream to launch on.
         """
-        return self._by_address(inputs, addresses, stream) if self.by_address else self._by_tensor(inputs, stream)
-
-    def _by_address(
-        self, inputs: Sequence[torch.Tensor | None], addresses: Sequence[int], stream: int
-    ) -> torch.Tensor:
         x = inputs[0]
         assert x is not None
+        return (
+            self._by_address(x, addresses, stream)
+            if self.by_address
+            else self._by_tensor(x, inputs, addresses, stream)
+        )
+
+    def _by_address(self, x: torch.Tensor, addresses: Sequence[int], stream: int) -> torch.Tensor:
         y = x.new_empty(*self._shape) if self._dtype is x.dtype else x.new_empty(*self._shape, dtype=self._dtype)
-        values: list[Any] = [*addresses, *self._blank[self._inputs :]]
+        values: list[Any] = [*addresses, *self._blank]
         values[self._result] = y.data_ptr()
         if self._scratch_bytes:
             scratch = x.new_empty(self._scratch_bytes, dtype=torch.int8)
@@ -229,23 +249,26 @@ class Replay:
             function(*filled, stream=stream)
         return y
 
-    def _by_tensor(self, inputs: Sequence[torch.Tensor | None], stream: int) -> torch.Tensor:
-        x = inputs[0]
-        assert x is not None
-        values: list[Any] = [*inputs, *self._blank[self._inputs :]]
-        for index, (shape, dtype, zeros) in self._buffers.items():
-            values[index] = x.new_zeros(shape, dtype=dtype) if zeros else x.new_empty(*shape, dtype=dtype)
+    def _by_tensor(
+        self, x: torch.Tensor, inputs: Sequence[torch.Tensor | None], addresses: Sequence[int], stream: int
+    ) -> torch.Tensor:
+        tensors: list[Any] = [*inputs, *self._blank]
+        values: list[Any] = [*addresses, *self._blank]
+        device = x.device
+        for index, (shape, stride, dtype, zeros, _) in self._buffers.items():
+            tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            if zeros:
+                tensor.zero_()
+            tensors[index], values[index] = tensor, tensor.data_ptr()
         for function, arguments, slots, result, is_kernel in self._launches:
             filled = arguments.copy()
+            for position, index in slots:
+                filled[position] = values[index] if is_kernel else tensors[index]
             if is_kernel:
-                for position, index in slots:
-                    filled[position] = values[index].data_ptr()
                 function(*filled, stream=stream)
                 continue
-            for position, index in slots:
-                filled[position] = values[index]
             value = function(*filled)
             if result is not None:
-                values[result] = value
-        y = values[self._result]
-        return y if y.dim() == len(self._shape) else y.view(self._shape)
+                tensors[result], values[result] = value, value.data_ptr()
+        y: torch.Tensor = tensors[self._result]
+        return y if y.shape == self._shape else y.view(self._shape)
