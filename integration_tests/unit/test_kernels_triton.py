@@ -179,7 +179,7 @@ def test_nothing_is_written_outside(plan):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("n", "k"), [(16, 512), (37, 250), (3, 1), (19, 1031)])
+@pytest.mark.parametrize(("n", "k"), [(16, 512), (37, 250), (3, 1), (19, 1031), (5, 2240)])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_dequantize_equals_the_reference(n, k, layout, dtype):
     weight = make_weight(n, k, layout)
@@ -189,16 +189,18 @@ def test_dequantize_equals_the_reference(n, k, layout, dtype):
     assert torch.equal(dense, expected)
 
 
+# K whose planes end inside runs of 16 bytes, whose last plane has no column, and whose group scales run over 16 bytes.
+@pytest.mark.parametrize(("k", "columns"), [(250, 256), (5, 16), (2240, 2304), (64, 128)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation_dtype", EIGHT_BITS)
-def test_unpacked_operand_is_exact(layout, activation_dtype):
-    n, k = 21, 250
+def test_unpacked_operand_is_exact(layout, activation_dtype, k, columns):
+    n, alignment = 21, 16 if k < 64 else 128
     weight = make_weight(n, k, layout)
     integers = weight if weight.multiplier is not None or weight.per_row else launch.derive_multipliers(weight)
     kind = launch.KINDS[activation_dtype]
-    dense, row_scale = launch.unpack_8bit(integers, kind, inline_ptx=TARGET.inline_ptx)
+    dense, row_scale = launch.unpack_8bit(integers, kind, inline_ptx=TARGET.inline_ptx, alignment=alignment)
     values = dense.float() if kind == "int8" else dense.view(torch.float8_e4m3fn).float()
-    assert dense.shape == (n, 256)
+    assert dense.shape == (n, columns)
     assert not values[:, k:].any()
     torch.testing.assert_close(
         values.cpu()[:, :k] * row_scale.cpu()[:, None], expected_weight(weight, activation_dtype), rtol=1e-6, atol=0

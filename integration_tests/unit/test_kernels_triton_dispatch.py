@@ -143,6 +143,18 @@ def test_groups_that_end_inside_blocks_are_unpacked_first(rows):
         assert {plan.path for plan in plans} <= {"dense", "library"}
 
 
+@pytest.mark.parametrize("target", [A100, H200, MI300])
+@pytest.mark.parametrize(("in_features", "group_size"), [(3072, 128), (2240, 128), (3072, 64), (15360, 128)])
+def test_scales_of_elements_are_gathered_in_small_blocks_only(target, in_features, group_size):
+    """Wide blocks take thousands of instructions and half a minute to compile."""
+    for rows in (1, 12, 40, 300, 1024):
+        for activation_dtype in ("none", "int8"):
+            request = ask(rows=rows, in_features=in_features, group_size=group_size)
+            for plan in candidates(target, request, activation_dtype):
+                if plan.path in ("gemv", "fused") and group_mode(in_features, group_size, plan.block_k) == 2:
+                    assert (plan.path, plan.block_k <= 64) == ("gemv", True)
+
+
 def test_float32_is_exact_so_the_library_multiplies():
     assert candidates(H200, ask(dtype=torch.float32), "none") == (Plan("library"),)
 

@@ -173,6 +173,28 @@ def test_dequantized_weights(name, in_features):
     assert not any(launched.spills for launched in launches)
 
 
+@pytest.mark.parametrize("in_features", [3072, 2240])
+@pytest.mark.parametrize("kind", ["exact", "int8"])
+def test_unpacking_reads_one_scale_for_sixteen_bytes(kind, in_features):
+    """A thread loads its bytes, and for each plane a multiplier (and a scale): 66 to 69 loads with one per element."""
+    with launches_on("sm_80") as launches:
+        weight = fake_weight(Case("sm_80", "", "none", 1, in_features=in_features))
+        if kind == "exact":
+            launch.unpack_float(weight, torch.bfloat16, inline_ptx=True)
+        else:
+            launch.unpack_8bit(weight, kind, inline_ptx=True)
+    assert len(re.findall(r"ld\.global", launches[0].text)) <= 10
+
+
+def test_k_of_odd_blocks_takes_the_same_dense_kernel():
+    """2240 is padded to 2304 in scratch: the loads need no mask, and nothing is compiled for it."""
+    kernels = [
+        compile_product(Case("sm_80", "dense", "int8", 4096, None, in_features=k))["dense_kernel"]
+        for k in (3072, 2240)
+    ]
+    assert kernels[0].cubin is kernels[1].cubin
+
+
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_120", "gfx942"])
 def test_rotation(name):
     with launches_on(name) as launches:

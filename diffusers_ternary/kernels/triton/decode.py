@@ -175,17 +175,18 @@ def decode(
 
 
 @triton.jit
-def load_groups(scale_ptr, multiplier_ptr, rows, columns, N, K, G, group_size, KIND: tl.constexpr):
+def load_groups(scale_ptr, multiplier_ptr, rows, columns, N, K, G, GROUP_SIZE: tl.constexpr, KIND: tl.constexpr):
     """Scale (`"float"`, `"exact"`) or integer multiplier (`"int8"`, `"fp8"`) of each row and column.
 
     Args:
         scale_ptr: `[N, G]`, or `[N, 1]` with a multiplier.
         multiplier_ptr: int8 `[N, G]`, or None.
         rows, columns: indices that broadcast; `columns` is a scalar where a block lies in one group.
+        GROUP_SIZE: columns per scale; compiled in, since a division by an unknown number takes twenty instructions.
     """
     # Rows and columns past the end meet codes or outputs that are masked: any valid scale will do.
     rows = tl.minimum(rows, N - 1).to(tl.int64)
-    groups = rows * G + tl.minimum(columns, K - 1) // group_size
+    groups = rows * G + tl.minimum(columns, K - 1) // GROUP_SIZE
     if KIND == "int8" or KIND == "fp8":
         group = tl.load(multiplier_ptr + groups)
     elif multiplier_ptr is None:

@@ -35,7 +35,6 @@ def dense_kernel(
     K,
     factor,
     KIND: tl.constexpr,
-    EVEN_K: tl.constexpr,
     NO_PREFETCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -44,6 +43,7 @@ def dense_kernel(
 ):
     """`y = x @ W.T`, scaled; x `[M, K]` and weight `[N, K]` int8, or float8 as int8; y `[M, N]`.
 
+    K is a multiple of BLOCK_K, zeros at its end: loads that need no mask are pipelined.
     NO_PREFETCH: for targets whose matrix instruction reads both operands from registers (sm_80 to sm_89).
     """
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -52,20 +52,16 @@ def dense_kernel(
     x_k = tl.arange(0, BLOCK_K)[None, :]
     w_k = tl.arange(0, BLOCK_K)[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if KIND == "int8" else tl.float32)
-    if KIND == "fp8" and EVEN_K:
-        # Loaded as float8, tiles go to the matrix unit untouched; the masked load of the interpreter refuses them.
+    if KIND == "fp8":
+        # Loaded as float8, tiles go to the matrix unit untouched.
         x_ptr = x_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
         weight_ptr = weight_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
     # Rows past the end wrap around: valid memory, and the epilogue does not store them.
     x_rows = x_ptr + (m % M).to(tl.int64) * K
     w_rows = weight_ptr + (n % N).to(tl.int64) * K
     for k in tl.range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_rows + (k + x_k))
-            weight = tl.load(w_rows + (k + w_k))
-        else:
-            x = tl.load(x_rows + (k + x_k), mask=k + x_k < K, other=0)
-            weight = tl.load(w_rows + (k + w_k), mask=k + w_k < K, other=0)
+        x = tl.load(x_rows + (k + x_k))
+        weight = tl.load(w_rows + (k + w_k))
         if NO_PREFETCH:
             weight = not_prefetched(weight.to(tl.int8, bitcast=True))
         if KIND == "fp8":

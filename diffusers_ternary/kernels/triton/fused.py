@@ -26,11 +26,11 @@ def fused_kernel(
     K,
     KP,
     G,
-    group_size,
     x_stride,
     factor,
     KIND: tl.constexpr,
     GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     EVEN_K: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr,
     ASM: tl.constexpr,
@@ -77,9 +77,9 @@ def fused_kernel(
                 x = tl.load(x_rows + (first + c + x_k), mask=inside, other=0)
             group = 0
             if GROUPS == 1 or GROUPS == 3:
-                group = load_groups(scale_ptr, multiplier_ptr, n, first + c, N, K, G, group_size, KIND)
+                group = load_groups(scale_ptr, multiplier_ptr, n, first + c, N, K, G, GROUP_SIZE, KIND)
             elif GROUPS == 2:
-                group = load_groups(scale_ptr, multiplier_ptr, n, first + c + w_k, N, K, G, group_size, KIND)
+                group = load_groups(scale_ptr, multiplier_ptr, n, first + c + w_k, N, K, G, GROUP_SIZE, KIND)
             if KIND == "fp8":
                 x = x.to(tl.float8e4nv, bitcast=True)
             weight = decode(packed, group, KIND, GROUPS, x.dtype, 2 * j, ASM)

@@ -10,7 +10,7 @@ from .decode import decode, load_groups
 from .epilogue import store_output
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])  # one row, or any other number of them
 def gemv_kernel(
     x_ptr,
     weight_ptr,
@@ -25,11 +25,11 @@ def gemv_kernel(
     K,
     KP,
     G,
-    group_size,
     x_stride,
     factor,
     KIND: tl.constexpr,
     GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     EVEN_K: tl.constexpr,
     ASM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -62,9 +62,9 @@ def gemv_kernel(
                 x = tl.load(x_rows + (first + c + x_k), mask=inside, other=0)
             group = 0
             if GROUPS == 1 or GROUPS == 3:
-                group = load_groups(scale_ptr, multiplier_ptr, n, first + c, N, K, G, group_size, KIND)
+                group = load_groups(scale_ptr, multiplier_ptr, n, first + c, N, K, G, GROUP_SIZE, KIND)
             elif GROUPS == 2:
-                group = load_groups(scale_ptr, multiplier_ptr, n, first + c + w_k, N, K, G, group_size, KIND)
+                group = load_groups(scale_ptr, multiplier_ptr, n, first + c + w_k, N, K, G, GROUP_SIZE, KIND)
             if KIND == "fp8":
                 x = x.to(tl.float8e4nv, bitcast=True)
             weight = decode(packed, group, KIND, GROUPS, x.dtype, 2 * j, ASM)

@@ -6,6 +6,7 @@ with streams and CUDA graphs.
 """
 
 import dataclasses
+import math
 
 import torch
 
@@ -24,6 +25,8 @@ from .weights import PackedWeight
 KINDS = {"none": "float", "int8": "int8", "float8_e4m3fn": "fp8"}
 # Library products want rows of whole 16-byte words.
 ROW_ALIGNMENT = 16
+# Bytes that a thread unpacks.
+LONGEST_RUN = 16
 # One token of this many elements stays in the registers of one program.
 MAX_TOKEN_BLOCK = 16384
 # A rotation alone needs no whole tokens: small blocks, many programs.
@@ -41,9 +44,9 @@ def power_of_two_from(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def padded(in_features: int) -> int:
-    """K rounded up to whole 16-byte words of an 8-bit dtype."""
-    return ceil_div(in_features, ROW_ALIGNMENT) * ROW_ALIGNMENT
+def alignment_of(plan: Plan) -> int:
+    """What the columns of 8-bit operands are a multiple of, zeros at the end: whole blocks, or 16-byte words."""
+    return plan.block_k if plan.path == "dense" else ROW_ALIGNMENT
 
 
 def factor_of(kind: str, per_row: bool, *, scale_sums: bool = False) -> float:
@@ -84,7 +87,7 @@ def token_warps(block: int) -> int:
 
 
 def quantize_activations(
-    x: torch.Tensor, activation_dtype: str, hadamard: int = 0
+    x: torch.Tensor, activation_dtype: str, hadamard: int = 0, *, alignment: int = ROW_ALIGNMENT
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens to 8 bits.
 
@@ -92,13 +95,14 @@ def quantize_activations(
         x (`torch.Tensor`): `[M, K]` float, contiguous.
         activation_dtype (`str`): `"int8"` or `"float8_e4m3fn"`.
         hadamard (`int`): rotates the tokens first, as [`rotate`] does; 0 = no rotation.
+        alignment (`int`): see [`alignment_of`].
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: int8 `[M, K']` (float8 as its bits), K' = K rounded up to 16, zero past
-        K; and the scales, float32 `[M]`.
+        `tuple[torch.Tensor, torch.Tensor]`: int8 `[M, K']` (float8 as its bits), K' = K rounded up to `alignment`,
+        zero past K; and the scales, float32 `[M]`.
     """
     rows, columns = x.shape
-    stride = padded(columns)
+    stride = ceil_div(columns, alignment) * alignment
     out = buffer(rows, stride, dtype=torch.int8, device=x.device)
     scale = buffer(rows, dtype=torch.float32, device=x.device)
     block = max(hadamard, min(power_of_two_from(stride), MAX_TOKEN_BLOCK))
@@ -145,11 +149,12 @@ def unpack_float(weight: PackedWeight, dtype: torch.dtype, *, inline_ptx: bool) 
     return out
 
 
-def unpack_8bit(weight: PackedWeight, kind: str, *, inline_ptx: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack_8bit(
+    weight: PackedWeight, kind: str, *, inline_ptx: bool, alignment: int = ROW_ALIGNMENT
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight as operand of an 8-bit product: int8 `[N, K']` (float8 as its bits) and float32 row scales `[N]`."""
-    columns = padded(weight.in_features)
-    padding = columns != weight.in_features
-    out = buffer(weight.out_features, columns, dtype=torch.int8, device=weight.packed.device, zeros=padding)
+    columns = ceil_div(weight.in_features, alignment) * alignment
+    out = buffer(weight.out_features, columns, dtype=torch.int8, device=weight.packed.device)
     row_scale = buffer(weight.out_features, dtype=torch.float32, device=weight.packed.device)
     _unpack(weight, out, row_scale, kind, inline_ptx)
     return out, row_scale
@@ -158,11 +163,11 @@ def unpack_8bit(weight: PackedWeight, kind: str, *, inline_ptx: bool) -> tuple[t
 def _unpack(
     weight: PackedWeight, out: torch.Tensor, row_scale: torch.Tensor | None, kind: str, inline_ptx: bool
 ) -> None:
-    # The widest block in which each row has one scale, if there is one.
-    block_k = next((width for width in (128, 64, 32) if weight.group_mode(width) == 1), 128)
-    block_n = 2048 // block_k
-    groups = 0 if kind != "exact" and weight.per_row else weight.group_mode(block_k)
-    grid = (ceil_div(weight.out_features, block_n), ceil_div(weight.plane_width, block_k))
+    block_n, block_k = 16, 128
+    group_size = 0 if weight.per_row else weight.group_size
+    width = weight.plane_width
+    last_plane = max(width, out.shape[1] - 3 * width)  # with its zeros
+    grid = (ceil_div(weight.out_features, block_n), ceil_div(last_plane, block_k))
     launch(
         unpack_kernel,
         grid,
@@ -173,16 +178,16 @@ def _unpack(
         row_scale,
         weight.out_features,
         weight.in_features,
-        weight.plane_width,
+        width,
         weight.groups,
-        weight.group_size,
         out.shape[1],
         factor_of(kind, weight.per_row),
         KIND=kind,
-        GROUPS=groups,
+        GROUP_SIZE=group_size,
         ASM=inline_ptx,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
+        RUN=math.gcd(LONGEST_RUN, width, group_size),
         num_warps=4,
     )
 
@@ -223,13 +228,13 @@ def packed_product(
         weight.in_features,
         width,
         weight.groups,
-        weight.group_size,
         x.shape[1],
         factor_of(kind, weight.per_row, scale_sums=groups == SUMS),
     )
     options = {
         "KIND": kind,
         "GROUPS": groups,
+        "GROUP_SIZE": weight.group_size if groups else 0,  # a row's only one is no reason to compile again
         "EVEN_K": weight.in_features == 4 * width and width % plan.block_k == 0,
         "ASM": inline_ptx,
         "BLOCK_M": plan.block_m,
@@ -258,7 +263,7 @@ def dense_product(
     plan: Plan,
     no_prefetch: bool,
 ) -> None:
-    """Runs the dense 8-bit kernel into `y`: x int8 `[M, K']`, dense int8 `[N, K']`."""
+    """Runs the dense 8-bit kernel into `y`: x int8 `[M, K']`, dense int8 `[N, K']`, K' whole blocks of the plan."""
     rows, columns = x.shape
     grid = (ceil_div(rows, plan.block_m) * ceil_div(dense.shape[0], plan.block_n),)
     launch(
@@ -275,7 +280,6 @@ def dense_product(
         columns,
         1.0,
         KIND=kind,
-        EVEN_K=columns % plan.block_k == 0,
         NO_PREFETCH=no_prefetch,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,

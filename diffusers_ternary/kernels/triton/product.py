@@ -95,7 +95,8 @@ def run(
     kind = launch.KINDS[activation_dtype]
     operand, x_scale = x, None
     if activation_dtype != "none":
-        operand, x_scale = launch.quantize_activations(x, activation_dtype, weight.hadamard)
+        alignment = launch.alignment_of(plan)
+        operand, x_scale = launch.quantize_activations(x, activation_dtype, weight.hadamard, alignment=alignment)
         if weight.multiplier is None and not weight.per_row:
             weight = launch.derive_multipliers(weight)
     if plan.path in ("gemv", "fused"):
@@ -103,7 +104,7 @@ def run(
         launch.packed_product(operand, x_scale, weight, bias, y, kind=kind, plan=plan, inline_ptx=ptx)
         return y
     assert x_scale is not None  # only 8-bit products are left
-    dense, row_scale = launch.unpack_8bit(weight, kind, inline_ptx=ptx)
+    dense, row_scale = launch.unpack_8bit(weight, kind, inline_ptx=ptx, alignment=operand.shape[1])
     if plan.path == "library" and kind == "fp8":
         # Views of whole buffers: a prepared call allocates them in these shapes.
         operand, dense = operand.view(torch.float8_e4m3fn), dense.view(torch.float8_e4m3fn).t()

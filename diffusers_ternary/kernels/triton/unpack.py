@@ -19,41 +19,49 @@ def unpack_kernel(
     K,
     KP,
     G,
-    group_size,
     out_stride,
     factor,
     KIND: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     ASM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    RUN: tl.constexpr,
 ):
-    """Each packed byte is read once and gives one element to each plane.
+    """Each packed byte is read once and gives one element to each plane; columns from K to `out_stride` are zero.
 
     With KIND `"exact"` the output is `code * scale`, a float32 product rounded once; with `"int8"` and `"fp8"` it is
     what `decode` gives, and `scale[n] * factor` goes to `row_scale_ptr` (float32 `[N]`) unless that is None.
+
+    GROUP_SIZE is 0 where a row has one scale. Otherwise RUN divides it and KP: RUN bytes have one scale in each plane,
+    which is read once for them (10 loads a thread for runs of 16, 66 with a load for each element).
     """
-    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c0 = tl.program_id(1) * BLOCK_K
-    c = (c0 + tl.arange(0, BLOCK_K))[None, :]
+    n = rows[:, None, None]
+    run = (c0 + tl.arange(0, BLOCK_K // RUN) * RUN)[None, :, None]
+    c = run + tl.arange(0, RUN)[None, None, :]
     packed = tl.load(weight_ptr + n.to(tl.int64) * KP + c, mask=(n < N) & (c < KP), other=0)
+    SCALED: tl.constexpr = 1 if GROUP_SIZE > 0 else 0
+    group = 0
+    if KIND == "exact" and GROUP_SIZE == 0:
+        group = tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     for j in tl.static_range(4):
         first = j * KP
-        group = 0
-        if GROUPS == 1:
-            group = load_groups(scale_ptr, multiplier_ptr, n, first + c0, N, K, G, group_size, KIND)
-        elif GROUPS == 2:
-            group = load_groups(scale_ptr, multiplier_ptr, n, first + c, N, K, G, group_size, KIND)
+        if GROUP_SIZE > 0:
+            group = load_groups(scale_ptr, multiplier_ptr, n, first + run, N, K, G, GROUP_SIZE, KIND)
         if KIND == "exact":
             code = (plane_bits(packed, 2 * j, ASM) >> 6).to(tl.float32)
             dense = (code * group).to(out_ptr.dtype.element_ty)
         else:
-            dense = decode(packed, group, KIND, GROUPS, tl.int8, 2 * j, ASM).to(tl.int8, bitcast=True)
-        inside = (n < N) & (c < KP) & (first + c < K)
+            dense = decode(packed, group, KIND, SCALED, tl.int8, 2 * j, ASM).to(tl.int8, bitcast=True)
+        inside = (n < N) & (first + c < out_stride)
+        if j < 3:  # the last plane goes on with zeros to the end of the row
+            inside &= c < KP
         tl.store(out_ptr + n.to(tl.int64) * out_stride + (first + c), dense, mask=inside)
     if row_scale_ptr is not None and c0 == 0:
-        row_scale = tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32) * factor
-        tl.store(row_scale_ptr + n, row_scale, mask=n < N)
+        row_scale = tl.load(scale_ptr + rows, mask=rows < N, other=0.0).to(tl.float32) * factor
+        tl.store(row_scale_ptr + rows, row_scale, mask=rows < N)
 
 
 @triton.jit
