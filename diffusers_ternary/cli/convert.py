@@ -27,10 +27,16 @@ def convert_command(
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the source's files, e.g. fp16.")] = None,
     verify: Annotated[bool, typer.Option(help="Read the result again and compare every weight.")] = True,
-    ternary_type: Annotated[str, typer.Option(help="To GGUF: tq2_0 (fast) or tq1_0 (smaller).")] = "tq2_0",
+    runtime: Annotated[
+        str,
+        typer.Option("--for", help="To GGUF: the program that reads it: sdcpp-cpu, sdcpp-gpu, comfyui or diffusers."),
+    ] = "sdcpp-cpu",
+    ternary_type: Annotated[
+        str | None, typer.Option("--type", help="To GGUF: tq2_0, tq1_0, q2_0 or q4_0. Default: the program's best.")
+    ] = None,
     round_scales: Annotated[
-        bool, typer.Option("--round-scales", help="To GGUF: round scales to float16 (at most 0.05 %).")
-    ] = False,
+        bool, typer.Option(help="To GGUF: round scales to float16 (at most 0.05 %), or refuse layers that need it.")
+    ] = True,
     fallback: Annotated[
         str | None, typer.Option(help="To GGUF: f32, f16 or q8_0 for layers that no type holds exactly.")
     ] = None,
@@ -50,7 +56,7 @@ def convert_command(
 
     hide_loading_bars()
     if destination.suffix == ".gguf":
-        _export(source, destination, ternary_type, round_scales, fallback, as_json, overwrite)
+        _export(source, destination, runtime, ternary_type, round_scales, fallback, as_json, overwrite)
         return
     from ..interop import convert
 
@@ -77,7 +83,8 @@ def convert_command(
 def _export(
     source: str,
     destination: pathlib.Path,
-    ternary_type: str,
+    runtime: str,
+    ternary_type: str | None,
     round_scales: bool,
     fallback: str | None,
     as_json: bool,
@@ -89,6 +96,7 @@ def _export(
         report = export_gguf(
             source,
             destination,
+            runtime=runtime,
             ternary_type=ternary_type,
             round_scales=round_scales,
             fallback=fallback,
@@ -98,6 +106,6 @@ def _export(
         print(json.dumps(report.to_dict(), indent=2))
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.types.items()))
-    exact = "bit-equal" if not report.inexact else f"{len(report.inexact)} of them not bit-equal, as asked for"
-    console.print(f"{report.architecture}: {kinds} tensors, {exact}; {format_bytes(report.bytes)}", soft_wrap=True)
+    console.print(f"{report.architecture}: {kinds} tensors; {format_bytes(report.bytes)}", soft_wrap=True)
+    console.print(f"Read again and compared: {report.proof()}.", soft_wrap=True)
     console.print(f"saved to {escape(str(destination))}", soft_wrap=True)

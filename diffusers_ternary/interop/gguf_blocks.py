@@ -5,11 +5,18 @@
 |-------|-------------------|-----------------|----------------------------------------------|
 | TQ1_0 | 256               | 1.6875          | ternary, one float16 scale per block         |
 | TQ2_0 | 256               | 2.0625          | the same, faster to unpack                   |
+| Q2_0  | 64                | 2.25            | -1, 0, 1, 2, one float16 scale               |
 | Q4_0  | 32                | 4.5             | -8 ... 7, one float16 scale: ternary as well |
 | Q8_0  | 32                | 8.5             | int8, one float16 scale                      |
 
-A block must lie inside one group. Q4_0 is the narrowest type with blocks of 32, so it takes the group sizes that TQ
-cannot.
+A block must lie inside one group. Which types a program reads, and on which device it is fast:
+
+| program                  | types              | why                                                  |
+|--------------------------|--------------------|------------------------------------------------------|
+| stable-diffusion.cpp CPU | TQ2_0, Q2_0, Q4_0  | TQ2_0 is its fastest; it reads Q2_0 since 12 Aug 2026 |
+| stable-diffusion.cpp GPU | Q2_0, Q4_0         | it has no GPU kernels for TQ                         |
+| ComfyUI-GGUF             | Q4_0               | unpacks TQ on the CPU, in each step; no Q2_0         |
+| diffusers                | Q4_0               | knows neither TQ nor Q2_0                            |
 """
 
 import dataclasses
@@ -20,9 +27,17 @@ import torch
 from ..format import Int8Spec, LayerSpec, TernarySpec
 
 
-TERNARY_TYPES = ("tq2_0", "tq1_0")
+TERNARY_TYPES = ("tq2_0", "tq1_0", "q2_0", "q4_0")
 FALLBACKS = ("f32", "f16", "q8_0")
-_TQ_BLOCK, _Q_BLOCK = 256, 32
+# The types to try for a program, the best first. Where a layer fits none of them, it cannot be exported.
+RUNTIMES = {
+    "sdcpp-cpu": ("tq2_0", "q2_0", "q4_0"),
+    "sdcpp-gpu": ("q2_0", "q4_0"),
+    "comfyui": ("q4_0",),
+    "diffusers": ("q4_0",),
+}
+BLOCK = {"tq2_0": 256, "tq1_0": 256, "q2_0": 64, "q4_0": 32, "q8_0": 32}
+_INT8_TYPE = "q8_0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,33 +48,57 @@ class BlockChoice:
     reason: str = ""
 
 
-def choose_type(spec: LayerSpec, scales: torch.Tensor, ternary_type: str) -> BlockChoice:
-    """The smallest type that holds a packed layer without loss.
+def choose_type(spec: LayerSpec, scales: torch.Tensor, types: tuple[str, ...]) -> BlockChoice:
+    """The first type that holds a packed layer without loss.
 
     Args:
         spec ([`LayerSpec`]): of the layer.
         scales (`torch.Tensor`): its effective float32 scales `[N, G]`.
-        ternary_type (`str`): `"tq2_0"` or `"tq1_0"`.
+        types (`tuple[str, ...]`): of `TERNARY_TYPES`, the best first.
     """
     if isinstance(spec, TernarySpec) and (spec.hadamard or spec.rank):
         return BlockChoice(None, "its inputs are rotated" if spec.hadamard else "it has a low-rank correction")
     if not torch.equal(scales.half().float(), scales):
         return BlockChoice(None, "its scales are no 16-bit floats (6-bit multipliers, or bfloat16 out of range)")
-    columns = spec.in_features
-    if isinstance(spec, Int8Spec):
-        return BlockChoice("q8_0") if columns % _Q_BLOCK == 0 else BlockChoice(None, _no_blocks(columns, _Q_BLOCK))
-    whole_row = spec.groups == 1
-    if columns % _TQ_BLOCK == 0 and (whole_row or spec.group_size % _TQ_BLOCK == 0):
-        return BlockChoice(ternary_type)
-    if columns % _Q_BLOCK:
-        return BlockChoice(None, _no_blocks(columns, _Q_BLOCK))
-    if whole_row or spec.group_size % _Q_BLOCK == 0:
-        return BlockChoice("q4_0")
-    return BlockChoice(None, f"its group size {spec.group_size} is not a multiple of {_Q_BLOCK}")
+    reason = ""
+    for kind in (_INT8_TYPE,) if isinstance(spec, Int8Spec) else types:
+        reason = _why_not(spec, BLOCK[kind])
+        if not reason:
+            return BlockChoice(kind)
+    return BlockChoice(None, reason)
+
+
+def _why_not(spec: LayerSpec, block: int) -> str:
+    """Why blocks do not lie inside the groups of a layer; empty if they do."""
+    if spec.in_features % block:
+        return _no_blocks(spec.in_features, block)
+    if isinstance(spec, TernarySpec) and spec.groups > 1 and spec.group_size % block:
+        return f"its group size {spec.group_size} is not a multiple of {block}"
+    return ""
 
 
 def _no_blocks(columns: int, block: int) -> str:
     return f"its {columns} input features are not a multiple of {block}"
+
+
+def encode_q2_0(codes: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
+    """Q2_0 blocks of ternary codes: a float16 scale, then 16 bytes of four weights, the first in the lowest bits.
+
+    The value of a pair of bits q is (q - 1) * scale. A block of zeros has the scale 0, as GGML's quantizer writes it.
+
+    Args:
+        codes (`torch.Tensor`): int8 `[N, K]`.
+        scales (`torch.Tensor`): float32 `[N, K / 64]`, one per block.
+
+    Returns:
+        `np.ndarray`: uint8 `[N, K / 64 * 18]`.
+    """
+    rows, columns = codes.shape
+    blocks = codes.view(rows, columns // BLOCK["q2_0"], BLOCK["q2_0"])
+    pairs = (blocks + 1).to(torch.uint8).view(*blocks.shape[:2], -1, 4)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    data = (pairs << shifts).sum(dim=-1, dtype=torch.uint8)
+    return _with_scales(data, scales * blocks.any(dim=-1))
 
 
 def encode_q4_0(codes: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
@@ -75,7 +114,8 @@ def encode_q4_0(codes: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
         `np.ndarray`: uint8 `[N, K / 32 * 18]`.
     """
     rows, columns = codes.shape
-    levels = (codes + 8).to(torch.uint8).view(rows, columns // _Q_BLOCK, 2, _Q_BLOCK // 2)
+    block = BLOCK["q4_0"]
+    levels = (codes + 8).to(torch.uint8).view(rows, columns // block, 2, block // 2)
     nibbles = levels[:, :, 0] | (levels[:, :, 1] << 4)
     return _with_scales(nibbles, scales)
 
@@ -83,15 +123,19 @@ def encode_q4_0(codes: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
 def encode_q8_0(values: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
     """Q8_0 blocks of int8 values (same arguments as [`encode_q4_0`]): a float16 scale, then 32 bytes."""
     rows, columns = values.shape
-    return _with_scales(values.view(rows, columns // _Q_BLOCK, _Q_BLOCK).view(torch.uint8), scales)
+    block = BLOCK["q8_0"]
+    return _with_scales(values.view(rows, columns // block, block).view(torch.uint8), scales)
 
 
-def block_scales(scales: torch.Tensor, group_size: int, columns: int) -> torch.Tensor:
-    """Scales `[N, G]` of groups repeated for their blocks of 32, `[N, K / 32]`."""
-    blocks = columns // _Q_BLOCK
+ENCODERS = {"q2_0": encode_q2_0, "q4_0": encode_q4_0, "q8_0": encode_q8_0}
+
+
+def block_scales(scales: torch.Tensor, group_size: int, columns: int, block: int) -> torch.Tensor:
+    """Scales `[N, G]` of groups repeated for their blocks, `[N, K / block]`."""
+    blocks = columns // block
     if scales.shape[1] == 1:
         return scales.expand(-1, blocks)
-    return scales.repeat_interleave(group_size // _Q_BLOCK, dim=1)[:, :blocks]
+    return scales.repeat_interleave(group_size // block, dim=1)[:, :blocks]
 
 
 def _with_scales(data: torch.Tensor, scales: torch.Tensor) -> np.ndarray:

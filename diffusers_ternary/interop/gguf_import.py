@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads GGUF files of Flux and Stable Diffusion 3; ternary layers (TQ1_0, TQ2_0, Q4_0) are recovered exactly."""
+"""Reads GGUF files of Flux and Stable Diffusion 3; ternary layers are recovered exactly."""
 
 import json
 import pathlib
@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import compat_gguf
 from ..extras import import_extra
 from .gguf_config import config_of_shapes
 from .gguf_export import CONFIG_KEY
 from .gguf_names import ARCHITECTURES, GgufTensor, architecture_of, gguf_tensors
+from .gguf_two_bit import dequantize_two_bit
 from .source import ForeignModel, Item, empty_model
 
 
@@ -26,9 +28,8 @@ def open_reader(path: pathlib.Path) -> Any:
         ValueError: if it is damaged or no GGUF file.
         MissingExtraError: without the `gguf` package.
     """
-    gguf = import_extra("gguf", "Reading GGUF files")
     try:
-        return gguf.GGUFReader(path)
+        return compat_gguf.open_reader(path)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as GGUF ({reason}). It is damaged or incomplete.") from error
@@ -129,6 +130,8 @@ def _read(tensor: Any) -> torch.Tensor:
     gguf = import_extra("gguf", "Reading GGUF files")
     kind = tensor.tensor_type.name
     data = np.ascontiguousarray(tensor.data)
+    if isinstance(tensor.tensor_type, compat_gguf.TwoBitType):
+        return torch.from_numpy(dequantize_two_bit(data, tensor.tensor_type))
     if kind == "F16":
         return torch.from_numpy(data.copy())
     if kind == "BF16":

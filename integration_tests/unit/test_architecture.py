@@ -17,7 +17,7 @@ PACKAGE = ROOT / "diffusers_ternary"
 # A package may import from packages to its left, and from itself.
 LAYERS = (
     {"compat", "compat_models", "compat_peft", "compat_torch", "extras", "files"},
-    {"destinations"},
+    {"compat_gguf", "destinations"},
     {"format"},
     {"ternarize"},
     {"kernels"},

@@ -18,9 +18,12 @@ from diffusers.loaders.single_file_utils import (
 from support import denoisers, foreign
 
 from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary.compat_gguf import TwoBitType, open_reader
 from diffusers_ternary.inspection import inspect_path
 from diffusers_ternary.interop import GgufReport, convert, export_gguf
+from diffusers_ternary.interop.gguf_blocks import encode_q2_0
 from diffusers_ternary.interop.gguf_names import gguf_tensors
+from diffusers_ternary.interop.gguf_two_bit import dequantize_two_bit
 from diffusers_ternary.quantizers import packed_layers
 
 
@@ -80,16 +83,20 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def tensors_of(file: Path) -> dict[str, np.ndarray]:
-    """All tensors, unpacked by the gguf package."""
-    reader = gguf.GGUFReader(file)
+    """All tensors, unpacked by the gguf package where it can."""
+
+    def unpack(tensor: Any) -> np.ndarray:
+        if isinstance(tensor.tensor_type, TwoBitType):
+            return dequantize_two_bit(tensor.data, tensor.tensor_type)
+        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+
     return {
-        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1].tolist())
-        for tensor in reader.tensors
+        tensor.name: unpack(tensor).reshape(tensor.shape[::-1].tolist()) for tensor in open_reader(file).tensors
     }
 
 
 def types_of(file: Path) -> dict[str, str]:
-    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    return {tensor.name: tensor.tensor_type.name for tensor in open_reader(file).tensors}
 
 
 def assert_equal_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -126,7 +133,7 @@ class TestNames:
             (sd3, "sd3", "joint_blocks.0.x_block.attn.qkv.weight"),
         ):
             assert key in types_of(report.path)
-            reader = gguf.GGUFReader(report.path)
+            reader = open_reader(report.path)
             assert reader.get_field("general.architecture").contents() == report.architecture == architecture
             assert reader.get_field("general.quantization_version").contents() == gguf.GGML_QUANT_VERSION
 
@@ -135,6 +142,116 @@ class TestNames:
         with pytest.raises(ValueError, match="SanaTransformer2DModel has no GGUF form"):
             export_gguf(tmp_path / "in", tmp_path / "model.gguf")
         assert not (tmp_path / "model.gguf").exists()
+
+
+# d = 0.5; codes -1, 0, 1, -1, then zeros; and a block of zeros.
+Q2_0_EXAMPLE = bytes.fromhex("0038" + "24" + 15 * "55" + "0000" + 16 * "55")
+
+
+class TestTwoBit:
+    def test_q2_0_byte_by_byte(self):
+        codes = torch.zeros(1, 128, dtype=torch.int8)
+        codes[0, :4] = torch.tensor([-1, 0, 1, -1])
+        data = encode_q2_0(codes, torch.full((1, 2), 0.5))
+        assert data.tobytes() == Q2_0_EXAMPLE
+        back = dequantize_two_bit(data, TwoBitType.Q2_0)
+        assert back[0, :5].tolist() == [-0.5, 0, 0.5, -0.5, 0]
+        assert not back[0, 5:].any()
+
+    def test_blocks_of_128_byte_by_byte(self):
+        wide = bytes.fromhex("0038" + "24" + 31 * "55")
+        back = dequantize_two_bit(np.frombuffer(wide, dtype=np.uint8)[None], TwoBitType.PQ2_0)
+        assert back.shape == (1, 128)
+        assert back[0, :5].tolist() == [-0.5, 0, 0.5, -0.5, 0]
+
+    def test_trits_of_prism_ml(self):
+        """The byte is the fraction that its trits are in base 3, in 256ths rounded up; trit n comes with 3^n."""
+        rng = np.random.default_rng(0)
+        trits = rng.integers(0, 3, size=128)
+        data = []
+        for first, weights, count in ((0, 80, 16), (80, 40, 8), (120, 8, 2)):
+            digits = trits[first : first + weights].reshape(-1, count)  # [trits of a byte, bytes]
+            for column in digits.T:
+                value = sum(int(digit) * 3 ** (4 - index) for index, digit in enumerate(column))
+                data.append(-(-value * 256 // 243))
+        block = np.array([*data, 0x00, 0x38], dtype=np.uint8)[None]
+        assert block.shape == (1, 28)
+        assert np.array_equal(dequantize_two_bit(block, TwoBitType.PTQ1_0), (trits[None] - 1) * 0.5)
+
+    def test_scales_must_be_finite(self):
+        block = np.zeros((1, 18), dtype=np.uint8)
+        block[0, 1] = 0x7E
+        with pytest.raises(ValueError, match="a scale of Q2_0 is NaN"):
+            dequantize_two_bit(block, TwoBitType.Q2_0)
+
+    @pytest.mark.parametrize(("kind", "number", "group"), [("Q2_0", 42, 64), ("PQ2_0", 42, 128), ("PQ2_0", 142, 128)])
+    def test_reader_tells_the_blocks_of_id_42_by_their_size(self, tmp_path, kind, number, group):
+        """Tensors of both sides of it, as files have them; the last one ends with the file."""
+        weight = foreign.random_ternary(8, 256, group, seed=1)
+        codes, scales = torch.from_numpy(weight.codes), torch.from_numpy(weight.scales).float()
+        blocks = encode_q2_0(codes, scales.repeat_interleave(group // 64, dim=1)).reshape(8, -1, 18)
+        if group == 128:  # one scale, then the codes of both
+            pairs = blocks.reshape(8, -1, 2, 18)
+            blocks = np.concatenate([pairs[:, :, 0], pairs[:, :, 1, 2:]], axis=-1)
+        data = blocks.reshape(8, -1)
+        writer = gguf.GGUFWriter(path=tmp_path / "model.gguf", arch="flux")
+        gguf.constants.GGML_QUANT_SIZES[TwoBitType(number)] = (group, data.shape[1] * group // 256)
+        for name in ("a", "b"):
+            writer.add_tensor(name, data, raw_dtype=TwoBitType(number))
+            writer.add_tensor(f"{name}.bias", np.arange(3, dtype=np.float32))
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+        gguf.constants.GGML_QUANT_SIZES.pop(TwoBitType(number))
+        stored = {tensor.name: tensor for tensor in open_reader(tmp_path / "model.gguf").tensors}
+        assert stored["a.bias"].data.tolist() == [0, 1, 2]
+        for name in ("a", "b"):
+            assert stored[name].tensor_type is TwoBitType[kind]
+            assert np.array_equal(dequantize_two_bit(stored[name].data, stored[name].tensor_type), weight.dense())
+
+    def test_the_package_does_not_know_them_yet(self):
+        """When it does, its own types, and its quantizer and dequantizer, take the place of ours."""
+        known = {int(kind) for kind in gguf.GGMLQuantizationType}
+        assert not known & {int(kind) for kind in TwoBitType}
+
+    def test_nothing_differs_in_any_type(self, tmp_path):
+        packed(tmp_path / "in", group_size=64)
+        for kind in ("q2_0", "q4_0"):
+            report = export_gguf(tmp_path / "in", tmp_path / f"{kind}.gguf", ternary_type=kind)
+            assert report.types[kind] == 13
+            assert (report.differing, report.inexact) == (0, [])
+            assert report.proof().startswith("0 of ")
+            convert(tmp_path / f"{kind}.gguf", tmp_path / kind)
+            (component,) = inspect_path(tmp_path / f"{kind}.gguf")
+            assert component.packed_bits_per_weight == {"q2_0": 2.25, "q4_0": 4.5}[kind]
+
+    @pytest.mark.parametrize(
+        ("runtime", "group_size", "kind"),
+        [
+            ("sdcpp-cpu", 256, "tq2_0"),
+            ("sdcpp-cpu", 128, "q2_0"),
+            ("sdcpp-cpu", 32, "q4_0"),
+            ("sdcpp-gpu", 256, "q2_0"),
+            ("comfyui", 256, "q4_0"),
+            ("diffusers", 64, "q4_0"),
+        ],
+    )
+    def test_every_program_gets_a_type_that_it_reads(self, tmp_path, runtime, group_size, kind):
+        packed(tmp_path / "in", group_size=group_size)
+        report = export_gguf(tmp_path / "in", tmp_path / "model.gguf", runtime=runtime)
+        assert set(report.types) == {kind, "bf16", "f32"}
+        assert not report.differing
+
+    def test_bfloat16_is_for_linear_layers_only(self, tmp_path):
+        """ComfyUI-GGUF and diffusers unpack it nowhere else: the position embedding of SD3 crashed."""
+        packed(tmp_path / "in", denoisers.sd3, group_size=None)
+        export_gguf(tmp_path / "in", tmp_path / "model.gguf")
+        types = types_of(tmp_path / "model.gguf")
+        assert types["context_embedder.weight"] == "BF16"
+        assert {types["pos_embed"], types["x_embedder.proj.weight"]} <= {"F16", "F32"}
+        model = SD3Transformer2DModel.from_pretrained(tmp_path / "in", dtype=torch.bfloat16)
+        arrays = tensors_of(tmp_path / "model.gguf")
+        assert np.array_equal(arrays["pos_embed"].reshape(-1), model.pos_embed.pos_embed.float().numpy().reshape(-1))
 
 
 class TestRoundTrip:
@@ -237,7 +354,7 @@ class TestImport:
     def test_the_config_follows_from_the_shapes(self, tmp_path):
         model = packed(tmp_path / "in", sd35_medium, group_size=None)
         export_gguf(tmp_path / "in", tmp_path / "own.gguf")
-        source = gguf.GGUFReader(tmp_path / "own.gguf")
+        source = open_reader(tmp_path / "own.gguf")
         writer = gguf.GGUFWriter(path=tmp_path / "model.gguf", arch="sd3")
         for tensor in source.tensors:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
@@ -253,22 +370,26 @@ class TestImport:
 
 
 class TestRefusals:
-    def test_double_scales_are_refused_with_advice(self, tmp_path):
+    def test_double_scales_are_refused_with_advice_if_they_may_not_be_rounded(self, tmp_path):
         packed(tmp_path / "in", group_size=32, scales="double")
         file = tmp_path / "model.gguf"
-        with pytest.raises(ValueError, match=r"no 16-bit floats.*group_size=256 and scales='group'.*--round-scales"):
-            export_gguf(tmp_path / "in", file)
+        with pytest.raises(ValueError, match=r"no 16-bit floats.*scales='group'.*--round-scales"):
+            export_gguf(tmp_path / "in", file, round_scales=False)
         assert list(tmp_path.iterdir()) == [tmp_path / "in"]
 
-    def test_round_scales(self, tmp_path):
+    def test_double_scales_are_rounded_with_notice(self, tmp_path, caplog):
         model = packed(tmp_path / "in", group_size=32, scales="double", dtype=torch.float32)
         file = tmp_path / "model.gguf"
-        report = export_gguf(tmp_path / "in", file, round_scales=True)
+        report = export_gguf(tmp_path / "in", file)
         name = "single_blocks.0.linear2.weight"
         assert name in report.inexact
         exact = model.single_transformer_blocks[0].proj_out.weight
         error = (torch.from_numpy(tensors_of(file)[name]) - exact).abs() / exact.abs().clamp_min(1e-9)
         assert 0 < float(error.max()) < 2**-11 + 1e-6
+        assert 0 < report.differing < report.weights == sum(value.numel() for value in model.state_dict().values())
+        assert 0 < report.largest_difference < 2**-11 + 1e-6
+        assert "were rounded to float16" in caplog.text
+        assert f"{report.differing:,} of {report.weights:,} weights differ" in caplog.text
 
     @pytest.mark.parametrize(("fallback", "limit"), [("f32", 0.0), ("f16", 1e-3), ("q8_0", 1e-2)])
     def test_fallbacks_of_rotated_layers(self, tmp_path, fallback, limit):
