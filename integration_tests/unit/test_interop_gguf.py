@@ -90,9 +90,7 @@ def tensors_of(file: Path) -> dict[str, np.ndarray]:
             return dequantize_two_bit(tensor.data, tensor.tensor_type)
         return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
 
-    return {
-        tensor.name: unpack(tensor).reshape(tensor.shape[::-1].tolist()) for tensor in open_reader(file).tensors
-    }
+    return {tensor.name: unpack(tensor).reshape(tensor.shape[::-1].tolist()) for tensor in open_reader(file).tensors}
 
 
 def types_of(file: Path) -> dict[str, str]:
