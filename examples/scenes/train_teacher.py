@@ -153,6 +153,21 @@ def export(pipeline: DiffusionPipeline, trainee: nn.Module, ema: EMAModel, folde
         config.write_text(json.dumps(written, indent=2) + "\n")
 
 
+def compile_parts(transformer: nn.Module, *, on_cpu: bool) -> None:
+    """Compile the blocks in place; of Flux's double-stream blocks only the parts that compile correctly on a CPU.
+
+    With torch 2.13 a whole double-stream block under bfloat16 autocast has NaN gradients of its image keys on a CPU.
+    """
+    for blocks in transformer.children():
+        if not isinstance(blocks, nn.ModuleList):
+            continue
+        for block in blocks:
+            whole = not (on_cpu and type(block).__name__ == "FluxTransformerBlock")
+            parts = [block] if whole else [block.norm1, block.norm1_context, block.ff, block.ff_context]
+            for part in parts:
+                part.compile(fullgraph=True)
+
+
 class Checkpoints:
     """Folders ``checkpoint-<step>`` in the work folder; ``progress.json`` names the one that is complete."""
 
@@ -207,18 +222,15 @@ def train(
         recipe: What to train, and how.
         checkpoint_every: Steps between checkpoints.
         stop_at: Stop before this step as if interrupted there, after writing a checkpoint.
-        compile_blocks: Compile the transformer's blocks: minutes at the start, 1.5 times the speed on a CPU. Rounds
+        compile_blocks: Compile the transformer's blocks: minutes at the start, 1.3 times the speed on a CPU. Rounds
             differently, so a resumed run repeats an uninterrupted one exactly only if both do the same.
     """
     set_seed(recipe.seed)
     vae = AutoencoderTiny.from_pretrained(vae_folder).eval().requires_grad_(False)
     pipeline, trainee = build(vae, recipe)
-    if compile_blocks:
-        for blocks in trainee.transformer.children():
-            if isinstance(blocks, nn.ModuleList):
-                for block in blocks:
-                    block.compile(fullgraph=True)
     accelerator = Accelerator(mixed_precision="bf16", step_scheduler_with_optimizer=False)
+    if compile_blocks:
+        compile_parts(trainee.transformer, on_cpu=accelerator.device.type == "cpu")
     optimizers = build_optimizers(trainee, recipe)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
@@ -265,6 +277,8 @@ def train(
                 log.flush()
                 average.zero_()
             if (step + 1) % checkpoint_every == 0 or step + 1 == last:
+                if not loss.isfinite():  # and so are the weights: keep the checkpoint before
+                    raise FloatingPointError(f"The loss of step {step + 1} is {loss.item()}; nothing was written.")
                 checkpoints.save(accelerator, step + 1, spent + time.process_time())
                 export(pipeline, trainee, ema, work / "teacher")
                 logger.info("step %d, %.0f CPU seconds", step + 1, spent + time.process_time())
@@ -278,7 +292,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, losses and the pipeline")
     parser.add_argument("--checkpoint-every", type=int, default=200)
     parser.add_argument(
-        "--compile", action="store_true", help="compile the blocks: a slow start, then 1.5 times faster"
+        "--compile", action="store_true", help="compile the blocks: a slow start, then 1.3 times faster"
     )
     for name, default in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
