@@ -5,12 +5,15 @@ The hosts know a quantized model by its mark (`is_quantized`) only. They refuse 
 of its codes as parameters. Each name that is replaced here has a canary in `test_compat_models.py`.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+
+from .compat_offload import complete_for_saving
 
 
 # Methods that raise on a quantized model, though a packed layer keeps its codes and scales through any cast.
@@ -23,7 +26,7 @@ def unwrap_compiled(module: Any) -> Any:
 
 
 def patch_model_class(cls: type, is_packed: Callable[[nn.Module], bool], count_parameters: Callable[..., int]) -> None:
-    """Makes `to(dtype)`, `half`, `float` and `num_parameters` of a host's base class right for packed models.
+    """Makes casts, `num_parameters` and `save_pretrained` of a host's base class right for packed models.
 
     Args:
         cls (`type`): `ModelMixin` of diffusers or `PreTrainedModel` of transformers.
@@ -40,7 +43,15 @@ def patch_model_class(cls: type, is_packed: Callable[[nn.Module], bool], count_p
     def num_parameters(self: Any, *args: Any, **kwargs: Any) -> int:
         return (count_parameters if is_packed(self) else original)(self, *args, **kwargs)
 
+    save = cls.save_pretrained  # type: ignore[attr-defined]
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with complete_for_saving(self) if is_packed(self) else contextlib.nullcontext():
+            return save(self, *args, **kwargs)
+
     cls.num_parameters = num_parameters  # type: ignore[attr-defined]
+    cls.save_pretrained = save_pretrained  # type: ignore[attr-defined]
 
 
 def _without_mark(method: Callable[..., Any], is_packed: Callable[[nn.Module], bool]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from diffusers.utils.logging import tqdm
 from torch import nn
 
+from ..compat_offload import casting_hook, is_group_offloaded
 from ..config import RECOVER, TernaryConfig
 from ..layers import FLOAT_TYPES, FloatLayer, QuantizedLayer
 from ..ternarize import check_finite, find_group_size, ternary_fit
@@ -160,6 +161,13 @@ def _check_quantizable(model: nn.Module) -> None:
         raise ValueError(
             f"{name} has weights that are not in memory (meta device: offloaded, or never loaded). "
             "Quantize before offloading is enabled."
+        )
+    if is_group_offloaded(model):
+        raise ValueError(f"{name} is group offloaded. Quantize before offloading is enabled.")
+    if any(casting_hook(module) is not None for module in model.modules()):
+        raise ValueError(
+            f"{name} stores its weights in 8 bits (enable_layerwise_casting), which has rounded them. "
+            "Quantize first: packed layers are smaller, and layerwise casting may follow for the others."
         )
 
 
