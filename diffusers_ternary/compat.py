@@ -5,6 +5,7 @@ Each has a canary in `integration_tests/unit/test_compat.py` (those of LoRA: `te
 readably when a new version moves it.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterable
@@ -22,6 +23,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as TRA
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as TRANSFORMERS_QUANTIZERS
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
+
+from .compat_offload import without_group_offloading
 
 
 __all__ = [
@@ -134,47 +137,30 @@ def patch_flux_expansion(is_packed: Callable[[Any], bool]) -> None:
 
 
 def patch_lora_mixin(is_packed: Callable[[Any], bool]) -> None:
-    """Makes three methods of diffusers' models work where there are packed layers. Imports `diffusers.loaders.peft`.
+    """Makes `fuse_lora` and `unfuse_lora` of diffusers' models lift group offloading where there are packed layers.
 
-    - `save_lora_adapter` calls `self.to(dtype=None)`, which diffusers takes for a cast and refuses.
-    - `fuse_lora` and `unfuse_lora` add and remove tensors, so group offloading has to look at the model again (as
-      diffusers itself does after `delete_adapters` and `unload_lora`).
+    They add and remove tensors, so offloading has to look at the model again (as diffusers itself does after
+    `delete_adapters` and `unload_lora`); and they need the weights, which may be on disk. Imports
+    `diffusers.loaders.peft`.
 
     Args:
         is_packed (`Callable`): whether a model has packed layers of ours.
     """
-    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
     from diffusers.loaders.peft import PeftAdapterMixin
 
     if hasattr(PeftAdapterMixin.fuse_lora, "__wrapped__"):
         return
 
-    def without_mark(method: Callable[..., Any]) -> Callable[..., Any]:
+    def in_memory(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not getattr(self, "is_quantized", False) or not is_packed(self):
+            with without_group_offloading(self) if is_packed(self) else contextlib.nullcontext():
                 return method(self, *args, **kwargs)
-            self.is_quantized = False
-            try:
-                return method(self, *args, **kwargs)
-            finally:
-                self.is_quantized = True
 
         return wrapper
 
-    def then_offload(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = method(self, *args, **kwargs)
-            if is_packed(self):
-                _maybe_remove_and_reapply_group_offloading(self)
-            return result
-
-        return wrapper
-
-    PeftAdapterMixin.save_lora_adapter = without_mark(PeftAdapterMixin.save_lora_adapter)
-    PeftAdapterMixin.fuse_lora = then_offload(PeftAdapterMixin.fuse_lora)
-    PeftAdapterMixin.unfuse_lora = then_offload(PeftAdapterMixin.unfuse_lora)
+    PeftAdapterMixin.fuse_lora = in_memory(PeftAdapterMixin.fuse_lora)
+    PeftAdapterMixin.unfuse_lora = in_memory(PeftAdapterMixin.unfuse_lora)
 
 
 # What diffusers' `fuse_projections` makes of an attention module's layers.

@@ -6,9 +6,11 @@ or reads a whole model has to reach through it. Each private name has a canary i
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import nn
 
 _GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 _CASTING_HOOK = "layerwise_casting"
+_OWN_FOLDER = "diffusers-ternary-"
 
 
 # --- accelerate: weights on the meta device, their values in a map --------------------------------------------------
@@ -119,7 +122,8 @@ def is_group_offloaded(model: nn.Module) -> bool:
 def without_group_offloading(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
     """Lifts diffusers' group offloading: all tensors are in memory, and may be replaced; then it is applied anew.
 
-    diffusers would take the files of a disk offload for those of the new modules: they are removed.
+    diffusers would take the files of a disk offload for those of the new modules: they are removed, and new ones are
+    written to a folder within.
 
     Args:
         model (`nn.Module`): a model of diffusers or transformers.
@@ -136,11 +140,9 @@ def without_group_offloading(model: nn.Module, *, keep: bool = False) -> Iterato
     files = set()
     for group in {id(hook.group): hook.group for hook in hooks}.values():
         if group.offload_to_disk_path and os.path.exists(group.safetensors_file_path):
-            tensors = load_file(group.safetensors_file_path)
-            for key, tensor in group.key_to_tensor.items():
-                tensor.data = tensors[key]
+            _load_group(group)
             files.add(group.safetensors_file_path)
-    registries = [module._diffusers_hook for module in model.modules() if hasattr(module, "_diffusers_hook")]
+    registries: list[Any] = [part._diffusers_hook for part in model.modules() if hasattr(part, "_diffusers_hook")]
     for registry, name in itertools.product(registries, _GROUP_HOOKS):
         registry.remove_hook(name, recurse=False)
     try:
@@ -149,9 +151,33 @@ def without_group_offloading(model: nn.Module, *, keep: bool = False) -> Iterato
         for file in files:
             os.unlink(file)
         tensors_in_memory = {parameter: parameter.data for parameter in model.parameters()} if keep else {}
-        _apply_group_offloading(model, hooks[0].config)
+        _apply_group_offloading(model, _on_new_folder(hooks[0].config))
         for parameter, value in tensors_in_memory.items():
             parameter.data = value
+
+
+def _load_group(group: Any) -> None:
+    tensors = load_file(group.safetensors_file_path)
+    missing = next((key for key in group.key_to_tensor if key not in tensors), None)
+    if missing is not None:
+        raise ValueError(
+            f"{group.safetensors_file_path} was there before this model was offloaded, and diffusers took it for the "
+            "model's own: its weights are lost. Load the model again and offload it to an empty folder."
+        )
+    for key, tensor in group.key_to_tensor.items():
+        tensor.data = tensors[key]
+
+
+def _on_new_folder(config: Any) -> Any:
+    """The same offloading; to disk, in a folder of its own: diffusers never overwrites a group's file."""
+    folder = config.offload_to_disk_path
+    if folder is None:
+        return config
+    if os.path.basename(folder).startswith(_OWN_FOLDER):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+        folder = os.path.dirname(folder)
+    return dataclasses.replace(config, offload_to_disk_path=tempfile.mkdtemp(prefix=_OWN_FOLDER, dir=folder))
 
 
 @contextlib.contextmanager
