@@ -132,28 +132,57 @@ AMX static void decode_padded(const dt_panel *p) {
 
 #define MULTIPLY(b, a, c) "tdpbssd %%tmm" b ", %%tmm" a ", %%tmm" c "\n\t"
 
+#define STEP_32_ROWS                                                                       \
+    "tileloadd (%[w], %[w_stride]), %%tmm6\n\t"                                            \
+    "tileloadd (%[x0], %[x_stride]), %%tmm4\n\t" MULTIPLY("6", "4", "0")                   \
+    "tileloadd 64(%[w], %[w_stride]), %%tmm7\n\t" MULTIPLY("7", "4", "1")                  \
+    "tileloadd (%[x1], %[x_stride]), %%tmm5\n\t" MULTIPLY("6", "5", "2") MULTIPLY("7", "5", "3") \
+    "add $1024, %[x0]\n\t"                                                                 \
+    "add $1024, %[x1]\n\t"                                                                 \
+    "add $2048, %[w]\n\t"
+
+// What is not in the cache yet is fetched one or two lines a step. All at once would take every buffer between the
+// first and the second cache for as long as the slowest memory needs, and the tiles wait for them.
+typedef struct {
+    const char *out;          // lines that will be written, `out_stride` bytes apart
+    ptrdiff_t out_stride;
+    const uint8_t *weight;    // consecutive lines of the next panel
+} dt_ahead;
+
 // Sums of `tiles` tiles of K onto zero, stored as int32 [32][32]. In assembly: gcc 12's intrinsics do not tell the
 // compiler which memory they touch.
-AMX INLINE void sum_32_rows(const int8_t *x0, const int8_t *x1, const uint8_t *w, ptrdiff_t tiles, int32_t *sums) {
+AMX INLINE void sum_32_rows(const int8_t *x0, const int8_t *x1, const uint8_t *w, ptrdiff_t tiles, int32_t *sums,
+                            dt_ahead ahead) {
+    ptrdiff_t first = tiles < 16 ? tiles : 16;
+    tiles -= first;
     __asm__ volatile(
         "tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3\n\t"
         ".p2align 4\n\t"
         "1:\n\t"
-        "tileloadd (%[w], %[w_stride]), %%tmm6\n\t"
-        "tileloadd (%[x0], %[x_stride]), %%tmm4\n\t" MULTIPLY("6", "4", "0")
-        "tileloadd 64(%[w], %[w_stride]), %%tmm7\n\t" MULTIPLY("7", "4", "1")
-        "tileloadd (%[x1], %[x_stride]), %%tmm5\n\t" MULTIPLY("6", "5", "2") MULTIPLY("7", "5", "3")
-        "add $1024, %[x0]\n\t"
-        "add $1024, %[x1]\n\t"
-        "add $2048, %[w]\n\t"
-        "dec %[tiles]\n\t"
+        "prefetchw (%[out])\n\t"
+        "prefetchw (%[out], %[out_stride])\n\t"
+        "lea (%[out], %[out_stride], 2), %[out]\n\t"
+        "prefetcht1 (%[ahead])\n\t"
+        "add $64, %[ahead]\n\t" STEP_32_ROWS
+        "dec %[first]\n\t"
         "jnz 1b\n\t"
+        "test %[tiles], %[tiles]\n\t"
+        "jz 3f\n\t"
+        ".p2align 4\n\t"
+        "2:\n\t"
+        "prefetcht1 (%[ahead])\n\t"
+        "add $64, %[ahead]\n\t" STEP_32_ROWS
+        "dec %[tiles]\n\t"
+        "jnz 2b\n\t"
+        "3:\n\t"
         "tilestored %%tmm0, (%[sums], %[w_stride])\n\t"
         "tilestored %%tmm1, 64(%[sums], %[w_stride])\n\t"
         "tilestored %%tmm2, 2048(%[sums], %[w_stride])\n\t"
         "tilestored %%tmm3, 2112(%[sums], %[w_stride])\n\t"
-        : [x0] "+r"(x0), [x1] "+r"(x1), [w] "+r"(w), [tiles] "+r"(tiles)
-        : [w_stride] "r"((ptrdiff_t)STEP_BYTES), [x_stride] "r"((ptrdiff_t)64), [sums] "r"(sums)
+        : [x0] "+r"(x0), [x1] "+r"(x1), [w] "+r"(w), [tiles] "+r"(tiles), [first] "+r"(first), [out] "+r"(ahead.out),
+          [ahead] "+r"(ahead.weight)
+        : [w_stride] "r"((ptrdiff_t)STEP_BYTES), [x_stride] "r"((ptrdiff_t)64), [sums] "r"(sums),
+          [out_stride] "r"(ahead.out_stride)
         : "cc", "memory");
 }
 
@@ -178,10 +207,15 @@ AMX INLINE void sum_16_rows(const int8_t *x, const uint8_t *w, ptrdiff_t tiles, 
 
 // 16 or 32 rows x 32 columns over `steps` steps from `step` on.
 AMX INLINE void sum_rows(const dt_panel *p, int64_t row, int rows, int32_t step, int32_t steps, int32_t *sums) {
+    const ptrdiff_t out_bytes = p->out_stride * (p->dtype == DT_FLOAT32 ? 4 : 2);
+    const int64_t blocks = (p->rows + ROWS - 1) / ROWS, bytes = COLUMNS * p->plan->plane_bytes;
+    const ptrdiff_t first = 2 * (step / TILE_STEPS) < ROWS ? 2 * (step / TILE_STEPS) : 0;  // two lines a tile
+    const dt_ahead ahead = {(const char *)p->out + (row + first) * out_bytes, step && !first ? 0 : out_bytes,
+                            p->weight + bytes + row / ROWS * bytes / blocks + 4 * (ptrdiff_t)step};
     const ptrdiff_t tile = step / TILE_STEPS, tiles = (steps + TILE_STEPS - 1) / TILE_STEPS;
     const int8_t *x = p->x + (row / TILE * p->row_tiles + tile) * TILE_BYTES;
     const uint8_t *w = p->panel + (ptrdiff_t)step * STEP_BYTES;
-    if (rows > TILE) sum_32_rows(x, x + p->row_tiles * TILE_BYTES, w, tiles, sums);
+    if (rows > TILE) sum_32_rows(x, x + p->row_tiles * TILE_BYTES, w, tiles, sums, ahead);
     else sum_16_rows(x, w, tiles, sums);
 }
 
@@ -313,11 +347,12 @@ const dt_variant dt_amx_int8 = {
     .run_steps = 1 << 20,
     .block_steps = 1 << 20,
     .group_steps = TILE_STEPS,
+    .block_bytes = 1200 << 10,
     .gemv_align = 64,
     .gemv_run_steps = 4096,
     .gemv_max_rows = 4,
-    .absmax = dt_absmax_avx2,
-    .quantize = dt_quantize_avx2,
+    .absmax = dt_absmax_avx512,
+    .quantize = dt_quantize_avx512,
     .sum = dt_sum_avx2,
     .correction = dt_correction_vnni,
     .begin = configure,

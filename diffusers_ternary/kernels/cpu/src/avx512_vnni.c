@@ -6,10 +6,72 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "convert.h"
+
 #define INLINE static inline __attribute__((always_inline))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 
 enum { TILE_ROWS = 12, TILE_COLUMNS = 32, GEMV_COLUMNS = 4, GEMV_ROWS = 4 };
+
+AVX512 uint32_t dt_absmax_avx512(const void *x, int64_t dtype, int64_t n) {
+    if (dtype == DT_FLOAT32) {
+        const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+        __m512i a = _mm512_setzero_si512(), b = a;
+        const int32_t *p = x;
+        int64_t i = 0;
+        for (; i + 32 <= n; i += 32) {
+            a = _mm512_max_epu32(a, _mm512_and_si512(magnitude, _mm512_loadu_si512(p + i)));
+            b = _mm512_max_epu32(b, _mm512_and_si512(magnitude, _mm512_loadu_si512(p + i + 16)));
+        }
+        for (; i < n; i += 16) {
+            const __mmask16 mask = n - i < 16 ? (__mmask16)((1u << (n - i)) - 1) : 0xffff;
+            a = _mm512_max_epu32(a, _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(mask, p + i)));
+        }
+        return _mm512_reduce_max_epu32(_mm512_max_epu32(a, b));
+    }
+    // of both 16-bit formats the bits grow with the magnitude, NaN above all
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    __m512i a = _mm512_setzero_si512();
+    const uint16_t *p = x;
+    for (int64_t i = 0; i < n; i += 32) {
+        const __mmask32 mask = n - i < 32 ? (1u << (n - i)) - 1 : ~0u;
+        a = _mm512_max_epu16(a, _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi16(mask, p + i)));
+    }
+    a = _mm512_max_epu16(_mm512_and_si512(a, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32(a, 16));
+    const uint16_t largest = (uint16_t)_mm512_reduce_max_epu32(a);
+    return dtype == DT_BFLOAT16 ? (uint32_t)largest << 16 : dt_bits(dt_from_half(largest));
+}
+
+AVX512 INLINE __m512 load16(const void *x, const int64_t dtype, int64_t i, __mmask16 mask) {
+    if (dtype == DT_FLOAT32) return _mm512_maskz_loadu_ps(mask, (const float *)x + i);
+    const __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + i);
+    if (dtype == DT_FLOAT16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+AVX512 INLINE void quantize(const void *x, const int64_t dtype, int64_t n, const int lifted, float prescale, float inverse,
+                            int8_t *q) {
+    const __m512 lift = _mm512_set1_ps(prescale), factor = _mm512_set1_ps(inverse);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int64_t i = 0; i < n; i += 64) {
+        const __mmask64 mask = n - i < 64 ? (1ull << (n - i)) - 1 : ~0ull;
+        __m512i v[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            const __m512 value = load16(x, dtype, i + 16 * k, (__mmask16)(mask >> (16 * k)));
+            v[k] = _mm512_cvtps_epi32(_mm512_mul_ps(lifted ? _mm512_mul_ps(value, lift) : value, factor));
+        }
+        const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
+        _mm512_mask_storeu_epi8(q + i, mask, _mm512_permutexvar_epi32(order, packed));
+    }
+}
+
+AVX512 void dt_quantize_avx512(const void *x, int64_t dtype, int64_t n, float prescale, float inverse, int8_t *q) {
+    if (prescale != 1.0f) quantize(x, dtype, n, 1, prescale, inverse, q);
+    else if (dtype == DT_FLOAT32) quantize(x, DT_FLOAT32, n, 0, prescale, inverse, q);
+    else if (dtype == DT_BFLOAT16) quantize(x, DT_BFLOAT16, n, 0, prescale, inverse, q);
+    else quantize(x, DT_FLOAT16, n, 0, prescale, inverse, q);
+}
 
 int32_t dt_correction_vnni(const int8_t *q, int64_t n) { return -dt_sum_avx2(q, n); }
 
@@ -251,8 +313,8 @@ const dt_variant dt_avx512_vnni = {
     .gemv_align = 64,
     .gemv_run_steps = 4096,
     .gemv_max_rows = 4,
-    .absmax = dt_absmax_avx2,
-    .quantize = dt_quantize_avx2,
+    .absmax = dt_absmax_avx512,
+    .quantize = dt_quantize_avx512,
     .sum = dt_sum_avx2,
     .correction = dt_correction_vnni,
     .decode = dt_decode_avx2,

@@ -9,10 +9,12 @@
 
 enum {
     CACHE_LINE = 64,
-    ROW_BLOCK = 384,          // rows quantised together: their int8 copy stays in the second-level cache
+    ROW_BLOCK = 384,          // of variants without block_bytes
+    LEAST_ROWS = 96,          // fewer would decode the weight too often
+    MOST_ROWS = 1056,
     GEMV_LEAST_GROUP = 32,    // shorter groups would pad every vector of the GEMV
     ROWS_PER_PART = 256,      // from here each part quantises its own rows and decodes the whole weight for them
-    ROW_MULTIPLE = 12,        // the tallest tile
+    ROW_MULTIPLE = 96,        // a multiple of the tallest tiles, 12 and 32
     MOST_PARTS = 256,
     TILE_ROWS = 16,           // of x, where it is laid out in tiles
 };
@@ -338,13 +340,34 @@ DT_EXPORT int64_t dt_variant_supported(int64_t index) {
     return index >= 0 && index < VARIANT_COUNT && VARIANTS[index]->supported();
 }
 
+// Where part `part` of [0, size) begins: parts are of nearly equal length and begin at a multiple of `multiple`.
+static int64_t part_edge(int64_t size, int64_t multiple, int64_t parts, int64_t part) {
+    const int64_t units = (size + multiple - 1) / multiple;
+    const int64_t edge = units * part / parts * multiple;
+    return edge < size ? edge : size;
+}
+
+// The variant's own check comes with its first block.
+static const dt_variant *variant_of(const dt_args *args) {
+    return VARIANTS[args->variant >= 0 && args->variant < VARIANT_COUNT ? args->variant : VARIANT_COUNT - 1];
+}
+
+// Rows that are quantised together: their int8 copy stays in the second-level cache.
+static int64_t block_rows(const dt_args *args) {
+    const int64_t bytes = variant_of(args)->block_bytes;
+    if (!bytes) return ROW_BLOCK;
+    const int64_t rows = bytes / args->in_features / ROW_MULTIPLE * ROW_MULTIPLE;
+    return rows < LEAST_ROWS ? LEAST_ROWS : rows > MOST_ROWS ? MOST_ROWS : rows;
+}
+
 // Rows [m0, m1) of the whole layer, in blocks; returns the number of infinite rows, or an error.
 static int64_t linear_rows(const dt_args *args, int64_t m0, int64_t m1) {
     int64_t infinite_rows = 0;
-    const int64_t blocks = (m1 - m0 + ROW_BLOCK - 1) / ROW_BLOCK;
+    const int64_t size = m1 - m0, blocks = (size + block_rows(args) - 1) / block_rows(args);
     for (int64_t b = 0; b < blocks; b++) {
-        const int64_t row = m0 + (m1 - m0) * b / blocks;
-        const int64_t rows = m0 + (m1 - m0) * (b + 1) / blocks - row;
+        const int64_t row = m0 + part_edge(size, ROW_MULTIPLE, blocks, b);
+        const int64_t rows = m0 + part_edge(size, ROW_MULTIPLE, blocks, b + 1) - row;
+        if (!rows) continue;
         dt_shape shape;
         int64_t result = shape_build(&shape, args, rows);
         if (result) return result;
@@ -373,7 +396,6 @@ typedef struct {
     int64_t results[MOST_PARTS];
 } dt_call;
 
-// Parts are of nearly equal length and begin at a multiple of `multiple`.
 static void call_cut(dt_call *call, int64_t size, int64_t multiple, int64_t workers) {
     const int64_t units = (size + multiple - 1) / multiple;
     call->size = size;
@@ -384,9 +406,7 @@ static void call_cut(dt_call *call, int64_t size, int64_t multiple, int64_t work
 }
 
 static int64_t call_edge(const dt_call *call, int64_t part) {
-    const int64_t units = (call->size + call->multiple - 1) / call->multiple;
-    const int64_t edge = units * part / call->parts * call->multiple;
-    return edge < call->size ? edge : call->size;
+    return part_edge(call->size, call->multiple, call->parts, part);
 }
 
 // Sum of the parts' results, or an error among them.

@@ -132,6 +132,7 @@ typedef struct {
     int (*supported)(void);
     int32_t tile_rows, row_multiple, tile_columns, run_steps, block_steps, gemv_align, gemv_run_steps, gemv_max_rows;
     int32_t group_steps;  // 0 stands for 1
+    int32_t block_bytes;  // int8 bytes of the rows that are multiplied together, 0 for a fixed number of rows
     // Largest magnitude of a row as float bits: > 0x7f800000 NaN, == 0x7f800000 infinite.
     uint32_t (*absmax)(const void *x, int64_t dtype, int64_t n);
     // q = round_half_even((x * prescale) * inverse)
@@ -168,6 +169,8 @@ extern const dt_variant dt_avx2;
 extern const dt_variant dt_avx_vnni;
 extern const dt_variant dt_avx512_vnni;
 void dt_gemv_avx512(const dt_gemv *g);
+uint32_t dt_absmax_avx512(const void *x, int64_t dtype, int64_t n);
+void dt_quantize_avx512(const void *x, int64_t dtype, int64_t n, float prescale, float inverse, int8_t *q);
 uint32_t dt_absmax_avx2(const void *x, int64_t dtype, int64_t n);
 void dt_quantize_avx2(const void *x, int64_t dtype, int64_t n, float prescale, float inverse, int8_t *q);
 int32_t dt_sum_avx2(const int8_t *q, int64_t n);
