@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .distillation import DistillConfig, DistillReport, distill, read_prompts, template_prompts
     from .evaluation import EvaluationResult, evaluate
     from .hub import push_to_hub
-    from .interop import convert, export_gguf
+    from .interop import export_gguf
+    from .interop.convert import convert
     from .lora import MergeReport, merge_lora
 
 __version__ = "0.1.0"

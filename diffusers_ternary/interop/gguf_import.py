@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import compat_gguf
+from ..compat_gguf import TwoBitType
+from ..compat_gguf import open_reader as open_any_reader
 from ..extras import import_extra
 from .gguf_config import config_of_shapes
 from .gguf_export import CONFIG_KEY
@@ -29,7 +30,7 @@ def open_reader(path: pathlib.Path) -> Any:
         MissingExtraError: without the `gguf` package.
     """
     try:
-        return compat_gguf.open_reader(path)
+        return open_any_reader(path)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as GGUF ({reason}). It is damaged or incomplete.") from error
@@ -130,7 +131,7 @@ def _read(tensor: Any) -> torch.Tensor:
     gguf = import_extra("gguf", "Reading GGUF files")
     kind = tensor.tensor_type.name
     data = np.ascontiguousarray(tensor.data)
-    if isinstance(tensor.tensor_type, compat_gguf.TwoBitType):
+    if isinstance(tensor.tensor_type, TwoBitType):
         return torch.from_numpy(dequantize_two_bit(data, tensor.tensor_type))
     if kind == "F16":
         return torch.from_numpy(data.copy())
