@@ -143,6 +143,18 @@ def test_groups_that_end_inside_blocks_are_unpacked_first(rows):
         assert {plan.path for plan in plans} <= {"dense", "library"}
 
 
+def test_long_float8_sums_have_exact_twins_where_the_matrix_unit_drops_digits():
+    def exact(target: Target, k: int, activation_dtype: str, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+        plans = candidates(target, ask(in_features=k, dtype=dtype), activation_dtype)
+        return [str(plan) for plan in plans if plan.exact]
+
+    both = ["library, exact sums", "dense 128x128x128, exact sums"]
+    assert exact(H200, 15360, "float8_e4m3fn") == exact(H200, 12288, "float8_e4m3fn") == both
+    assert exact(H200, 15360, "float8_e4m3fn", torch.float16) == both[1:]
+    assert exact(H200, 3072, "float8_e4m3fn") == exact(H200, 15360, "int8") == exact(RTX_4090, 15360, "float8_e4m3fn")
+    assert exact(H200, 15360, "none") == []
+
+
 @pytest.mark.parametrize("target", [A100, H200, MI300])
 @pytest.mark.parametrize(("in_features", "group_size"), [(3072, 128), (2240, 128), (3072, 64), (15360, 128)])
 def test_scales_of_elements_are_gathered_in_small_blocks_only(target, in_features, group_size):

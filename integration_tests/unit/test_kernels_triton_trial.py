@@ -28,8 +28,8 @@ from triton.compiler.errors import CompilationError  # noqa: E402
 
 from diffusers_ternary.kernels import triton as kernels  # noqa: E402
 from diffusers_ternary.kernels.triton import devices, launch, plain, product  # noqa: E402
-from diffusers_ternary.kernels.triton.dispatch import PLAIN, Plan  # noqa: E402
-from diffusers_ternary.kernels.triton.trial import problem_of, trial_weight  # noqa: E402
+from diffusers_ternary.kernels.triton.dispatch import PLAIN, Plan, Target  # noqa: E402
+from diffusers_ternary.kernels.triton.trial import Trials, problem_of, trial_weight  # noqa: E402
 from diffusers_ternary.kernels.triton.weights import PackedWeight  # noqa: E402
 
 
@@ -213,6 +213,33 @@ def test_trials_have_the_tiles_and_the_layout_of_what_serves():
         problem = product.product_problem(run, plan, packed, None, "none", target, rows=rows, dtype=torch.float32)
         assert problem is None
     assert shapes == [(131, 250, 284), (1, 250, 60), (131, 250, 156)]
+
+
+def test_long_float8_sums_are_taken_exactly_where_the_others_lose_digits(caplog):
+    """A matrix unit of few bits, by the size of its error; the exact twin is judged as all others are."""
+    w = weight_of("row", n=64, k=8256)
+    packed = PackedWeight(w.packed, w.scale, None, 8256, 8256)
+    hopper = Target("cuda", 90, 1 << 17)
+    found = {}
+    for error in (1e-3, 9e-3):
+
+        def run(
+            x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, error: float = error
+        ) -> torch.Tensor:
+            y = plain.product(x, weight, bias, "float8_e4m3fn")
+            return y + error * y.std() * torch.randn_like(y)
+
+        for exact in (False, True):
+            plan = Plan("dense", 128, 128, 128, exact=exact)
+            found[error, exact] = product.product_problem(
+                run, plan, packed, None, "float8_e4m3fn", hopper, rows=4096, dtype=torch.bfloat16
+            )
+    assert [found[key] is None for key in sorted(found)] == [True, True, False, True]
+    trials = Trials("cuda:0")
+    with caplog.at_level(logging.INFO, "diffusers_ternary"):
+        assert not trials.passes("key", "The kernel dense", lambda: found[9e-3, False])
+    (record,) = caplog.records
+    assert (record.levelno, "relative error 0.00" in record.getMessage()) == (logging.INFO, True)
 
 
 @pytest.mark.parametrize("activation_dtype", ["none", "int8", "float8_e4m3fn"])

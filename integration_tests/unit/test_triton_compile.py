@@ -67,18 +67,31 @@ def fake_weight(case: Case, out_features: int = 3072) -> PackedWeight:
     return PackedWeight(packed, scale, multiplier, case.in_features, size, case.hadamard)
 
 
-def plan_of(case: Case) -> Plan:
+def plan_of(case: Case, tile: tuple[int, int, int] | None = None, *, exact: bool = False) -> Plan:
+    """The first plan of the case's path, of a tile and of a precision."""
     size = case.group_size or case.in_features
     request = Request(
         case.rows, 3072, case.in_features, size, case.group_size is None, case.dtype, case.activation_dtype
     )
     offered = candidates(TARGETS[case.name], request, case.activation_dtype)
-    return next(plan for plan in offered if plan.path == case.path)
+    return next(
+        plan
+        for plan in offered
+        if plan.path == case.path
+        and plan.exact == exact
+        and tile in (None, (plan.block_m, plan.block_n, plan.block_k))
+    )
 
 
-def compile_product(case: Case, scale_sums: bool | None = None) -> dict[str, Compiled]:
+def compile_product(
+    case: Case,
+    scale_sums: bool | None = None,
+    tile: tuple[int, int, int] | None = None,
+    *,
+    exact: bool = False,
+) -> dict[str, Compiled]:
     """Every kernel of a product, by name; `scale_sums` overrules the plan's."""
-    target, plan = TARGETS[case.name], plan_of(case)
+    target, plan = TARGETS[case.name], plan_of(case, tile, exact=exact)
     plan = plan if scale_sums is None else dataclasses.replace(plan, scale_sums=scale_sums)
     with launches_on(case.name) as launches:
         x = torch.empty(case.rows, case.in_features, dtype=case.dtype, device="cuda")
@@ -153,6 +166,18 @@ def test_unpacked_first(case):
     name = "sm_80" if case.name.startswith("sm_8") else case.name
     assert re.search(matrix_instruction(name, case.activation_dtype), kernels["dense_kernel"].text)
     assert {"quantize_kernel", "unpack_kernel"} < kernels.keys()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_float8_on_hopper(exact):
+    """The wide tile, and exact sums: between matrix instructions each block's are added to float32 registers."""
+    case = Case("sm_90", "dense", "float8_e4m3fn", 4096, None, in_features=15360)
+    tile = (128, 128, 128) if exact else (128, 256, 128)
+    kernel = compile_product(case, tile=tile, exact=exact)["dense_kernel"]
+    assert re.search(matrix_instruction("sm_90", "float8_e4m3fn"), kernel.text)
+    (loop,) = matrix_loops(kernel.cubin)
+    registers = tile[0] * tile[1] // (8 * 32)
+    assert (loop.instructions > 40 + registers) == exact
 
 
 @pytest.mark.parametrize(

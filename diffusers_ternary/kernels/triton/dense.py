@@ -36,6 +36,7 @@ def dense_kernel(
     factor,
     KIND: tl.constexpr,
     NO_PREFETCH: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -44,6 +45,7 @@ def dense_kernel(
     """`y = x @ W.T`, scaled; x `[M, K]` and weight `[N, K]` int8, or float8 as int8; y `[M, N]`.
 
     K is a multiple of BLOCK_K, zeros at its end: loads that need no mask are pipelined.
+    EXACT: the matrix unit of sm_90 keeps 14 bits of float8 sums; each block's go to float32 registers of their own.
     NO_PREFETCH: for targets whose matrix instruction reads both operands from registers (sm_80 to sm_89).
     """
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -67,5 +69,8 @@ def dense_kernel(
         if KIND == "fp8":
             x = x.to(tl.float8e4nv, bitcast=True)
             weight = weight.to(tl.float8e4nv, bitcast=True)
-        acc = tl.dot(x, weight, acc, out_dtype=acc.dtype)
+        if EXACT:
+            acc = tl.dot(x, weight, acc, out_dtype=acc.dtype, max_num_imprecise_acc=BLOCK_K)
+        else:
+            acc = tl.dot(x, weight, acc, out_dtype=acc.dtype)
     store_output(acc, m, n, M, N, row_scale_ptr, x_scale_ptr, bias_ptr, y_ptr, factor)

@@ -21,6 +21,8 @@ AUTO_QUANTIZE_ROWS = 256
 AUTO_QUANTIZE_WEIGHTS = 1 << 20
 # int32 holds K products of 64 * 127.
 INT8_MAX_IN_FEATURES = (2**31 - 1) // (64 * 127)
+# Up to this K float8 sums are taken as the matrix unit makes them; beyond, a trial looks at their error.
+MAX_IMPRECISE_SUM = 8192
 # Relative RMS error on Gaussian activations, as (row scale, group scales); where codes are scaled, float8 rounds the
 # multipliers of groups to four significant bits as well. Held by `integration_tests/unit/test_kernels_triton.py`.
 ACTIVATION_ERROR = {"none": (0.0, 0.0), "int8": (0.010, 0.015), "float8_e4m3fn": (0.030, 0.045)}
@@ -109,6 +111,7 @@ class Plan:
         block_m, block_n, block_k, num_warps, num_stages, weight_left: the tile, not used by the last two.
         scale_sums (`bool`): group scales multiply the sums over blocks instead of the codes, where groups end with
             blocks.
+        exact (`bool`): float8 products are summed in float32 where the matrix unit would keep fewer bits.
     """
 
     path: str
@@ -119,10 +122,11 @@ class Plan:
     num_stages: int = 3
     weight_left: bool = False
     scale_sums: bool = False
+    exact: bool = False
 
     def __str__(self) -> str:
         tile = f" {self.block_m}x{self.block_n}x{self.block_k}" if self.block_m else ""
-        return f"{self.path}{tile}{', weight left' if self.weight_left else ''}"
+        return f"{self.path}{tile}{', weight left' if self.weight_left else ''}{', exact sums' if self.exact else ''}"
 
     def shared_memory(self, x_bytes: int) -> int:
         """Upper estimate of the bytes of shared memory for the operands of the pipeline."""
@@ -261,6 +265,8 @@ def _dense_plans(target: Target, request: Request, activation_dtype: str) -> tup
     triton: tuple[Plan, ...] = (Plan("dense", *tile),)
     if target.register_operands:
         triton += (Plan("dense", 128, 256, 64, 8, 3), Plan("dense", 128, 128, 64, 8, 4))
+    elif target.backend == "cuda" and activation_dtype == "float8_e4m3fn":
+        triton += (Plan("dense", 128, 256, 128, 8, 3),)
     if activation_dtype == "int8":
         # The library leaves int32 in memory and needs a pass over it; Triton's own product does not.
         return triton + library if request.out_features % 8 == 0 else triton
@@ -268,5 +274,15 @@ def _dense_plans(target: Target, request: Request, activation_dtype: str) -> tup
     # bfloat16 outputs and whole 16-byte rows.
     row_scales = target.backend == "cuda" and int(target.arch) >= 90
     if row_scales and request.dtype == torch.bfloat16 and request.out_features % 16 == 0:
-        return library + triton
+        triton = library + triton
+    if sums_are_imprecise(target, request.in_features, activation_dtype):
+        # Measured, and served where the trial finds the sums of the others imprecise.
+        twins = tuple(plan for plan in triton if plan.path == "library" or plan.block_n <= 128)
+        triton += tuple(dataclasses.replace(plan, exact=True) for plan in twins)
     return triton
+
+
+def sums_are_imprecise(target: Target, in_features: int, activation_dtype: str) -> bool:
+    """Whether float8 products lose digits in long sums: sm_90's matrix unit keeps 14 bits of them."""
+    long_sums = in_features > MAX_IMPRECISE_SUM and activation_dtype == "float8_e4m3fn"
+    return long_sums and target.backend == "cuda" and not target.register_operands

@@ -281,6 +281,7 @@ def dense_product(
         1.0,
         KIND=kind,
         NO_PREFETCH=no_prefetch,
+        EXACT=plan.exact,
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,

@@ -108,7 +108,8 @@ def run(
     if plan.path == "library" and kind == "fp8":
         # Views of whole buffers: a prepared call allocates them in these shapes.
         operand, dense = operand.view(torch.float8_e4m3fn), dense.view(torch.float8_e4m3fn).t()
-        return library(_scaled_mm, operand, x_scale.unsqueeze(1), dense, row_scale.unsqueeze(0), bias, x.dtype)
+        scales = (x_scale.unsqueeze(1), row_scale.unsqueeze(0))
+        return library(_scaled_mm, operand, dense, *scales, bias, x.dtype, not plan.exact)
     y = buffer(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
     if plan.path == "library":
         launch.epilogue(library(torch._int_mm, operand, dense.t()), x_scale, row_scale, bias, y)
@@ -125,11 +126,12 @@ def _linear(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None) -> 
 
 def _scaled_mm(
     x: torch.Tensor,
-    x_scale: torch.Tensor,
     dense: torch.Tensor,
+    x_scale: torch.Tensor,
     row_scale: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
+    fast: bool,
 ) -> torch.Tensor:
     return torch._scaled_mm(
         x,
@@ -138,7 +140,7 @@ def _scaled_mm(
         scale_b=row_scale,
         bias=None if bias is None else bias.to(dtype),
         out_dtype=dtype,
-        use_fast_accum=True,
+        use_fast_accum=fast,
     )
 
 
