@@ -6,9 +6,14 @@ Each has a canary in `integration_tests/unit/test_compat_peft.py`, which fails r
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from peft.tuners.boft.layer import Conv2d as BOFTConv2d
+from peft.tuners.boft.layer import Linear as BOFTLinear
+from peft.tuners.ia3.layer import Conv2d as IA3Conv2d
+from peft.tuners.ia3.layer import Linear as IA3Linear
 from peft.tuners.loha.layer import Conv2d as LoHaConv2d
 from peft.tuners.loha.layer import Linear as LoHaLinear
 from peft.tuners.loha.model import LoHaModel
@@ -17,22 +22,39 @@ from peft.tuners.lokr.layer import Linear as LoKrLinear
 from peft.tuners.lokr.model import LoKrModel
 from peft.tuners.lora.layer import Conv2d as LoraConv2d
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.miss.layer import MissLinear
+from peft.tuners.oft.layer import Conv2d as OFTConv2d
+from peft.tuners.oft.layer import Linear as OFTLinear
+from peft.tuners.shira.layer import Linear as ShiraLinear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.vera.layer import Linear as VeraLinear
+from peft.utils.quantization_utils import QuantizationBackend
 
 
 __all__ = [
     "DEQUANTIZE_MARK",
+    "BOFTConv2d",
+    "BOFTLinear",
     "BaseTunerLayer",
+    "IA3Conv2d",
+    "IA3Linear",
     "LoHaConv2d",
     "LoHaLinear",
     "LoKrConv2d",
     "LoKrLinear",
     "LoraConv2d",
     "LoraLinear",
+    "MissLinear",
+    "OFTConv2d",
+    "OFTLinear",
     "PeftModel",
+    "QuantizationBackend",
+    "ShiraLinear",
+    "VeraLinear",
     "add_custom_modules",
     "add_lycoris_modules",
     "check_adapters_to_merge",
+    "count_whole_parameters",
     "watch_injection",
 ]
 
@@ -64,11 +86,27 @@ def add_lycoris_modules(*, loha: Mapping[type, type], lokr: Mapping[type, type])
     LoKrModel.layers_mapping = {**lokr, **LoKrModel.layers_mapping}
 
 
-def watch_injection(*, before: Callable[[Any, Any], None], after: Callable[[Any], None]) -> None:
+def count_whole_parameters(count: Callable[[Any], int]) -> None:
+    """Makes `PeftModel.get_nb_trainable_parameters`, and what prints it, count all parameters with `count(model)`."""
+    original = PeftModel.get_nb_trainable_parameters
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+        return original(self)[0], count(self)
+
+    PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters  # type: ignore[method-assign]
+
+
+def watch_injection(
+    *, around: Callable[[Any, Any], AbstractContextManager[None]], after: Callable[[Any], None]
+) -> None:
     """Has a look at every adapter layer, of whatever method, that PEFT makes.
 
     Args:
-        before (`Callable`): gets the adapter's config and the layer that is to get it; may raise.
+        around (`Callable`): gets the adapter's config and the layer that is to get it; may raise. The adapter layer is
+            made within the context that it returns.
         after (`Callable`): gets every module of the model, adapter layers included.
     """
     original = BaseTuner.inject_adapter
@@ -80,8 +118,8 @@ def watch_injection(*, before: Callable[[Any, Any], None], after: Callable[[Any]
         create = self._create_and_replace
 
         def checked(config: Any, adapter_name: str, target: Any, *rest: Any, **options: Any) -> None:
-            before(config, target)
-            create(config, adapter_name, target, *rest, **options)
+            with around(config, target):
+                create(config, adapter_name, target, *rest, **options)
 
         self._create_and_replace = checked
         try:

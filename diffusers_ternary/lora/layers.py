@@ -85,6 +85,9 @@ class TernaryLoraLinear(_LoraMixin, LoraLinear):
         """
         self.check_initialisation(config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        if config.use_dora:
+            # PEFT takes the magnitudes from the dequantized weight, which is float32.
+            self.lora_magnitude_vector[adapter_name].to(self.lora_A[adapter_name].get_parameter("weight").dtype)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`[..., K]` to `[..., N]`."""

@@ -57,7 +57,8 @@ class PackedBaseMixin(_TunerLayer):
         if packed is None:
             yield
             return
-        self._stand_in = (packed.to_float(self._base_dtype(packed)) if values else _empty_float(packed),)
+        dtype = self._base_dtype(packed)
+        self._stand_in = (packed.to_float(dtype) if values else _empty_float(packed, dtype),)
         try:
             yield
         finally:
@@ -76,6 +77,13 @@ class PackedBaseMixin(_TunerLayer):
         return packed.weight.device, self._base_dtype(packed)
 
     # --- merging --------------------------------------------------------------------------------------------------
+
+    def _merged_parameters(
+        self, packed: QuantizedLayer, adapter_name: str, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight now, in `dtype`, with the adapter merged into it, and the bias if that changes."""
+        weight = self._merged_weight(adapter_name, packed.dequantize(dtype))
+        return weight, self._merged_bias(adapter_name, packed.active_bias)
 
     def _merged_weight(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight`, of the float layer's shape, with the adapter merged into it."""
@@ -120,8 +128,7 @@ class PackedBaseMixin(_TunerLayer):
         dtype = self._base_dtype(packed) or torch.float32
         # float32: the sum is rounded once, to the dtype it is stored in.
         exact = torch.promote_types(dtype, torch.float32)
-        weight = self._merged_weight(name, packed.dequantize(exact))
-        bias = self._merged_bias(name, packed.active_bias)
+        weight, bias = self._merged_parameters(packed, name, exact)
         if safe_merge and not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
             raise ValueError(f"NaN or Inf in the merged weight: the adapter {name!r} seems to be broken.")
         packed.fuse(weight.to(dtype), bias)
@@ -177,10 +184,10 @@ class PackedBaseMixin(_TunerLayer):
         return self.get_base_layer()
 
 
-def _empty_float(packed: QuantizedLayer) -> nn.Module:
+def _empty_float(packed: QuantizedLayer, dtype: torch.dtype | None) -> nn.Module:
     """The float module that the packed one stands for, without values."""
-    bias = None if packed.bias is None else torch.empty(packed.bias.shape, device="meta")
-    return packed.float_module(torch.empty(packed.weight_shape, device="meta"), bias)
+    bias = None if packed.bias is None else torch.empty(packed.bias.shape, device="meta", dtype=dtype)
+    return packed.float_module(torch.empty(packed.weight_shape, device="meta", dtype=dtype), bias)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..compat import patch_flux_expansion, patch_lora_mixin
 from ..layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from ..quantizers.summary import count_parameters
 from .after_import import after_import
 
 
@@ -18,7 +19,13 @@ def register() -> None:
 
 
 def _register_with_peft() -> None:
-    from ..compat_peft import DEQUANTIZE_MARK, add_custom_modules, add_lycoris_modules, watch_injection
+    from ..compat_peft import (
+        DEQUANTIZE_MARK,
+        add_custom_modules,
+        add_lycoris_modules,
+        count_whole_parameters,
+        watch_injection,
+    )
     from . import layers, other_methods
 
     setattr(QuantizedLayer, DEQUANTIZE_MARK, property(lambda layer: layer.weight))
@@ -27,7 +34,8 @@ def _register_with_peft() -> None:
         loha={QuantizedLinear: layers.TernaryLoHaLinear, QuantizedConv2d: layers.TernaryLoHaConv2d},
         lokr={QuantizedLinear: layers.TernaryLoKrLinear, QuantizedConv2d: layers.TernaryLoKrConv2d},
     )
-    watch_injection(before=other_methods.check_method, after=other_methods.refuse_merging)
+    watch_injection(around=other_methods.shown_as_float, after=other_methods.adopt)
+    count_whole_parameters(count_parameters)
 
 
 def _is_packed_linear(module: object) -> bool:

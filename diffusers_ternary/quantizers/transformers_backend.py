@@ -276,8 +276,13 @@ class TernaryTransformersQuantizer(HfQuantizer):
             part.is_quantized = True
             part.quantization_method = TernaryMethod.DIFFUSERS_TERNARY
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Memory layout to file layout, called by `save_pretrained` of the model or of a model within it."""
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """Memory layout to file layout, called by `save_pretrained` of the model or of a model within it.
+
+        Of a model with adapters of its own (`add_adapter`), transformers saves only these, in PEFT's layout.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # it takes the adapter out of the model itself
         if getattr(model.config, "quantization_config", None) is None:
             # A tower's config is a part of the whole model's, which says once for all that it is packed.
             model.config = copy.copy(model.config)

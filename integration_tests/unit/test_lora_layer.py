@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from peft import (
+    BOFTConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
@@ -15,6 +16,7 @@ from peft import (
     MissConfig,
     OFTConfig,
     PeftModel,
+    ShiraConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -447,33 +449,122 @@ class TestOtherMethods:
     """Methods of PEFT that are not made for packed layers: they run, or they are refused; none goes wrong quietly."""
 
     CONFIGS = {  # noqa: RUF012
-        "ia3": IA3Config(target_modules=[LINEAR], feedforward_modules=[]),
-        "oft": OFTConfig(r=2, oft_block_size=0, target_modules=[LINEAR]),
+        "ia3": IA3Config(target_modules=TARGETS, feedforward_modules=[]),
+        "ia3 of inputs": IA3Config(target_modules=TARGETS, feedforward_modules=TARGETS),
+        "oft": OFTConfig(r=2, oft_block_size=0, target_modules=[LINEAR, POINTWISE]),
+        "boft": BOFTConfig(boft_block_size=2, target_modules=[LINEAR, POINTWISE]),
+        "boft of a convolution": BOFTConfig(boft_block_size=9, target_modules=[CONV]),
         "vera": VeraConfig(r=2, target_modules=[LINEAR]),
         "miss": MissConfig(r=2, target_modules=[LINEAR]),
+        "miss bat": MissConfig(r=4, init_weights="bat", target_modules=[LINEAR]),
+        "miss mini": MissConfig(r=4, init_weights="mini", mini_r=4, target_modules=[LINEAR]),
+        "shira": ShiraConfig(r=1, random_seed=0, target_modules=[LINEAR]),
     }
 
+    @pytest.fixture(params=CONFIGS)
+    def method(self, request):
+        return self.CONFIGS[request.param]
+
+    @staticmethod
+    def wrap(model: nn.Module, config_of: object, seed: int = 0) -> PeftModel:
+        torch.manual_seed(3)
+        wrapped = get_peft_model(model, copy.deepcopy(config_of)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        for _, parameter in sorted(wrapped.named_parameters()):
+            if parameter.requires_grad:
+                parameter.data = (torch.rand(parameter.shape, generator=generator) * 0.1).to(parameter.dtype)
+        return wrapped
+
     @pytest.mark.parametrize("kind", ["ternary", "int8"])
-    @pytest.mark.parametrize("method", CONFIGS)
     @torch.no_grad()
-    def test_forward_runs_and_merging_is_refused(self, method, kind):
-        models = [get_peft_model(model, copy.deepcopy(self.CONFIGS[method])) for model in make(kind)]
-        for model in models:
-            generator = torch.Generator().manual_seed(0)
-            for parameter in (p for p in model.parameters() if p.requires_grad):
-                parameter.data = torch.rand(parameter.shape, generator=generator)
-            model.eval()
-        packed, dense = models
-        torch.testing.assert_close(packed(inputs()), dense(inputs()), **CLOSE)
+    def test_forward_and_merging(self, method, kind):
+        plain = make(kind)[0](inputs())
+        packed, dense = (self.wrap(model, method) for model in make(kind))
         before = packed(inputs())
-        for merge in (packed.merge_adapter, packed.merge_and_unload, copy.deepcopy(packed).merge_adapter):
-            with pytest.raises(ValueError, match=r"would change the packed weight.*unmerged, or call dequantize"):
-                merge()
-        assert torch.equal(packed(inputs()), before)
-        layer = packed.base_model.model.linear
-        layer.base_layer = layer.base_layer.to_float()
+        torch.testing.assert_close(before, dense(inputs()), **CLOSE)
+        assert (before - plain).norm() > 0.001 * plain.norm()
+        for wrapped in (packed, copy.deepcopy(packed)):
+            for safe in (False, True):
+                wrapped.merge_adapter(safe_merge=safe)
+                torch.testing.assert_close(wrapped(inputs()), before, **CLOSE)
+                wrapped.unmerge_adapter()  # exact, where PEFT divides or subtracts
+                assert torch.equal(wrapped(inputs()), before)
+            wrapped.merge_adapter()
+            with wrapped.disable_adapter():
+                assert torch.equal(wrapped(inputs()), plain)
+        merged = packed.merge_and_unload()
+        torch.testing.assert_close(merged(inputs()), before, **CLOSE)
+        targets = set(method.target_modules)
+        assert targets.isdisjoint(n for n, m in merged.named_modules() if isinstance(m, QuantizedLayer))
+
+    @torch.no_grad()
+    def test_two_adapters_and_one_below(self, method):
+        packed, dense = (self.wrap(model, method) for model in make())
+        for wrapped in (packed, dense):
+            wrapped.merge_adapter()
+        packed, dense = packed.unload(), dense.unload()
+        first = packed(inputs())
+        packed, dense = (self.wrap(model, method, seed=1) for model in (packed, dense))
+        torch.testing.assert_close(packed(inputs()), dense(inputs()), **CLOSE)
         packed.merge_adapter()
+        torch.testing.assert_close(packed(inputs()), dense(inputs()), **CLOSE)
+        packed.unmerge_adapter()
+        assert torch.equal(packed.unload()(inputs()), first)
+
+    def test_gradients_are_those_on_the_dequantized_base(self, method):
+        packed, dense = (self.wrap(model, method) for model in make())
+        gradients = []
+        for wrapped in (packed, dense):
+            wrapped.train()
+            wrapped(inputs()).square().sum().backward()
+            gradients.append({name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad})
+        assert gradients[0].keys() == gradients[1].keys() != set()
+        for name, gradient in gradients[1].items():
+            torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-3, atol=1e-3)
+
+    @torch.no_grad()
+    def test_the_dtype_of_new_adapters_is_that_of_the_model(self, method):
+        wrapped = []
+        for model in make(dtype=torch.bfloat16):
+            torch.manual_seed(3)
+            wrapped.append(get_peft_model(model, copy.deepcopy(method), autocast_adapter_dtype=False).eval())
+        packed, dense = (
+            {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+            for model in wrapped
+        )
+        assert packed == dense
+        x = inputs(torch.bfloat16)
+        assert wrapped[0](x).dtype == wrapped[1](x).dtype == torch.bfloat16
+
+    @torch.no_grad()
+    def test_oft_of_a_convolution(self):
+        """PEFT merges it wrongly, on floats too: not into packed layers."""
+        oft = OFTConfig(r=2, oft_block_size=0, target_modules=[CONV])
+        packed, dense = (self.wrap(model, oft) for model in make())
+        before = dense(inputs())
         torch.testing.assert_close(packed(inputs()), before, **CLOSE)
+        with pytest.raises(ValueError, match="PEFT merges OFT into k x k convolutions as another map"):
+            packed.merge_adapter()
+        dense.merge_adapter()
+        assert (dense(inputs()) - before).norm() > 0.1 * before.norm(), "PEFT merges it right now: do so too"
+
+    def test_masks_that_look_at_the_weight(self):
+        """SHiRA's masks may be chosen by the values of the weight: they see those of the packed one."""
+
+        def largest(base_layer: nn.Module, r: int, **kwargs: object) -> torch.Tensor:
+            weight = base_layer.weight.abs()
+            count = r * sum(weight.shape)
+            mask = torch.zeros_like(weight).flatten()
+            mask[weight.flatten().topk(count).indices.sort().values] = 1
+            return mask.view_as(weight)
+
+        masks = []
+        for model in make():
+            config_of = ShiraConfig(r=1, mask_type="largest", target_modules=[LINEAR])
+            config_of.mask_fn = largest
+            wrapped = get_peft_model(model, config_of)
+            masks.append(wrapped.base_model.model.linear.shira_indices["default"])
+        assert torch.equal(*masks)
 
     @pytest.mark.parametrize("kind", ["ternary", "int8"])
     def test_methods_that_read_the_base_weight_are_refused(self, kind):
@@ -482,6 +573,45 @@ class TestOtherMethods:
             get_peft_model(packed, HRAConfig(r=2, target_modules=[LINEAR]))
         assert isinstance(packed.linear, QuantizedLayer)
         get_peft_model(dense, HRAConfig(r=2, target_modules=[LINEAR]))
+
+    def test_a_layer_that_nobody_knows_does_not_merge(self):
+        from diffusers_ternary.lora.other_methods import adopt
+
+        class Unknown(type(self.wrap(make()[1], self.CONFIGS["vera"]).base_model.model.linear)):
+            pass
+
+        packed = self.wrap(make()[0], self.CONFIGS["vera"])
+        layer = packed.base_model.model.linear
+        layer.__class__ = Unknown
+        adopt(layer)
+        with pytest.raises(ValueError, match=r"would change the packed weight.*unmerged, or call dequantize"):
+            packed.merge_adapter()
+
+    @torch.no_grad()
+    def test_dequantizing_under_an_adapter(self, method):
+        packed, dense = (self.wrap(model, method) for model in make())
+        for name, module in list(packed.base_model.model.named_modules()):
+            if isinstance(module, QuantizedLayer):
+                packed.base_model.model.set_submodule(name, module.to_float())
+        packed.merge_adapter()
+        torch.testing.assert_close(packed(inputs()), dense(inputs()), **CLOSE)
+
+
+@pytest.mark.parametrize("wrapped_by", ["get_peft_model", "add_adapter"])
+def test_the_magnitudes_of_dora_have_the_dtype_of_the_model(wrapped_by):
+    lora = LoraConfig(r=2, use_dora=True, target_modules=TARGETS)
+    found = []
+    for model in make(dtype=torch.bfloat16):
+        wrapped = get_peft_model(model, copy.deepcopy(lora), autocast_adapter_dtype=wrapped_by == "get_peft_model")
+        found.append({name: p.dtype for name, p in wrapped.named_parameters() if p.requires_grad})
+        if wrapped_by == "add_adapter":  # as diffusers and transformers do: no autocast
+            assert wrapped(inputs(torch.bfloat16)).dtype == torch.bfloat16
+    assert found[0] == found[1]
+
+
+def test_parameters_are_counted_as_weights():
+    packed, dense = (get_peft_model(model, copy.deepcopy(CONFIGS["lora"])) for model in make())
+    assert packed.get_nb_trainable_parameters() == dense.get_nb_trainable_parameters()
 
 
 class TestInPlace:

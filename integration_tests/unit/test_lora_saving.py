@@ -163,9 +163,35 @@ class TestTextEncoder:
 
     def test_injected_adapters_are_refused(self, tmp_path):
         model = self.encoder()
-        model.add_adapter(LoraConfig(r=2, target_modules=["q", "wo"]))
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q", "wo"]))
         with pytest.raises(ValueError, match="carries adapter layers"):
             model.save_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("method", [LoraConfig, LoHaConfig], ids=["lora", "loha"])
+    def test_transformers_saves_its_own_adapters(self, method, tmp_path):
+        """As of a float model: the adapter alone, which loads into the packed model again."""
+        model, base = self.encoder(), self.encoder()
+        plain = self.encode(model)
+        model.add_adapter(method(r=2, target_modules=["q", "wo"]))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.2)
+        expected = self.encode(model)
+        assert difference(expected, plain) > 0.01
+        model.save_pretrained(tmp_path)
+        assert {file.name for file in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        base.load_adapter(tmp_path)
+        assert torch.equal(self.encode(base), expected)
+        # The float model behind it saves the same names.
+        twin = text_encoders.t5()
+        twin.add_adapter(method(r=2, target_modules=["q", "wo"]))
+        twin.save_pretrained(tmp_path / "float")
+        files = [folder / "adapter_model.safetensors" for folder in (tmp_path, tmp_path / "float")]
+        names = []
+        for file in files:
+            with safe_open(file, framework="pt") as handle:
+                names.append(set(handle.keys()))
+        assert names[0] == names[1]
 
     def test_merged_adapters_are_stored_in_float_layers(self, tmp_path):
         model = self.encoder()
