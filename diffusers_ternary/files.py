@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 PathLike = str | os.PathLike[str]
 
 RESTORE = "Restore the file."
-_PARTIAL, _OLD = "partial", "old"
+_PARTIAL, _OLD, _LOCK = "partial", "old", ".lock"
 _LEFTOVER = re.compile(rf"\.(?P<name>.+)\.[0-9a-f]{{3,8}}\.(?P<kind>{_PARTIAL}|{_OLD})", re.DOTALL)
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
@@ -229,7 +229,9 @@ def recover_contents(folder: PathLike) -> None:
 def temporary_folder(prefix: str) -> Iterator[pathlib.Path]:
     """A folder among the temporary files, gone after the block; those of killed processes go as well."""
     place = pathlib.Path(tempfile.gettempdir())
-    for path in place.glob(f"{prefix}*"):
+    names = {path.name for path in place.glob(f"{prefix}*")}
+    names |= {path.name[1 : -len(_LOCK)] for path in place.glob(f".{prefix}*{_LOCK}")}
+    for path in (place / name for name in names):
         with contextlib.suppress(OSError), lock(path, "another process") as stale:
             if stale:
                 shutil.rmtree(path, ignore_errors=True)
@@ -276,7 +278,7 @@ def lock(path: PathLike, what: str) -> Iterator[bool]:
     """
     target = pathlib.Path(os.path.abspath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    file = target.with_name(f".{target.name}.lock")
+    file = target.with_name(f".{target.name}{_LOCK}")
     holder = filelock.FileLock(file, blocking=False, thread_local=False)
     held = True
     try:

@@ -79,8 +79,9 @@ def evaluate_command(
 
     Example: diffusers-ternary evaluate flux-ternary black-forest-labs/FLUX.1-dev --prompts prompts.txt --report out
     """
-    from ..evaluation import ClipScore, evaluate, write_report
+    from ..evaluation import ClipScore, evaluate
     from ..evaluation.benchmarks import make_benchmark
+    from ..evaluation.report import fill_report
     from .quiet import hide_loading_bars
 
     hide_loading_bars()
@@ -131,7 +132,7 @@ def evaluate_command(
             velocity_prompts=velocity_prompts,
         )
         if folder is not None:
-            write_report(result, folder, student_name=student, teacher_name=teacher)
+            fill_report(result, folder, student_name=student, teacher_name=teacher)
     console.print(result)
     if report is not None:
         console.print(f"wrote {report / 'index.html'}", soft_wrap=True, markup=False)

@@ -66,21 +66,28 @@ def write_report(
         FileExistsError: if the directory holds something else.
         MissingExtraError: without matplotlib (`pip install diffusers-ternary[evaluate]`).
     """
-    page = render(result, student_name=student_name, teacher_name=teacher_name, max_images=max_images)
     is_report = pathlib.Path(directory, "result.json").is_file()  # nothing else is replaced unasked
     with output_folder(directory, overwrite=is_report) as folder:
-        images = folder / "images"
-        images.mkdir()
-        result.save_json(folder / "result.json")
-        result.contact_sheet(folder / "contact_sheet.png")
-        if result.velocity is not None:
-            result.plot_velocity_error(folder / "velocity_error.png")
-        digits = len(str(len(result.prompts) - 1))
-        for index, (student, teacher) in enumerate(zip(result.student_images, result.teacher_images, strict=True)):
-            student.save(images / f"{index:0{digits}}_student.png")
-            teacher.save(images / f"{index:0{digits}}_teacher.png")
-        (folder / "index.html").write_text(page, encoding="utf-8")
+        fill_report(result, folder, student_name=student_name, teacher_name=teacher_name, max_images=max_images)
     return pathlib.Path(directory, "index.html")
+
+
+def fill_report(
+    result: EvaluationResult, folder: pathlib.Path, *, student_name: str, teacher_name: str, max_images: int = 48
+) -> None:
+    """Writes the report's files into an empty folder; see [`write_report`]."""
+    page = render(result, student_name=student_name, teacher_name=teacher_name, max_images=max_images)
+    images = folder / "images"
+    images.mkdir()
+    result.save_json(folder / "result.json")
+    result.contact_sheet(folder / "contact_sheet.png")
+    if result.velocity is not None:
+        result.plot_velocity_error(folder / "velocity_error.png")
+    digits = len(str(len(result.prompts) - 1))
+    for index, (student, teacher) in enumerate(zip(result.student_images, result.teacher_images, strict=True)):
+        student.save(images / f"{index:0{digits}}_student.png")
+        teacher.save(images / f"{index:0{digits}}_teacher.png")
+    (folder / "index.html").write_text(page, encoding="utf-8")
 
 
 def render(result: EvaluationResult, *, student_name: str, teacher_name: str, max_images: int = 48) -> str:
