@@ -19,6 +19,7 @@ from .files import (
     recover_folder,
     replace_folder,
     staged_folder,
+    write_json,
 )
 
 
@@ -63,6 +64,7 @@ def output_folder(
         check_folder(target, sources=inputs, work=work, overwrite=overwrite)
         with staged_folder(target) as folder:
             yield folder
+            forget_local_paths(folder)
             _place(folder, target, inputs, overwrite=overwrite)
 
 
@@ -92,6 +94,36 @@ def output_file(
                 check_file(target, magic=magic, sources=sources, overwrite=overwrite)
             except FileExistsError as error:
                 raise _kept(temporary, target) from error
+
+
+def forget_local_paths(folder: pathlib.Path) -> None:
+    """Removes from the configurations in a folder where on this machine they were loaded from.
+
+    Hosts write it into every config.json (`_name_or_path`): names of users and customers, in a folder that is shared.
+    """
+    for path in folder.rglob("*.json"):
+        if path.name in ("config.json", "model_index.json") and not path.is_symlink():
+            content = read_json(path) or {}
+            if _without_local_paths(content) != content:
+                write_json(path, _without_local_paths(content))
+
+
+def _without_local_paths(content: Any) -> Any:
+    if not isinstance(content, dict):
+        return content
+    return {
+        name: _without_local_paths(value)
+        for name, value in content.items()
+        if name != "_name_or_path" or not is_local_path(value)
+    }
+
+
+def is_local_path(value: object) -> bool:
+    """Whether a `_name_or_path` is one of this machine, and not the id of a Hub repository."""
+    if not isinstance(value, str):
+        return False
+    absolute = value.startswith(("/", ".", "~")) or "\\" in value or pathlib.PurePath(value).is_absolute()
+    return absolute or value.count("/") > 1 or (bool(value) and os.path.lexists(value))
 
 
 def check_folder(

@@ -17,6 +17,7 @@ from .interop.contents import (
     safetensors_contents,
     state_dict_contents,
 )
+from .interop.open import named_errors
 from .interop.two_bit import FILES as STATE_DICTS
 from .quantizers import StoredTensor, check_headers, read_headers
 
@@ -119,10 +120,11 @@ def inspect_path(path: str | pathlib.Path) -> list[Component]:
     for file in files:
         folders[file.parent, _checkpoint_name(file)].append(file)  # other formats: one file each
     several = collections.Counter(folder for folder, _ in folders)
-    return [
-        _describe(_component_name(root, folder, name if several[folder] > 1 else ""), shards)
-        for (folder, name), shards in folders.items()
-    ]
+    components = []
+    for (folder, name), shards in folders.items():
+        with named_errors(shards[0]):
+            components.append(_describe(_component_name(root, folder, name if several[folder] > 1 else ""), shards))
+    return components
 
 
 def _model_files(root: pathlib.Path) -> list[pathlib.Path]:

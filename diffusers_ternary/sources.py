@@ -22,6 +22,7 @@ from torch import nn
 from .compat import keep_in_fp32_names
 from .config import TernaryConfig
 from .files import read_json
+from .model_folder import check_pipeline, explained_loading, model_class, pipeline_parts, quant_method
 from .quantizers import packed_layers
 
 
@@ -43,11 +44,10 @@ def load_quantized(
         ValueError: if `source` holds no pipeline and no model, or is quantized already.
     """
     import diffusers
-    import transformers
 
     index = read_source_json(source, "model_index.json")
     if index is not None:
-        known = [name for name, value in index.items() if isinstance(value, list) and value and value[0]]
+        known = list(pipeline_parts(index, source=source))
         missing = [name for name in config.components or [] if name not in known]
         if missing or not any(config.selects(name) for name in known):
             raise ValueError(
@@ -56,9 +56,11 @@ def load_quantized(
         for name in known:
             if config.selects(name):
                 _refuse_quantized(read_source_json(source, f"{name}/config.json"), f"{source}/{name}")
-        return diffusers.DiffusionPipeline.from_pretrained(
-            source, quantization_config=config, dtype=dtype, variant=variant
-        )
+        check_pipeline(index, source=source)
+        with explained_loading(source):
+            return diffusers.DiffusionPipeline.from_pretrained(
+                source, quantization_config=config, dtype=dtype, variant=variant
+            )
     model = read_source_json(source, "config.json")
     if model is None:
         raise ValueError(
@@ -66,16 +68,9 @@ def load_quantized(
             "save_pretrained wrote, or a Hub id."
         )
     _refuse_quantized(model, source)
-    if "_class_name" in model:
-        cls = getattr(diffusers, model["_class_name"], None)
-        if cls is None:
-            raise ValueError(f"{source}: this diffusers has no model class {model['_class_name']}. Upgrade diffusers.")
+    cls = model_class(model, source=source)
+    with explained_loading(source):
         return cls.from_pretrained(source, quantization_config=config, dtype=dtype, variant=variant)
-    architectures = model.get("architectures") or []
-    cls = getattr(transformers, architectures[0], None) if architectures else None
-    if cls is None:
-        raise ValueError(f"{source}: config.json names no model class that transformers knows ({architectures}).")
-    return cls.from_pretrained(source, quantization_config=config, dtype=dtype, variant=variant)
 
 
 def read_source_json(source: str, name: str) -> dict[str, Any] | None:
@@ -115,7 +110,7 @@ def source_error(source: str | os.PathLike[str], error: Exception) -> ValueError
 
 
 def _refuse_quantized(config: dict[str, Any] | None, source: str) -> None:
-    method = ((config or {}).get("quantization_config") or {}).get("quant_method")
+    method = quant_method(config or {}, source=source)
     if method is not None:
         raise ValueError(f"{source} is quantized already ({method}). Start from its float weights.")
 

@@ -7,12 +7,13 @@ import re
 from collections.abc import Sequence
 
 import torch
-from accelerate.utils import convert_file_size_to_int
+
+from ..files import parse_size
 
 
 # Steps that the room above the smallest choice is divided into: bounds memory and time of the search.
 _STEPS = 1 << 16
-_BITS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*bits?\s*")
+_BITS = re.compile(r"\s*(\d{1,9}(?:\.\d+)?)\s*bits?\s*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +43,11 @@ class SizeBudget:
 
     @classmethod
     def _parse(cls, value: int | str) -> "SizeBudget | None":
-        if isinstance(value, int) and not isinstance(value, bool):
-            return cls(bytes=value)
-        if not isinstance(value, str):
-            return None
-        bits = _BITS.fullmatch(value)
+        bits = _BITS.fullmatch(value) if isinstance(value, str) else None
         if bits:
             return cls(bits=float(bits[1]))
         try:
-            return cls(bytes=int(convert_file_size_to_int(value.replace(" ", ""))))
+            return cls(bytes=parse_size(value, name="size_budget"))
         except ValueError:
             return None
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int
 
+from ..files import parse_size
 from ..ternarize import ROUNDINGS
 from .budget import SizeBudget
 
@@ -147,9 +147,7 @@ class CalibrationConfig:
                 raise ValueError(f"{name}={value} is below {least}.")
         if self.accumulate not in ACCUMULATION_DTYPES:
             raise ValueError(f"accumulate={self.accumulate!r} is not one of {', '.join(ACCUMULATION_DTYPES)}.")
-        limit = self.memory_limit_bytes
-        if limit is not None and limit <= 0:
-            raise ValueError(f"memory_limit={self.memory_limit!r} is not a positive size, e.g. '8GB'.")
+        _ = self.memory_limit_bytes  # raises if it is no size
         if self.size_budget is not None:
             SizeBudget.parse(self.size_budget)
             if self.sensitivity is None:
@@ -163,12 +161,7 @@ class CalibrationConfig:
     @property
     def memory_limit_bytes(self) -> int | None:
         """`memory_limit` in bytes."""
-        if self.memory_limit is None or isinstance(self.memory_limit, int):
-            return self.memory_limit
-        try:
-            return int(convert_file_size_to_int(self.memory_limit))
-        except ValueError as error:
-            raise ValueError(f"memory_limit={self.memory_limit!r} is not a size such as '8GB' or '6GiB'.") from error
+        return None if self.memory_limit is None else parse_size(self.memory_limit, name="memory_limit")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dictionary of all fields; call arguments that are no JSON appear as their `repr`."""

@@ -8,13 +8,13 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..files import lock, new_file, read_json, recover_contents, write_json
+from ..files import lock, new_file, parse_json_object, read_json, recover_contents, write_json
 from ..format import TernarySpec
+from ..seals import is_sealed, seal
 from ..ternarize import LowRank, TernaryWeight
 from .solver import OutputErrors, SolvedLayer
 
@@ -57,7 +57,9 @@ def work_folder(folder: str | os.PathLike[str] | None) -> Iterator[None]:
 
 
 class LayerStore:
-    """One file per finished layer, written atomically. Files of another fingerprint are not read.
+    """One file per finished layer, written atomically, with its name and a hash of all that is in it.
+
+    What is damaged, of another layer or of another fingerprint is not read.
 
     Args:
         folder (`os.PathLike`, *optional*): where; `None` = nowhere: nothing is stored and nothing found.
@@ -82,6 +84,7 @@ class LayerStore:
         if change is not None:
             tensors["bias_change"] = change
         record = {
+            "layer": name,
             "fingerprint": self._fingerprint,
             "spec": dataclasses.asdict(weight.spec),
             "errors": dataclasses.asdict(layer.solved.errors),
@@ -91,7 +94,7 @@ class LayerStore:
         }
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         with new_file(path) as temporary:
-            save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(record)})
+            save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(seal(record, tensors))})
 
     def load(self, name: str) -> FinishedLayer | None:
         """A layer that an earlier run finished, or `None`."""
@@ -100,10 +103,17 @@ class LayerStore:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                record: dict[str, Any] = json.loads((file.metadata() or {})[_METADATA_KEY])
+                text = (file.metadata() or {}).get(_METADATA_KEY, "")
+                record = parse_json_object(text, source=path)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             logger.warning("%s cannot be read (%s); the layer is calibrated again.", path, error)
+            return None
+        if not is_sealed(record, tensors):
+            logger.warning("%s is not as it was written; the layer is calibrated again.", path)
+            return None
+        if record["layer"] != name:
+            logger.warning("%s is of the layer %s; the layer is calibrated again.", path, record["layer"])
             return None
         if record["fingerprint"] != self._fingerprint:
             logger.warning("%s is of other weights, prompts or settings; the layer is calibrated again.", path)
@@ -123,18 +133,25 @@ class LayerStore:
         """Stores measurements under a name of their own."""
         if self._folder is None:
             return
-        content = {"fingerprint": self._fingerprint, "numbers": dict(numbers)}
-        write_json(self._folder / f"{name}.json", content)
+        content = {"of": name, "fingerprint": self._fingerprint, "numbers": dict(numbers)}
+        write_json(self._folder / f"{name}.json", seal(content))
 
     def load_numbers(self, name: str) -> dict[str, float]:
         """Measurements of an earlier run with the same fingerprint; else none."""
         if self._folder is None:
             return {}
+        path = self._folder / f"{name}.json"
         try:
-            content = read_json(self._folder / f"{name}.json") or {}
-            return dict(content["numbers"]) if content["fingerprint"] == self._fingerprint else {}
-        except (OSError, ValueError, KeyError, TypeError):
+            content = read_json(path)
+        except (OSError, ValueError) as error:
+            logger.warning("%s cannot be read (%s); it is measured again.", path, error)
             return {}
+        if content is None or content.get("fingerprint") != self._fingerprint:
+            return {}
+        if not is_sealed(content) or content.get("of") != name:
+            logger.warning("%s is not as it was written; it is measured again.", path)
+            return {}
+        return dict(content["numbers"])
 
     def _path(self, name: str) -> pathlib.Path | None:
         return None if self._folder is None else self._folder / f"{name}.safetensors"

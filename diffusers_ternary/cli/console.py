@@ -4,6 +4,7 @@
 import contextlib
 import enum
 import logging
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ class ExitCode(enum.IntEnum):
     TERMINATED = 143
 
 
+# As rich finds tags.
+_BRACKET = re.compile(r"(\\*)\[([a-z#/@][^\[]*?\])?")
 console = Console()
 errors = Console(stderr=True)
 
@@ -87,8 +90,12 @@ def _message(error: BaseException) -> str:
 
 
 def escape(text: str) -> str:
-    """Square brackets of a message are shapes, not rich markup."""
-    return text.replace("[", r"\[")
+    r"""Text as it is, for rich's markup: square brackets of a message are shapes, and backslashes are of paths.
+
+    rich's own function loses the backslash of `a\[b`.
+    """
+    # Where what follows could be a tag, backslashes count in pairs.
+    return _BRACKET.sub(lambda found: f"{found[1] * (2 if found[2] else 1)}\\[{found[2] or ''}", text)
 
 
 def format_bytes(count: float) -> str:

@@ -144,13 +144,17 @@ def distill_command(
 
     from ..calibration import CalibrationConfig
     from ..distillation import DistillConfig, distill
-    from ..distillation.prompts import split_held_out
     from .quiet import hide_loading_bars
 
     state = PartialState(cpu=cpu)
     hide_loading_bars()
     with _quiet(state.is_main_process), explained_errors(ExitCode.USAGE):
         settings = _settings(inference_steps, guidance, height, width, call)
+        check_shard_size(max_shard_size)
+        torch_dtype = parse_dtype(dtype, state.device)
+    with _quiet(state.is_main_process), explained_errors():
+        lines = read_prompts(prompts, limit)
+        unseen = None if held_out is None else read_prompts(held_out)
         config = TernaryConfig(
             group_size=group_size or None,
             scales=scales,
@@ -186,8 +190,6 @@ def distill_command(
     with _quiet(state.is_main_process), explained_errors():
         lines = read_prompts(prompts, limit)
         unseen = None if held_out is None else read_prompts(held_out)
-        if unseen is None:
-            lines, unseen = split_held_out(lines, distill_config.held_out)
         run = work_dir or destination.parent / f".{destination.name}.distillation"
         checked: dict[str, Any] = {
             "sources": [source, student, held_out, prompts],

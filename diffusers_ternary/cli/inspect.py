@@ -66,7 +66,7 @@ def _table(component: Component) -> Table:
             weights, size = sum(row.weights for row in rows), sum(row.bytes for row in rows)
             label = f"kept in {kind} (tensors)" if kept else kind
             count = sum(row.count for row in rows)
-            table.add_row(f"[bold]{label}", f"{count}", "", f"{8 * size / weights:.3f}", format_bytes(size))
+            table.add_row(f"[bold]{label}", f"{count}", "", f"{8 * size / max(weights, 1):.3f}", format_bytes(size))
         for row in rows if not kept else ():
             shape = "" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}"
             name = f"  {row.name}" if len(rows) > 1 else f"{row.name} [bold]{kind}"

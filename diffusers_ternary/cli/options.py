@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int
 
 from ..config.ternary_config import COMPUTE_DTYPES
+from ..files import parse_size
+from ..model_folder import check_pipeline, explained_loading
 from ..sources import read_source_json
 from .console import console
 
@@ -35,9 +36,12 @@ def load_pipeline(source: str, dtype: torch.dtype) -> Any:
         from ..demo.variants import TEACHER, find_variant
 
         return find_variant(source.partition(":")[2] or TEACHER.name).load(dtype)
-    if read_source_json(source, "model_index.json") is None:
+    index = read_source_json(source, "model_index.json")
+    if index is None:
         raise ValueError(f"{source} holds no model_index.json, so it is no pipeline. Give the folder of a pipeline.")
-    return DiffusionPipeline.from_pretrained(source, dtype=dtype)
+    check_pipeline(index, source=source)
+    with explained_loading(source):
+        return DiffusionPipeline.from_pretrained(source, dtype=dtype)
 
 
 def is_demo(source: str) -> bool:
@@ -108,11 +112,9 @@ def parse_dtype(name: str, device: torch.device) -> torch.dtype:
 def check_shard_size(size: str) -> None:
     """`--max-shard-size`, which is used after all the work."""
     try:
-        if convert_file_size_to_int(size) > 0:
-            return
-    except (ValueError, OverflowError, IndexError):
-        pass
-    raise ValueError(f"--max-shard-size {size!r} is no size such as 5GB.")
+        parse_size(size, name="--max-shard-size")
+    except ValueError as error:
+        raise ValueError(f"--max-shard-size {size!r} is no size such as 5GB.") from error
 
 
 def parse_overrides(values: list[str] | None) -> dict[str, str] | None:

@@ -13,13 +13,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..files import new_folder, read_json, write_json
+from ..files import file_sha256, new_folder, read_json, write_json
+from ..seals import is_sealed, seal
 from .trainable import whole
 
 
 _TENSORS, _PROGRESS = "state.safetensors", "progress.json"
 _MODEL, _OPTIMIZER, _NUMBER = "model.", "optimizer.", "number:"
 _PREFIX = "step-"
+_REMEDY = "Delete the checkpoints (or the whole folder of the run) to train from the start."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +32,35 @@ class Checkpoint:
         folder (`pathlib.Path`): of the checkpoint.
         step (`int`): updates done, over all phases.
         progress (`Mapping[str, Any]`): JSON values of the run.
+        state_sha256 (`str`): hash of the file with the tensors.
     """
 
     folder: pathlib.Path
     step: int
     progress: Mapping[str, Any]
+    state_sha256: str
 
 
 def latest_checkpoint(folder: pathlib.Path) -> Checkpoint | None:
-    """The newest complete checkpoint in a folder."""
+    """The newest complete checkpoint in a folder.
+
+    Raises:
+        ValueError: if it is not as it was written; names the file.
+    """
     found = [path for path in folder.glob(f"{_PREFIX}*") if (path / _PROGRESS).is_file()]
     if not found:
         return None
     newest = max(found, key=lambda path: path.name)
-    return Checkpoint(newest, int(newest.name.removeprefix(_PREFIX)), read_json(newest / _PROGRESS) or {})
+    record = read_json(newest / _PROGRESS, remedy=_REMEDY) or {}
+    if not is_sealed(record):
+        raise ValueError(f"{newest / _PROGRESS} is not as it was written. {_REMEDY}")
+    if newest.name != _folder_name(record["step"]):
+        raise ValueError(f"{newest} is the checkpoint of step {record['step']} under another name. {_REMEDY}")
+    return Checkpoint(newest, record["step"], record["progress"], record["state_sha256"])
+
+
+def _folder_name(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
 
 
 def save_checkpoint(
@@ -63,11 +80,12 @@ def save_checkpoint(
     if not main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with new_folder(folder / f"{_PREFIX}{step:08d}") as temporary:
+    with new_folder(folder / _folder_name(step)) as temporary:
         save_file(tensors, temporary / _TENSORS)
-        write_json(temporary / _PROGRESS, progress)
+        record = {"step": step, "progress": dict(progress), "state_sha256": file_sha256(temporary / _TENSORS)}
+        write_json(temporary / _PROGRESS, seal(record))
     for old in folder.glob(f"{_PREFIX}*"):
-        if old.name != f"{_PREFIX}{step:08d}":
+        if old.name != _folder_name(step):
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -76,8 +94,14 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.o
     """Puts a checkpoint's state into a model and an optimiser made like those it was saved from.
 
     Every process reads the file. Learning rates and the like come with the run's settings, not from here.
+
+    Raises:
+        ValueError: if the file is not as it was written; names it.
     """
-    stored = load_file(checkpoint.folder / _TENSORS)
+    path = checkpoint.folder / _TENSORS
+    if not path.is_file() or file_sha256(path) != checkpoint.state_sha256:
+        raise ValueError(f"{path} is missing or not as it was written. {_REMEDY}")
+    stored = load_file(path)
     for name, parameter in _trained(model):
         parameter.copy_(_like(parameter, stored.pop(f"{_MODEL}{name}")))
         suffix = f".{name}"

@@ -50,8 +50,8 @@ class DistillConfig:
             pipeline uses guidance.
         guidance_range (`tuple[float, float]`, *optional*, defaults to (1, 5)): guidance inputs of guidance-distilled
             models are drawn from it.
-        held_out (`int`, *optional*, defaults to 32): prompts taken from the end of the list for the held-out
-            evaluation, if none are given.
+        held_out (`int`, *optional*, defaults to 32): prompts set aside for the held-out evaluation, if none
+            are given; chosen by their hash, so that the order of the list has no part in it.
         evaluate_every, checkpoint_every (`int`, *optional*): in updates; default: a tenth of the steps.
         optimizer (`str`, *optional*, defaults to `"auto"`): `"adamw"`, `"adamw8bit"` (bitsandbytes), or `"auto"`: 8
             bits where mode is `"full"` on a GPU and bitsandbytes is installed.

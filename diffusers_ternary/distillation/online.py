@@ -12,10 +12,14 @@ from diffusers import DiffusionPipeline
 
 from ..files import write_bytes
 from ..rollouts import RolloutBatch, make_rollouts, prepared
+from ..seals import is_sealed, seal
 from .batch import TeacherBatch
 from .layout import InputLayout, Path, TeacherRow, assemble
 from .recording import TeacherRecorder
 from .stepped import SteppedCall
+
+
+_RESTART = "The run cannot go on as it was: start it in another folder."
 
 
 class TeacherPool:
@@ -192,7 +196,11 @@ def save_pool(data: Any, folder: pathlib.Path, step: int, process: int) -> None:
     older = sorted(folder.glob(_pool_name("*", process)))
     buffer = io.BytesIO()
     torch.save(data.state_dict(), buffer)
-    write_bytes(folder / _pool_name(f"{step:08d}", process), buffer.getvalue())
+    name = _pool_name(f"{step:08d}", process)
+    state = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    sealed = io.BytesIO()
+    torch.save({"record": seal({"pool": name}, {"state": state}), "state": state}, sealed)
+    write_bytes(folder / name, sealed.getvalue())
     for path in older[:-1]:  # the last one belongs to the checkpoint that is there until the new one is complete
         path.unlink(missing_ok=True)
 
@@ -202,13 +210,21 @@ def load_pool(data: Any, folder: pathlib.Path, step: int, process: int) -> None:
 
     Raises:
         FileNotFoundError: if the checkpoint has no state of the pool.
+        ValueError: if that is not as it was written.
     """
     if not isinstance(data, TeacherPool):
         return
     path = folder / _pool_name(f"{step:08d}", process)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, so the run cannot go on as it was. Start it in another folder.")
-    data.load_state_dict(torch.load(path, weights_only=True))
+    try:
+        stored = torch.load(path, weights_only=True)
+        intact = is_sealed(stored["record"], {"state": stored["state"]}) and stored["record"]["pool"] == path.name
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{path} cannot be read ({error}). {_RESTART}") from error
+    if not intact:
+        raise ValueError(f"{path} is not as it was written, or of another step. {_RESTART}")
+    data.load_state_dict(torch.load(io.BytesIO(stored["state"].numpy().tobytes()), weights_only=True))
 
 
 def _pool_name(step: str, process: int) -> str:

@@ -82,7 +82,8 @@ def split_held_out(prompts: Sequence[str], count: int) -> tuple[list[str], list[
     if count < 1 or len(set(keys)) <= count:
         raise ValueError(
             f"{count} of {len(set(keys))} different prompts cannot be held out: they are too few to hold out so many. "
-            "Give more (20 to 100 of thousands are held out), or name the held-out ones (--held-out FILE)."
+            "Give more (20 to 100 of thousands are held out), a smaller held_out, or held-out prompts of their own "
+            "(--held-out FILE)."
         )
     train = [prompt for prompt, key in zip(prompts, keys, strict=True) if key not in held]
     held_out = {key: prompt for prompt, key in reversed(list(zip(prompts, keys, strict=True))) if key in held}

@@ -45,4 +45,6 @@ def find_fault(path: pathlib.Path) -> str | None:
     recorded = hash_path(path).read_text(encoding="utf-8", errors="replace").split()
     if not recorded or recorded[0] != file_sha256(path):
         return "is corrupted (its SHA-256 is not the recorded one)"
+    if recorded[1:] != [path.name]:
+        return f"is {' '.join(recorded[1:]) or 'another file'} under another name"
     return None

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from ..files import read_json
 from ..format import Int8Spec
+from ..interop.source import empty_model
 from ..layers import Int8Linear, TernaryLinear
 from ..quantizers.checkpoint import load_tensor, owner, to_memory
 from .source import PackedModel
@@ -79,17 +80,8 @@ def float_shapes(model: PackedModel) -> dict[str, torch.Size]:
     Raises:
         ValueError: if the installed libraries do not know the class, or it has no such layer.
     """
-    import diffusers
-    import transformers
-
-    cls = getattr(transformers if model.library == "transformers" else diffusers, model.class_name, None)
-    if cls is None:
-        raise ValueError(f"The installed {model.library} has no class {model.class_name}. Upgrade {model.library}.")
-    with torch.device("meta"):
-        if model.library == "transformers":
-            skeleton = cls(transformers.AutoConfig.from_pretrained(model.folder))
-        else:
-            skeleton = cls.from_config({**cls.load_config(model.folder), "quantization_config": None})
+    config = read_json(model.folder / "config.json") or {}
+    skeleton = empty_model({**config, "quantization_config": None}, header_shapes(model), source=model.folder)
     shapes = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     wrong = [
         name for name, spec in model.layout.layers.items() if _count(shapes.get(f"{name}.weight")) != spec.weights
@@ -100,6 +92,11 @@ def float_shapes(model: PackedModel) -> dict[str, torch.Size]:
             "config.json does not fit the weights."
         )
     return {name: shapes[f"{name}.weight"] for name in model.layout.layers}
+
+
+def header_shapes(model: PackedModel) -> dict[str, tuple[int, ...]]:
+    """Shapes of all stored tensors."""
+    return {name: stored.shape for name, stored in model.tensors.items()}
 
 
 def _count(shape: torch.Size | None) -> int:

@@ -174,10 +174,10 @@ def _kind_rows(source: Source) -> Iterator[KindRow]:
         total = sum(row.weights for row in part.rows)
         for (kept, kind), rows in sorted(by_kind.items()):
             count, weights, size = (sum(values) for values in zip(*rows, strict=True))
-            share = f"{weights:,} ({weights / total:.1%})"
+            share = f"{weights:,} ({weights / max(total, 1):.1%})"
             label = f"kept in {kind}" if kept else kind
             yield KindRow(
-                part.name, label, _tensors(count) if kept else str(count), share, f"{8 * size / weights:.3f}"
+                part.name, label, _tensors(count) if kept else str(count), share, f"{8 * size / max(weights, 1):.3f}"
             )
 
 

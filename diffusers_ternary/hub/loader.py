@@ -26,7 +26,8 @@ def has_loader(source: Source) -> bool:
     """Whether a repository gets the file: pipelines of diffusers' own classes do."""
     import diffusers
 
-    return source.is_pipeline and hasattr(diffusers, source.class_name)
+    found = getattr(diffusers, source.class_name, None)
+    return source.is_pipeline and isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
 
 
 def loader_text(class_name: str) -> str:

@@ -14,6 +14,7 @@ from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..destinations import is_local_path
 from ..files import read_json, temporary_folder
 from ..quantizers import below_compiled_wrappers
 from .base_card import BaseCard, read_base_card
@@ -287,6 +288,6 @@ def _without_local_path(path: pathlib.Path, base: BaseCard) -> str | None:
     if path.name not in ("config.json", "model_index.json"):
         return None
     data = read_json(path) or {}
-    if not pathlib.Path(str(data.get("_name_or_path", ""))).is_absolute():
+    if not is_local_path(data.get("_name_or_path")):
         return None
     return json.dumps({**data, "_name_or_path": base.repo_id}, indent=2) + "\n"

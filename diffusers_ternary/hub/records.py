@@ -125,7 +125,7 @@ def read_evaluation(report: Any, folder: pathlib.Path) -> Evaluation | None:
     if isinstance(report, (str, os.PathLike)):
         path = pathlib.Path(report)
         beside = (path if path.is_dir() else path.parent) / SHEET
-        sheet = beside if beside.is_file() else None
+        sheet = beside if beside.is_file() and not beside.is_symlink() else None
     elif hasattr(report, "contact_sheet"):
         sheet = folder / SHEET
         report.contact_sheet(sheet)

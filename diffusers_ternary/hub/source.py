@@ -13,6 +13,7 @@ from ..config import QUANT_METHOD
 from ..files import read_json
 from ..format import FileLayout, TernarySpec
 from ..inspection import Component, inspect_path
+from ..model_folder import default_files, pipeline_parts, quant_method, refuse_links, shard_names
 from ..quantizers import StoredTensor, bits_per_weight, check_headers, read_headers
 from ..quantizers.checkpoint import check_values
 
@@ -105,14 +106,15 @@ def read_source(folder: str | os.PathLike[str]) -> Source:
     root = pathlib.Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder. Give the folder that save_pretrained or quantize wrote.")
+    refuse_links(root)
     index = read_json(root / "model_index.json")
     config = read_json(root / "config.json")
     if index is not None:
         # Custom pipelines name their file first.
         named_class = index.get("_class_name")
-        library, class_name = "diffusers", str(named_class[-1] if isinstance(named_class, list) else named_class)
-        named = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0]}
-        folders = {name: root / name for name in named}
+        named_class = named_class[-1] if isinstance(named_class, list) and named_class else named_class
+        library, class_name = "diffusers", str(named_class)
+        folders = {name: root / name for name in pipeline_parts(index, source=root)}
     elif config is not None:
         library, class_name = _model_class(config)
         folders = {"": root}
@@ -163,8 +165,8 @@ def _check_complete(folder: pathlib.Path) -> None:
             f"{folder} is missing or empty, but model_index.json names it. Save the pipeline again, completely."
         )
     for index in sorted(folder.glob("*.index.json")):
-        shards = set(((read_json(index) or {}).get("weight_map") or {}).values())
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        shards = shard_names(read_json(index) or {}, source=index)
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise ValueError(f"{index} names {', '.join(missing)}, which is not there. Save or download it again.")
     config = read_json(folder / "config.json") or {}
@@ -177,14 +179,14 @@ def _check_complete(folder: pathlib.Path) -> None:
 def _model_class(config: Mapping[str, Any]) -> tuple[str, str]:
     if "_class_name" in config:
         return "diffusers", str(config["_class_name"])
-    return "transformers", str(next(iter(config.get("architectures") or []), "AutoModel"))
+    names = config.get("architectures")
+    return "transformers", str(names[0]) if isinstance(names, list) and names else "AutoModel"
 
 
 def _packed_model(name: str, folder: pathlib.Path) -> PackedModel | None:
     config = read_json(folder / "config.json") or {}
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    files = sorted(folder.glob("*.safetensors"))
-    layout, tensors = read_headers(files)
+    method = quant_method(config, source=folder)
+    layout, tensors = read_headers(default_files(folder, config))
     if layout is None and method == QUANT_METHOD:
         raise ValueError(
             f"{folder / 'config.json'} declares {QUANT_METHOD}, but the weights beside it are not packed. Restore the "

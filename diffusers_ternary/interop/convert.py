@@ -20,6 +20,7 @@ from ..config import RECOVER, TernaryConfig
 from ..destinations import check_folder, output_folder
 from ..format import LayerSpec, TernarySpec, expand_scales, unpack_base3
 from ..layers import reason_not_to_pack
+from ..model_folder import refuse_links
 from ..quantizers import read_headers
 from ..quantizers.checkpoint import load_tensor
 from ..quantizers.plan import float_layers
@@ -90,6 +91,8 @@ def convert(
     """
     check_folder(destination, sources=[_cached(source), config], overwrite=overwrite)
     root = _local(source)
+    if root.is_dir():
+        refuse_links(root)
     names = pipeline_components(root, components) if (root / "model_index.json").is_file() else [""]
     # Everything that headers can tell is checked here, before the destination is touched.
     parts = [_open_part(root, name, config=config, variant=variant) for name in names]
@@ -129,7 +132,7 @@ def _local(source: str | os.PathLike[str]) -> pathlib.Path:
 def _open_part(root: pathlib.Path, name: str, *, config: str | os.PathLike[str] | None, variant: str | None) -> _Part:
     path = root / name
     model = open_foreign(path, config=None if config is None else pathlib.Path(config), variant=variant)
-    empty = empty_model(model.config, source=str(path))
+    empty = empty_model(model.config, model.shapes, source=path)
     check_names(empty, model.shapes, source=str(path))
     layers = {f"{module}.weight": module for module, _ in _packable(empty)}
     return _Part(name, model, {tensor: module for tensor, module in layers.items() if tensor in model.shapes})

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads GGUF files of Flux and Stable Diffusion 3; ternary layers are recovered exactly."""
 
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +11,10 @@ import torch
 from ..compat_gguf import TwoBitType
 from ..compat_gguf import open_reader as open_any_reader
 from ..extras import import_extra
+from ..files import parse_json_object
 from .gguf_config import config_of_shapes
 from .gguf_export import CONFIG_KEY
+from .gguf_header import check_header
 from .gguf_names import ARCHITECTURES, GgufTensor, architecture_of, gguf_tensors
 from .gguf_two_bit import dequantize_two_bit
 from .source import ForeignModel, Item, empty_model
@@ -30,8 +31,13 @@ def open_reader(path: pathlib.Path) -> Any:
         MissingExtraError: without the `gguf` package.
     """
     try:
-        return open_any_reader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, OSError) as error:
+        check_header(path)
+        reader = open_any_reader(path)
+        total = sum(int(tensor.n_bytes) for tensor in reader.tensors)
+        if total > path.stat().st_size:
+            raise ValueError(f"its tensors are of {total} bytes, more than the whole file")
+        return reader
+    except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as GGUF ({reason}). It is damaged or incomplete.") from error
 
@@ -68,7 +74,7 @@ def read_gguf(path: pathlib.Path, config: dict[str, Any] | None) -> ForeignModel
     class_name = config.get("_class_name", "?")
     if ARCHITECTURES.get(class_name) != architecture:
         raise ValueError(f"{path} is a {architecture} GGUF, but its config.json is of {class_name}.")
-    model = empty_model(config, source=str(path))
+    model = empty_model(config, _shapes(stored), source=str(path))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = gguf_tensors(class_name, expected.keys())
     _check(path, tensors, expected, _shapes(stored))
@@ -85,11 +91,9 @@ def _embedded_config(reader: Any) -> dict[str, Any] | None:
     field = reader.get_field(CONFIG_KEY)
     if field is None:
         return None
-    try:
-        config = json.loads(field.contents())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the {CONFIG_KEY} of the GGUF file is not valid JSON ({error}). Give --config.") from error
-    return config if isinstance(config, dict) else None
+    return parse_json_object(
+        str(field.contents()), source=f"the {CONFIG_KEY} of the GGUF file", remedy="Give --config."
+    )
 
 
 def _shapes(stored: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds out what format a path is in and opens it; headers only."""
 
+import contextlib
+import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import torch
 
 from ..config import TernaryConfig
 from ..files import read_json
+from ..model_folder import explained_loading, pipeline_parts, quant_method, weight_files, weights_name
 from .clark import is_clark, read_clark
-from .source import ForeignModel
+from .source import ForeignModel, Item
 from .tensor_files import SafetensorsFiles, StateDictFile
 from .two_bit import find_state_dict, is_two_bit, read_two_bit
-
-
-_INDEX = ".safetensors.index.json"
 
 
 def open_foreign(
@@ -31,6 +33,12 @@ def open_foreign(
         FileNotFoundError: if `path` or `config` does not exist.
     """
     given = None if config is None else _given_config(config)
+    with named_errors(path):
+        model = _open(path, given, variant)
+    return dataclasses.replace(model, items=lambda: _named_items(model, path))
+
+
+def _open(path: pathlib.Path, given: dict[str, Any] | None, variant: str | None) -> ForeignModel:
     if path.is_dir():
         return _open_folder(path, given, variant)
     if path.suffix == ".gguf":
@@ -54,6 +62,34 @@ def open_foreign(
     return _unpacked(files, given or own or {})
 
 
+@contextlib.contextmanager
+def named_errors(path: pathlib.Path) -> Iterator[None]:
+    """Makes every error of reading somebody's format one that names the file.
+
+    Readers check what they know to go wrong; in files that were made to harm, anything else does.
+
+    Raises:
+        ValueError: instead of errors that say what went wrong inside, and not with what.
+    """
+    try:
+        with explained_loading(path):
+            yield
+    except (ValueError, TypeError) as error:
+        if path.name in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _named_items(model: ForeignModel, path: pathlib.Path) -> Iterator[Item]:
+    with named_errors(path):
+        for name, tensor in model.items():
+            # 8-bit floats know no such test.
+            values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+            if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{path}: {name} holds NaN or Inf. The file is damaged: download it again.")
+            yield name, tensor
+
+
 def pipeline_components(root: pathlib.Path, components: Sequence[str] | None) -> list[str]:
     """Components of a pipeline folder to convert.
 
@@ -61,7 +97,7 @@ def pipeline_components(root: pathlib.Path, components: Sequence[str] | None) ->
         ValueError: if it has no such component.
     """
     index = read_json(root / "model_index.json") or {}
-    known = [name for name, value in index.items() if isinstance(value, list) and value and value[0]]
+    known = list(pipeline_parts(index, source=root))
     config = TernaryConfig(components=components)
     missing = [name for name in components or [] if name not in known]
     selected = [name for name in known if config.selects(name)]
@@ -88,18 +124,18 @@ def _open_folder(folder: pathlib.Path, given: dict[str, Any] | None, variant: st
             "save_pretrained wrote, or a file."
         )
     # "hqq" and "gemlite" configs name the backend of the state dict that is about to be read.
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    method = quant_method(config, source=folder)
     if method not in (None, "hqq", "gemlite"):
         raise ValueError(f"{folder} is quantized already ({method}). convert reads unpacked weights and 2-bit packs.")
     config = {name: value for name, value in config.items() if name != "quantization_config"}
     state_dict = find_state_dict(folder)
     if state_dict is not None:
-        return read_two_bit(StateDictFile(state_dict), config, weights_name=_weights_name(config))
-    files = SafetensorsFiles(_weight_files(folder, _weights_name(config), variant))
+        return read_two_bit(StateDictFile(state_dict), config, weights_name=weights_name(config))
+    files = SafetensorsFiles(weight_files(folder, weights_name(config), variant))
     if is_clark(files.names()):
         raise ValueError(f"{folder} holds a Clark pack. Give the file itself.")
     if is_two_bit(files.names()):
-        return read_two_bit(files, config, weights_name=_weights_name(config))
+        return read_two_bit(files, config, weights_name=weights_name(config))
     return _unpacked(files, config)
 
 
@@ -111,32 +147,5 @@ def _unpacked(files: SafetensorsFiles, config: dict[str, Any]) -> ForeignModel:
         config,
         shapes,
         lambda: ((name, files.read(name)) for name in names),
-        _weights_name(config),
-    )
-
-
-def _weights_name(config: dict[str, Any]) -> str:
-    return "diffusion_pytorch_model" if "_class_name" in config else "model"
-
-
-def _weight_files(folder: pathlib.Path, name: str, variant: str | None) -> list[pathlib.Path]:
-    """The safetensors files that the host library would read: those of an index first, else the single file."""
-    name = name if variant is None else f"{name}.{variant}"
-    index_name = f"{name}{_INDEX}"
-    if variant is not None:  # diffusion_pytorch_model.safetensors.index.fp16.json
-        index_name = f"{name.removesuffix('.' + variant)}.safetensors.index.{variant}.json"
-    index = read_json(folder / index_name)
-    if index is not None:
-        files = [folder / file for file in sorted(set(index.get("weight_map", {}).values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing or not files:
-            raise ValueError(f"{folder / index_name} lists {', '.join(missing) or 'no files'}, which is missing.")
-        return files
-    file = folder / f"{name}.safetensors"
-    if file.is_file():
-        return [file]
-    found = sorted(entry.name for entry in folder.glob("*.safetensors"))
-    raise ValueError(
-        f"{folder} has no {file.name} ({', '.join(found) or 'no safetensors files at all'}). Choose a --variant, or "
-        "save the model as safetensors first."
+        weights_name(config),
     )

@@ -9,6 +9,7 @@ import torch
 
 from ..files import read_json
 from ..format import LOW_RANK_NAMES, FileLayout, LayerSpec, TernarySpec, expand_scales, group_scales, unpack_base3
+from ..model_folder import default_files
 from ..quantizers import StoredTensor, check_headers, read_headers
 from ..quantizers.checkpoint import check_crc, check_tensor, load_tensor
 from ..ternarize import rotate
@@ -103,7 +104,7 @@ def open_packed(path: pathlib.Path) -> PackedFolder:
             raise ValueError(f"{path} has several denoisers ({name}, {', '.join(others)}). Give the folder of one.")
         path = path / name
     config = read_json(path / "config.json")
-    layout, tensors = read_headers(sorted(path.glob("*.safetensors")) if path.is_dir() else [])
+    layout, tensors = read_headers([] if config is None else default_files(path, config))
     if config is None or layout is None:
         raise ValueError(
             f"{path} is no packed model. Make one with `diffusers-ternary quantize`, `calibrate` or `convert`."

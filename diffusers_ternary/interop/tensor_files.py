@@ -2,9 +2,7 @@
 """Tensors in safetensors files or in a PyTorch state dict, by name and one at a time."""
 
 import pathlib
-import pickle
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +10,9 @@ import torch
 from ..quantizers import read_headers
 from ..quantizers.checkpoint import load_tensor
 from ..quantizers.float8 import find_float8_scales
+
+
+_MAX_DEPTH = 16
 
 
 class TensorFiles(Protocol):
@@ -72,12 +73,12 @@ class StateDictFile:
     def __init__(self, file: pathlib.Path) -> None:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, OSError) as error:
+        except Exception as error:  # a pickle can raise anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{file} cannot be read as a state dict ({reason}). Download it again.") from error
         if not isinstance(content, Mapping):
             raise ValueError(f"{file} holds a {type(content).__name__}, not a state dict.")
-        self.values: dict[str, Any] = dict(_flatten(content))
+        self.values: dict[str, Any] = dict(_flatten(content, file))
 
     def names(self) -> list[str]:
         """All names."""
@@ -92,11 +93,31 @@ class StateDictFile:
         return self.values[name]
 
 
-def _flatten(content: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            flat += [(f"{name}.{inner}", part) for inner, part in _flatten(value)]
-        elif value is not None:
-            flat.append((name, value))
-    return flat
+def _flatten(content: Mapping[str, Any], file: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """Values of nested dicts by their dotted names.
+
+    Raises:
+        ValueError: if they are more than the file can hold (pickles may refer to one dict any number of times), or a
+            tensor is larger than its data.
+    """
+    most = file.stat().st_size
+    found = 0
+    waiting: list[tuple[str, Mapping[str, Any], int]] = [("", content, 0)]
+    while waiting:
+        prefix, values, depth = waiting.pop()
+        for name, value in values.items():
+            found += 1
+            if found > most or depth > _MAX_DEPTH:
+                raise ValueError(f"{file} holds dicts nested without end. It is damaged, or was made to harm.")
+            if isinstance(value, Mapping):
+                waiting.append((f"{prefix}{name}.", value, depth + 1))
+            elif value is not None:
+                _check_storage(f"{prefix}{name}", value, file)
+                yield f"{prefix}{name}", value
+
+
+def _check_storage(name: str, value: Any, file: pathlib.Path) -> None:
+    if isinstance(value, torch.Tensor) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(
+            f"{file}: {name} is {list(value.shape)}, more than its {value.untyped_storage().nbytes()} bytes of data."
+        )

@@ -112,6 +112,8 @@ def _decode_gemlite(layer: str, tensors: Mapping[str, torch.Tensor]) -> torch.Te
             f"{layer}: gemlite metadata {metadata} is no 2-bit weight. Only 2-bit (ternary) state dicts are read."
         )
     packed, per_integer = tensors["W_q"], metadata[_LEVELS_PER_INTEGER]
+    if per_integer not in (4, 8, 16, 32):  # 2-bit levels in 8 to 64 bits
+        raise ValueError(f"{layer}: gemlite metadata {metadata} says {per_integer} levels per integer.")
     if tuple(packed.shape) != (columns // per_integer, rows):
         raise ValueError(
             f"{layer}: W_q is {list(packed.shape)}, but {[rows, columns]} with {per_integer} levels per integer needs "

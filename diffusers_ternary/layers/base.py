@@ -2,7 +2,7 @@
 """What all packed layers share: their tensors, the float placeholder that loaders fill, and `dequantize`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -276,6 +276,38 @@ class QuantizedLayer(nn.Module):
                 "spec": self.spec.to_json(),
                 "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
             }
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """See `nn.Module`; what would turn codes into numbers that they are not is an error, `strict` or not."""
+        refused = list(self._refusals(state_dict, prefix)) if self.is_packed else []
+        if refused:
+            # Nothing of the layer is changed: a new scale beside old codes would be as wrong.
+            error_msgs.extend(refused)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _refusals(self, state_dict: dict[str, Any], prefix: str) -> Iterator[str]:
+        for name in self.packed_names:
+            own, given = getattr(self, name), state_dict.get(f"{prefix}{name}")
+            if own is None or not isinstance(given, torch.Tensor):
+                continue
+            if given.dtype != own.dtype or given.shape != own.shape:
+                yield (
+                    f"{prefix}{name} is {given.dtype} {list(given.shape)} in the state dict, but the layer is packed "
+                    f"and holds {own.dtype} {list(own.shape)}. Load float weights into a float model and quantize "
+                    "that, or call dequantize() first."
+                )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLayer":
         if self._float_dtype is not None:

@@ -186,25 +186,9 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Turns the packed tensors of a shard into their memory layout, checking every tensor on the way."""
         if self.checkpoint is None:
-            return self.read_float(state_dict)
+            return _float_values(state_dict, self.float8, self.to_pack)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # checksums and conversions release the GIL
             return dict(zip(state_dict, pool.map(self.read_tensor, state_dict, state_dict.values()), strict=True))
-
-    def read_float(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Tensors of a float checkpoint: those to pack as they are stored, all others in their values."""
-        refuse_gguf(state_dict, source="the checkpoint")
-        _refuse_packed_single_file(state_dict)
-        if self.float8 is None:
-            # from_single_file, before the names are those of the model; or files that have no headers.
-            refuse_quantized_headers(headers_of(state_dict), source="the checkpoint")
-            values = unscale_state_dict(state_dict, source="the checkpoint")
-            return {name: value if name in self.to_pack else value.clone() for name, value in values.items()}
-        # Kept tensors are copied out of the mapped file: one that stays would keep the whole of it mapped.
-        return {
-            name: tensor if name in self.to_pack else self.float8.weight(name, tensor).clone()
-            for name, tensor in state_dict.items()
-            if name not in self.float8.extras
-        }
 
     def read_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Checks one stored tensor and turns it into its memory layout; the result holds nothing of the file."""
@@ -338,6 +322,23 @@ def upcast_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return value
 
     return tree_map(upcast, args), tree_map(upcast, kwargs)
+
+
+def _float_values(state_dict: dict[str, Any], float8: Float8Scales | None, to_pack: set[str]) -> dict[str, Any]:
+    """Tensors of a float checkpoint: those to pack as they are stored, all others in their values."""
+    refuse_gguf(state_dict, source="the checkpoint")
+    _refuse_packed_single_file(state_dict)
+    if float8 is None:
+        # from_single_file, before the names are those of the model; or files that have no headers.
+        refuse_quantized_headers(headers_of(state_dict), source="the checkpoint")
+        values = unscale_state_dict(state_dict, source="the checkpoint")
+        return {name: value if name in to_pack else value.clone() for name, value in values.items()}
+    # Kept tensors are copied out of the mapped file: one that stays would keep the whole of it mapped.
+    return {
+        name: tensor if name in to_pack else float8.weight(name, tensor).clone()
+        for name, tensor in state_dict.items()
+        if name not in float8.extras
+    }
 
 
 def _refuse_packed_single_file(state_dict: dict[str, Any]) -> None:

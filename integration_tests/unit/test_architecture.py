@@ -17,8 +17,8 @@ PACKAGE = ROOT / "diffusers_ternary"
 # A package may import from packages to its left, and from itself.
 LAYERS = (
     {"compat_offload"},
-    {"compat", "compat_models", "compat_peft", "compat_torch", "extras", "files"},
-    {"compat_gguf", "destinations"},
+    {"compat", "compat_models", "compat_peft", "compat_torch", "extras", "files", "seals"},
+    {"compat_gguf", "destinations", "model_folder"},
     {"format"},
     {"ternarize"},
     {"kernels"},

@@ -16,8 +16,10 @@ from support.fresh_process import ROOT, run_python
 
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.distillation import DistillConfig, DistillReport, distill
+from diffusers_ternary.distillation.prompts import split_held_out
 from diffusers_ternary.distillation.trainee import ternary_layers
 from diffusers_ternary.files import lock, recover_folder
+from diffusers_ternary.rollouts import Rollouts
 
 
 RUN = "import json, sys; from support import distillation as d; "
@@ -196,6 +198,18 @@ def test_prompts_are_checked(tmp_path):
     refuse("one string", TypeError, folder=folder, prompts="a cat")
     refuse("is empty", folder=folder, prompts=["", *distillation.PROMPTS])
     assert not folder.exists()
+
+
+def test_prompts_are_held_out_by_their_hash(tmp_path):
+    """As the command does: the order of the list has no part in it."""
+    prompts = [f"prompt {i}" for i in range(7)]
+    train, unseen = split_held_out(prompts, 2)
+    assert unseen != prompts[-2:]
+    settings = distillation.settings(steps=1, held_out=2)
+    distill(distillation.teacher(), prompts, distillation.CONFIG, settings, tmp_path, progress=False)
+    result = report(tmp_path)
+    assert result.training_prompts_sha256 == Rollouts(tuple(train), 0, 1, {}).sha256()
+    assert result.held_out_prompts_sha256 == Rollouts(tuple(unseen), 0, 1, {}).sha256()
 
 
 def test_folders_of_others_are_left_alone(tmp_path):

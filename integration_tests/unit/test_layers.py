@@ -311,3 +311,30 @@ class TestHostHooks:
         assert isinstance(model.first, TernaryLinear)
         floating = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
         assert set(floating) == {dtype}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "build"),
+    [
+        ("int8", lambda: torch.nn.Linear(16, 8)),
+        ("ternary", lambda: torch.nn.Linear(16, 8)),
+        ("int8", lambda: torch.nn.Conv2d(4, 8, 3)),
+        ("ternary", lambda: torch.nn.Conv2d(4, 8, 3)),
+    ],
+)
+def test_float_weights_are_never_loaded_over_codes(kind, build, strict, assign):
+    """An int8 weight has the float one's shape: torch would copy, and so truncate, the values."""
+    torch.manual_seed(0)
+    config = TernaryConfig(group_size=16, overrides={"*": kind})
+    model = quantize(torch.nn.Sequential(build()), config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.nn.Sequential(build()).state_dict()
+    for given in (state, {"0.weight_scale": before["0.weight_scale"].to(torch.int64)}):
+        with pytest.raises(RuntimeError, match=r"0\.weight\S* is torch\.\w+ .*the layer is packed"):
+            model.load_state_dict(given, strict=strict, assign=assign)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    other = quantize(torch.nn.Sequential(build()), config)
+    other.load_state_dict(model.state_dict(), strict=strict, assign=assign)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records that vouch for themselves and for tensors: what was changed or exchanged afterwards is noticed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+SEAL = "sha256"
+
+
+def seal(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """A record with the hash of itself and of tensors under `"sha256"`.
+
+    Args:
+        record (`Mapping[str, Any]`): JSON values. Say in it what it is of, so that it cannot stand for another one.
+        tensors (`Mapping[str, torch.Tensor]`, *optional*): stored with it, by name.
+    """
+    return {**record, SEAL: _sha256(record, tensors or {})}
+
+
+def is_sealed(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> bool:
+    """Whether a record and its tensors are as [`seal`] saw them."""
+    content = {name: value for name, value in record.items() if name != SEAL}
+    return record.get(SEAL) == _sha256(content, tensors or {})
+
+
+def _sha256(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    described = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    digest = hashlib.sha256(json.dumps([record, described], sort_keys=True).encode())
+    for _, tensor in sorted(tensors.items()):
+        data = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
