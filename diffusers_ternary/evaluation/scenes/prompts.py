@@ -20,11 +20,13 @@ from .vocabulary import CLASSES, COLORS, MAX_COUNT, NUMBERS, PLURALS
 COMPOSED = "composed"  # a seventh kind, for training and for users: up to two groups with numbers, colors, a relation
 MAX_OBJECTS = 4
 _HELD_OUT_SHARE = 0.15
+_HELD_OUT_NUMBERS = 0.3  # of class and number: there are few of them
 
 
 def held_out_combination(combination: str) -> bool:
     """Whether a combination is never drawn in training."""
-    return int.from_bytes(hashlib.sha256(combination.encode()).digest()[:4], "big") < _HELD_OUT_SHARE * 2**32
+    share = _HELD_OUT_NUMBERS if combination[0].isdigit() else _HELD_OUT_SHARE
+    return int.from_bytes(hashlib.sha256(combination.encode()).digest()[:4], "big") < share * 2**32
 
 
 def combinations_of(include: tuple[Requirement, ...]) -> Iterator[str]:
