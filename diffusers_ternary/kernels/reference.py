@@ -22,6 +22,34 @@ def dequantize(
     return (unpack_planes(weight, in_features) * scales).to(dtype)
 
 
+def integer_weight(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    *,
+    in_features: int,
+    group_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight as integers times a scale per row.
+
+    Args: see [`dequantize`].
+
+    Returns:
+        int8 `[N, K]` of codes times integer multipliers of 0..63, and float32 scales `[N]`. Scales of groups without
+        multipliers become the nearest integer of 1..63 times 1/63 of the row's largest.
+    """
+    codes = unpack_planes(weight, in_features)
+    scale = scale.float()
+    if multiplier is None:
+        if scale.shape[1] == 1:
+            return codes.contiguous(), scale[:, 0]
+        largest = scale.amax(dim=1, keepdim=True)
+        ratio = scale / torch.where(largest > 0, largest, 1.0)
+        multiplier, scale = (ratio * 63 + 0.5).floor().clamp(min=1) * (scale > 0), largest
+    wide = multiplier.to(torch.int8).repeat_interleave(group_size, dim=1)[:, :in_features]
+    return (codes * wide).contiguous(), scale[:, 0] / 63
+
+
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,

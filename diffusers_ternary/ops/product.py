@@ -10,6 +10,7 @@ import torch
 from ..kernels import reference
 from .linear import _linear_cpu, check_arguments, ternary_linear
 from .serving import TRITON_DEVICE_TYPES
+from .traced import traced_linear
 from .triton import _linear as _linear_triton
 
 
@@ -82,7 +83,8 @@ def ternary_product(
     """[`ternary_linear`], by the operator without a gradient formula where a compiled graph needs none."""
     arguments = (input, weight, scale, multiplier, bias, in_features, group_size, activation_dtype, hadamard)
     if torch.compiler.is_compiling() and not _is_exporting() and not _needs_gradient(input, bias):
-        return torch.ops.diffusers_ternary.linear_inference(*arguments)
+        y = traced_linear(*arguments)
+        return torch.ops.diffusers_ternary.linear_inference(*arguments) if y is None else y
     return ternary_linear(*arguments)
 
 

@@ -197,6 +197,19 @@ def test_layers_take_the_quick_way_to_the_gpu(monkeypatch):
     assert weights == [layer.weight.data_ptr()] * 3
 
 
+@pytest.mark.parametrize(
+    ("target", "n", "expected"),
+    [("sm_90", 64, "float8_e4m3fn"), ("sm_90", 40, None), ("sm_80", 64, "int8"), ("sm_80", 65, None)],
+)
+def test_where_the_vendors_product_serves_many_rows(target, n, expected):
+    """Row scales of the float8 product want whole 16-byte rows, the int8 product 8 columns."""
+    with standing_in(TARGETS[target]):
+        found = kernels.library_dtype(
+            torch.device("cpu"), n, 4096 * 16, GROUP, torch.float16, True, torch.bfloat16, "auto"
+        )
+    assert found == expected
+
+
 def test_results_under_the_interpreter():
     outcome = run_python(
         """
@@ -228,9 +241,21 @@ def test_results_under_the_interpreter():
                     key = f"{scales} {group} {hadamard} {rows} {activation_dtype}"
                     same = torch.equal(y, expected)
                     errors[key] = errors.get(key, True) and same and call._replay is not None
+        from diffusers_ternary.ops.traced import unpack_reference
+        for scales, group in (("double", 32), ("group", 60), ("group", None)):
+            w = ternarize(torch.randn(24, 132), group_size=group, scales=scales)
+            operands = (w.packed, w.scale, w.multiplier)
+            for dtype in ("int8", "float8_e4m3fn"):
+                options = {"in_features": 132, "group_size": w.spec.group_size}
+                values, scale = kernels.unpack_8bit(*operands, **options, activation_dtype=dtype)
+                expected, expected_scale = unpack_reference(*operands, 132, w.spec.group_size, dtype)
+                same = values.dtype == expected.dtype and values.shape == expected.shape
+                dense, expected = values.float() * scale[:, None], expected.float() * expected_scale[:, None]
+                same = same and torch.allclose(dense, expected, rtol=1e-6, atol=0)
+                errors[f"unpack {scales} {group} {dtype}"] = same
         print(json.dumps(errors))
         """,
         TRITON_INTERPRET="1",
     )
-    assert len(outcome) == 8
+    assert len(outcome) == 14
     assert all(outcome.values()), outcome

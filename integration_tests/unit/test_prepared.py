@@ -12,12 +12,14 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_ternary import TernaryLinear
+from diffusers_ternary.kernels.cpu.native import load
 from diffusers_ternary.kernels.operands import Layout
 from diffusers_ternary.ops import prepared, prepared_products, ternary_linear
 from diffusers_ternary.ternarize import ternarize
 
 
 N, K, GROUP = 24, 50, 16
+needs_library = pytest.mark.skipif(load() is None, reason="the CPU library is not compiled: the operator serves")
 
 
 def layer_of(*, bias: bool = True, scales: str = "double", seed: int = 0, **options: object) -> TernaryLinear:
@@ -81,6 +83,7 @@ def test_equals_the_operator(activation_dtype, dtype, scales, bias):
         assert torch.equal(y, by_operator(layer, x))
 
 
+@needs_library
 def test_serves_plain_calls(quick):
     layer = layer_of(activation_dtype="int8")
     for x in (inputs(3, K), inputs(3, K, dtype=torch.bfloat16), inputs(K, 3).T):
@@ -108,6 +111,7 @@ def test_watchers_and_transforms_get_the_operator(quick):
     assert quick == [False] * 3
 
 
+@needs_library
 def test_gradients_are_recorded(quick):
     layer = layer_of(activation_dtype="int8")
     x = inputs(3, K).requires_grad_()
@@ -192,6 +196,7 @@ def test_no_tensor_is_kept_alive():
     assert [reference() for reference in held] == [None] * len(held)
 
 
+@needs_library
 def test_tensors_that_do_not_fit_are_errors_and_never_read_past_their_end(quick):
     layer, x = layer_of(activation_dtype="int8"), inputs(3, K)
     layer(x)

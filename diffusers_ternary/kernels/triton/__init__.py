@@ -16,11 +16,13 @@ from .weights import PackedWeight
 __all__ = [
     "MAX_HADAMARD",
     "dequantize",
+    "library_dtype",
     "linear",
     "prepare",
     "rotate",
     "served_activation_dtype",
     "unavailable_reason",
+    "unpack_8bit",
 ]
 
 MAX_HADAMARD = 16384  # a block that is rotated stays in the registers of one program
@@ -163,6 +165,60 @@ def dequantize(
     packed = _packed_weight(weight, scale, multiplier, in_features, group_size)
     with current(weight.device):
         return product.dequantize(packed, dtype)
+
+
+def unpack_8bit(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    *,
+    in_features: int,
+    group_size: int,
+    activation_dtype: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight as operand of an 8-bit product; arguments as in [`linear`].
+
+    Returns:
+        `[N, K']` of the activation dtype, K' = K rounded up to 16, zero past K, and float32 scales of rows `[N]`.
+    """
+    from . import product
+    from .devices import current
+
+    packed = _packed_weight(weight, scale, multiplier, in_features, group_size)
+    with current(weight.device):
+        values, row_scale = product.unpack(packed, activation_dtype)
+    return values.view(getattr(torch, activation_dtype)), row_scale
+
+
+def library_dtype(
+    device: torch.device,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    has_multiplier: bool,
+    dtype: torch.dtype,
+    activation_dtype: str,
+) -> str | None:
+    """The 8-bit dtype in which the vendor's product serves many rows of a layer; `None` if it does not, or is wrong.
+
+    The first question of a kind launches kernels.
+    """
+    from . import product
+    from .devices import current
+
+    with current(device):
+        width, groups = -(-in_features // 4), -(-in_features // group_size)
+        columns = 1 if has_multiplier else groups
+        # Nothing is read of these: a trial draws its own values.
+        packed = _packed_weight(
+            torch.empty(out_features, width, dtype=torch.int8, device=device),
+            torch.empty(out_features, columns, dtype=scale_dtype, device=device),
+            torch.empty(out_features, groups, dtype=torch.uint8, device=device) if has_multiplier else None,
+            in_features,
+            group_size,
+        )
+        return product.library_dtype(packed, dtype, activation_dtype)
 
 
 def rotate(x: torch.Tensor, block: int) -> torch.Tensor:

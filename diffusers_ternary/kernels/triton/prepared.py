@@ -13,6 +13,9 @@ from .recording import ALIGNMENT, Recording, Replay
 from .weights import PackedWeight
 
 
+_PACKED = {1, 2, 3}  # places of weight, scale and multiplier among the inputs
+
+
 class PreparedCall:
     """`rotate(x) @ W.T + bias` for inputs of one shape on one device; arguments of the constructor as in `linear`.
 
@@ -70,12 +73,31 @@ class PreparedCall:
         aligned = (address | addresses[1] | addresses[2] | addresses[3] | addresses[4]) % ALIGNMENT == 0
         if replay is None or not aligned:
             return self._first(x, weight, scale, multiplier, bias, record=aligned)
-        # Calls of torch take the activations and the bias; packed weights are read by kernels, by address.
-        inputs = (x, None, None, None, bias)
+        if replay.reads_tensors.isdisjoint(_PACKED):
+            inputs: tuple[torch.Tensor | None, ...] = (x, None, None, None, bias)
+        else:
+            inputs = self._views(x, weight, scale, multiplier, bias)
         if self._one_device:
             return replay(inputs, addresses, _stream(self._index))
         with current(self._device):
             return replay(inputs, addresses, _stream(self._index))
+
+    def _views(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        multiplier: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The tensors as `run` takes them; what is recorded names them by their place."""
+        return (
+            x.view(self._rows, self._in_features),
+            weight.detach(),
+            scale.detach().view(self._scale_dtype),
+            None if multiplier is None else multiplier.detach().view(torch.int8),
+            bias,
+        )
 
     def _first(
         self,
@@ -87,10 +109,7 @@ class PreparedCall:
         *,
         record: bool,
     ) -> torch.Tensor:
-        tokens, codes = x.view(self._rows, self._in_features), weight.detach()
-        scales = scale.detach().view(self._scale_dtype)
-        factors = None if multiplier is None else multiplier.detach().view(torch.int8)
-        inputs = (tokens, codes, scales, factors, bias)
+        tokens, codes, scales, factors, _ = inputs = self._views(x, weight, scale, multiplier, bias)
         packed = PackedWeight(codes, scales, factors, self._in_features, self._group_size, self._hadamard)
         # While a graph is captured nothing can be measured, and the plan may not be the one to stay with.
         recording = Recording(inputs) if record and not is_capturing(self._device) else None

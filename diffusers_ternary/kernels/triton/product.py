@@ -14,6 +14,7 @@ from .dispatch import (
     ACTIVATION_ERROR,
     GEMV_MAX_ROWS,
     PLAIN,
+    UNPACK_FIRST_ROWS,
     Plan,
     Request,
     Target,
@@ -250,3 +251,39 @@ def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
     if _passes(x.device, ("rotate", x.dtype, x.shape[1], block), f"The kernel that rotates {x.dtype}", problem):
         return launch.rotate(x, block)
     return plain.rotate(x, block)
+
+
+def unpack(weight: PackedWeight, activation_dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight as operand of an 8-bit product, see [`launch.unpack_8bit`]."""
+    target = supported_target(weight.packed.device)
+    if weight.multiplier is None and not weight.per_row:
+        weight = launch.derive_multipliers(weight)
+    return launch.unpack_8bit(weight, launch.KINDS[activation_dtype], inline_ptx=target.inline_ptx)
+
+
+def library_dtype(weight: PackedWeight, dtype: torch.dtype, activation_dtype: str) -> str | None:
+    """The 8-bit dtype in which unpacking and the vendor's product serve many rows, tried; `None` if they do not.
+
+    Args:
+        weight ([`PackedWeight`]): of the layer's layout, whatever its values.
+        dtype (`torch.dtype`): of the activations.
+        activation_dtype (`str`): that was asked for.
+    """
+    device = weight.packed.device
+    target = supported_target(device)
+    request = Request(
+        rows=UNPACK_FIRST_ROWS,
+        out_features=weight.out_features,
+        in_features=weight.in_features,
+        group_size=weight.group_size,
+        per_row=weight.per_row,
+        dtype=dtype,
+        activation_dtype=activation_dtype,
+    )
+    resolved, plans = _resolve(target, request)
+    if resolved == "none" or Plan("library") not in plans:
+        return None
+    chosen = choose(
+        torch.empty(request.rows, 0, dtype=dtype, device=device), weight, None, request, resolved, (Plan("library"),)
+    )
+    return resolved if chosen == Plan("library") else None

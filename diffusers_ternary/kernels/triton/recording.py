@@ -198,6 +198,14 @@ class Replay:
         self.by_address = all(step.compiled is not None for step in self._steps) and not any(
             each.zeros for each in self._buffers.values()
         )
+        # Kernels read packed weights by address; calls of torch, and interpreted kernels, need the tensors.
+        self.reads_tensors = {
+            argument.number
+            for step in self._steps
+            if step.compiled is None
+            for argument in step.arguments
+            if isinstance(argument, _Slot)
+        }
         offset, self._offsets = 0, []
         if self.by_address:
             for index, each in self._buffers.items():
