@@ -13,6 +13,7 @@ from ..format import Int8Spec, LayerSpec, TernarySpec, normalize_group_size
 from ..layers import FLOAT_TYPES, FloatLayer, matrix_shape, reason_not_to_pack
 from .fused_projections import copied_projections
 from .image_adapters import is_image_adapter
+from .weight_readers import layers_read_by_model
 
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ def plan_conversion(
 ) -> ConversionPlan:
     """Decides for every layer that can be packed: overrides, the user's list, float32 modules, then the policy.
 
+    No override packs a layer whose weight the model reads without calling it, see [`layers_read_by_model`].
+
     Args:
         model (`nn.Module`): the model; tensors may be on the meta device.
         config ([`TernaryConfig`]): what the user asks for. Left as it is.
@@ -59,25 +62,29 @@ def plan_conversion(
     float32 -= set(policy.ignore_keep_in_fp32)
     overrides = config.overrides or {}
     skipped = config.modules_to_not_convert or []
+    reads = {name: f"its weight is read by {place}" for name, place in layers_read_by_model(model).items()}
     used: set[str] = set()
     kinds: dict[str, str] = {}
     kept: dict[str, str] = {}
     for name, module in float_layers(model):
         override = next((pattern for pattern in overrides if matches(pattern, name)), None)
+        impossible = reason_not_to_pack(module) or reads.get(name)
         used.update(pattern for pattern in skipped if matches(pattern, name))
         if override is not None:
             used.add(override)
             if overrides[override] == "keep":
                 kept[name] = f"overrides[{override!r}]"
-            elif (reason := reason_not_to_pack(module)) is not None:
-                kept[name] = reason
+            elif impossible is not None:
+                kept[name] = impossible
             else:
                 kinds[name] = overrides[override]
         elif matches_any(skipped, name):
             kept[name] = "listed in modules_to_not_convert"
         elif float32.intersection(name.split(".")):
             kept[name] = "kept in float32 by the model class"
-        elif (reason := policy.reason_to_keep(name, module) or reason_not_to_pack(module)) is not None:
+        elif (
+            reason := policy.reason_to_keep(name, module) or reason_not_to_pack(module) or reads.get(name)
+        ) is not None:
             kept[name] = reason
         else:
             kinds[name] = config.kind
