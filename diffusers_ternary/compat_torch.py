@@ -4,9 +4,15 @@
 Each has a canary in `integration_tests/unit/test_compat_torch.py`.
 """
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 
+
+P = ParamSpec("P")
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_transforms = torch._C._functorch.peek_interpreter_stack
@@ -34,3 +40,18 @@ def is_plain(x: torch.Tensor) -> bool:
         and _traced_by_jit() is None
         and forward_ad._current_level < 0
     )
+
+
+def returns_no_view(function: Callable[P, torch.Tensor]) -> Callable[P, torch.Tensor]:
+    """Makes a function return a tensor of its own where it would return a view of one; the memory is the same.
+
+    In training, autograd refuses to change an output of a custom operator in place if the output is a view, which the
+    output of `nn.Linear` never is.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
+        y = function(*args, **kwargs)
+        return y if y._base is None else torch.ops.aten._unsafe_view(y, y.shape)
+
+    return wrapper

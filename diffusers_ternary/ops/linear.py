@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..compat_torch import returns_no_view
 from ..kernels import cpu, reference
 from ..ternarize import rotate
 from .checks import check_devices, check_float
@@ -93,6 +94,7 @@ def ternary_linear(
 
 
 @ternary_linear.register_kernel("cpu")
+@returns_no_view
 def _linear_cpu(
     input: torch.Tensor,
     weight: torch.Tensor,

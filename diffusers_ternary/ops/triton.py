@@ -6,6 +6,7 @@ Where they cannot run the reference serves, and one line of the log says why. Tr
 
 import torch
 
+from ..compat_torch import returns_no_view
 from ..kernels import reference
 from ..ternarize import rotate
 from .checks import check_devices
@@ -17,6 +18,7 @@ from .serving import TRITON_DEVICE_TYPES, triton_serves
 
 
 @ternary_linear.register_kernel(TRITON_DEVICE_TYPES)
+@returns_no_view
 def _linear(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -77,6 +79,7 @@ def _dequantize(
 
 
 @ternary_rotate.register_kernel(TRITON_DEVICE_TYPES)
+@returns_no_view
 def _rotate(x: torch.Tensor, block: int) -> torch.Tensor:
     from ..kernels import triton as kernels
 

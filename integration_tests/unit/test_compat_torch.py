@@ -7,7 +7,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_ternary.compat_torch import is_autocast, is_plain
+from diffusers_ternary.compat_torch import is_autocast, is_plain, returns_no_view
 
 
 X = torch.ones(2)
@@ -68,3 +68,14 @@ def test_autocast():
         assert is_autocast(X)
     with torch.autocast("cuda", enabled=True):  # of another device; warns where there is none and stays off
         assert not is_autocast(X)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_views_become_tensors_of_their_own(mode):
+    with mode():
+        x = torch.arange(4.0)
+        y = returns_no_view(lambda: x.view(2, 2))()
+        assert y._base is None
+        assert y.data_ptr() == x.data_ptr()
+        assert y.tolist() == [[0, 1], [2, 3]]
+        assert returns_no_view(lambda: x)() is x

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`diffusers_ternary::linear` as torch sees it: opcheck, gradients, fake tensors, compile, export, errors."""
 
+import math
 import shutil
 
 import pytest
@@ -190,3 +191,20 @@ def test_dequantizing_with_a_scale_on_meta_is_an_error():
     packed = weight_of()
     with pytest.raises(RuntimeError, match="scale is on meta and the weight on cpu"):
         ternary_dequantize(packed.packed, packed.scale.to("meta"), packed.multiplier, 50, 16, torch.float32)
+
+
+@pytest.mark.parametrize("activation_dtype", ["auto", "none", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(48,), (4, 48), (2, 4, 48), (1, 1, 48)], ids=str)
+def test_the_output_can_be_changed_in_place_in_training(shape, dtype, activation_dtype):
+    """As that of nn.Linear: `y += x` and in-place activations are common in models."""
+    torch.manual_seed(0)
+    packed, bias = weight_of(16, 48), torch.randn(16, dtype=dtype)
+    results = []
+    for in_place in (True, False):
+        x = torch.linspace(-1, 1, math.prod(shape), dtype=dtype).view(shape).requires_grad_()
+        y = ternary_linear(*arguments(x, packed, bias, activation_dtype))
+        y = y.mul_(2).relu_() if in_place else torch.relu(y * 2)
+        y.sum().backward()
+        results.append((y.detach(), x.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
