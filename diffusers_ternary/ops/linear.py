@@ -124,8 +124,12 @@ def _linear_cpu(
         )
     # float32: CPUs rotate it faster than 16 bits, and the activations are rounded once.
     rotated = rotate(input.float(), hadamard) if hadamard else input
-    kernel = cpu.linear_exact if activation_dtype == "none" else cpu.linear_int8
-    return kernel(rotated, *packed, in_features=in_features, group_size=group_size).to(input.dtype)
+    if activation_dtype == "none":
+        out = cpu.linear_exact(rotated, *packed, in_features=in_features, group_size=group_size)
+    else:
+        dense = activation_dtype == "auto"
+        out = cpu.linear_int8(rotated, *packed, in_features=in_features, group_size=group_size, dense=dense)
+    return out.to(input.dtype)
 
 
 @ternary_linear.register_fake

@@ -7,6 +7,7 @@ import torch
 
 from ..operands import Call, Layout
 from . import linear
+from .choice import choose
 from .native import DTYPES, load
 
 
@@ -24,9 +25,13 @@ def prepare(layout: Layout, shape: torch.Size, dtype: torch.dtype, device: torch
         return None
     library = load()
     rows, columns, in_features = math.prod(shape[:-1]), layout.out_features, layout.in_features
-    if library is None or rows * columns * in_features >= linear.THREAD_LEAST_PRODUCTS:
-        return None
     group_size = min(layout.group_size, in_features)
+    if library is not None:
+        dense = layout.activation_dtype == "auto"
+        library = choose(library, rows, group_size, in_features, layout.has_multiplier, dense)
+    if library is None:
+        return None
+    threaded = rows * columns * in_features >= linear.THREAD_LEAST_PRODUCTS
     product, pack = library.functions.dt_linear, library.pack
     variant, code, scale_code = library.variant_index, DTYPES[dtype], DTYPES[layout.scale_dtype]
     bias_code = 0 if layout.bias_dtype is None else DTYPES[layout.bias_dtype]
@@ -61,7 +66,7 @@ def prepare(layout: Layout, shape: torch.Size, dtype: torch.dtype, device: torch
             group_size,
         )
         # 0 is by far the usual result: no row holds an infinity, and there was no error.
-        if product(arguments, 0, rows) == 0:
+        if product(arguments, torch.get_num_threads() if threaded else 1) == 0:
             return out
         return linear.linear_int8(
             x,

@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 ABI_VERSION = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ERRORS = {-1: "out of memory", -2: "this CPU lacks the instructions of the chosen kernel"}
+# Dtype in which a whole model is fastest beside a variant. The layers take every dtype; what lies between them
+# (attention, norms) is faster in bfloat16 where the CPU has tiles for it, and much slower where it has no such
+# instructions (SANA 2x).
+FASTEST_DTYPES = {"amx-int8": "bfloat16"}
 _ARGUMENTS = struct.Struct("16q")  # dt_args in ternary.h
 _SIGNATURES = {
     "dt_abi_version": [],
@@ -218,7 +222,12 @@ def load(variant: str | None = None) -> NativeLibrary | None:
     for name in [name for name in names if name != "scalar"] if variant is None else [variant]:
         library = NativeLibrary(functions, name, _variant_index(functions, name))
         if passes_self_test(library):
-            logger.info("Ternary layers on the CPU use the native kernel %s.", name)
+            if variant is None:
+                logger.info(
+                    "Ternary layers on the CPU use the native kernel %s; models run fastest in %s here.",
+                    name,
+                    FASTEST_DTYPES.get(name, "float32"),
+                )
             return library
         logger.warning("The native kernel %s computes wrong numbers on this CPU and is not used.", name)
     logger.warning("Ternary layers on the CPU use plain torch: no vector kernel for this CPU.")
