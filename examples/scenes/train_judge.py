@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, required=True, help="folder of train_vae.py")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1500, help="0: only test the judge that is in --output")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -141,16 +141,17 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_flush_denormal(True)
     vae, sprites = AutoencoderTiny.from_pretrained(arguments.vae).eval(), Sprites()
-    detector = train(
-        vae,
-        sprites,
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        seed=arguments.seed,
-    ).bfloat16()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    save_file(detector.state_dict(), arguments.output / "judge.safetensors")
+    if arguments.steps:
+        detector = train(
+            vae,
+            sprites,
+            steps=arguments.steps,
+            batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            seed=arguments.seed,
+        ).bfloat16()
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        save_file(detector.state_dict(), arguments.output / "judge.safetensors")
     test(arguments.output, vae.cpu(), sprites)
 
 
