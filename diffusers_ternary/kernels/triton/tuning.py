@@ -29,8 +29,12 @@ from .dispatch import PLAIN, Plan, Request, Target, row_bucket
 
 try:
     import fcntl
-except ImportError:  # Windows: files are still replaced whole, and what two processes write at once may lose one plan
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+try:
+    import msvcrt
+except ImportError:
+    msvcrt = None  # type: ignore[assignment]
 
 
 logger = logging.getLogger(__name__)
@@ -78,15 +82,15 @@ def request_key(request: Request, activation_dtype: str) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder against other processes, where the system has such locks."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Holds the lock of a folder against other processes; what two write at once would lose one of their plans."""
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
-        with contextlib.suppress(OSError):  # a network file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        with contextlib.suppress(OSError):  # a network file system without locks, or ten seconds of waiting on Windows
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            elif msvcrt is not None:
+                msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined, unused-ignore]
+        yield  # closing the file frees the lock on both
     finally:
         os.close(descriptor)
 
@@ -104,7 +108,7 @@ class PlanCache:
 
     def _read(self) -> dict[str, Plan]:
         try:
-            data = json.loads(self.path.read_text())
+            data = json.loads(self.path.read_text(encoding="utf-8"))
             return {key: Plan(**fields) for key, fields in data.items()}
         except FileNotFoundError:
             return {}
@@ -132,7 +136,9 @@ class PlanCache:
 
     def _write(self) -> None:
         data = {name: dataclasses.asdict(value) for name, value in sorted(self._plans.items())}
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=self.path.parent, suffix=".tmp", delete=False
+        ) as file:
             try:
                 json.dump(data, file, indent=1)
                 file.close()
