@@ -334,22 +334,30 @@ def explained_disk_errors(target: PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else _errno_in(str(error))
-        if number is None or number not in _DISK_ERRORS or getattr(error, "explained", False):
+        number = _errno_of(error)
+        if number not in _DISK_ERRORS:
             raise
-        place = getattr(error, "filename", None) or target
+        place = getattr(error, "place", None) or getattr(error, "filename", None) or os.fspath(target)
+        hidden = any(_LEFTOVER.fullmatch(part) for part in pathlib.Path(place).parts)
+        where = "" if hidden or pathlib.Path(place) == pathlib.Path(target) else f" at {place}"
         explained = OSError(
             number,
-            f"{target} cannot be written: {os.strerror(number)} ({place}). Nothing incomplete was left behind. Free "
-            "space or choose another place, and run again",
+            f"{os.fspath(target)} cannot be written: {os.strerror(number)}{where}. Nothing incomplete was left "
+            "behind. Free space or choose another place, and run again.",
         )
-        explained.explained = True  # type: ignore[attr-defined]
+        explained.place = place  # type: ignore[attr-defined]
         raise explained from error
 
 
-def _errno_in(message: str) -> int | None:
-    found = re.search(r"\(os error (\d+)\)", message)
-    return int(found[1]) if found else None
+def _errno_of(error: Exception) -> int:
+    """The number of an operating system's error, also where a library hides it in its message; 0 if there is none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
+    if found:
+        return int(found[1])
+    short = re.fullmatch(r"\d+ requested and \d+ written", str(error))  # numpy
+    return errno.ENOSPC if short else 0
 
 
 def _beside(target: pathlib.Path, kind: str) -> pathlib.Path:

@@ -2,6 +2,7 @@
 """The commands as people call them: output, files and exit codes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -83,6 +84,32 @@ def test_an_existing_destination_is_not_touched(source, tmp_path):
     assert result.exit_code == 3
     assert "--overwrite" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_overwriting_never_deletes_the_source_or_the_current_folder(source, tmp_path, monkeypatch):
+    shutil.copytree(source, tmp_path / "models" / "flux")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.chdir(tmp_path / "models")
+    cases = {
+        ("demo", "."): "is the current folder",
+        ("demo", ".."): "holds the current folder",
+        ("flux", "flux"): "is the source",
+        ("flux", "../models/flux"): "is the source",
+        ("flux", "."): "holds the source",
+        ("flux", "flux/transformer"): "is part of the source",
+    }
+    for (place, target), message in cases.items():
+        result = run("quantize", place, target, "--overwrite")
+        assert result.exit_code == 3, (place, target, result.output)
+        assert message in result.output
+        assert "which no result may replace" in result.output or "part of the source" in result.output
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    result = run("quantize", "flux", tmp_path / "mine", "--overwrite")
+    assert result.exit_code == 3
+    assert "notes.txt, which neither this package nor save_pretrained wrote" in result.output
+    (tmp_path / "mine" / "notes.txt").unlink()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_usage_errors_and_help():

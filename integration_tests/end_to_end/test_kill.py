@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command that writes, ended at random moments: its destination is the old one or the new one, whole."""
+"""Every command that writes, on a full disk and ended at random moments: its destination is the old or the new one."""
 
 import json
 import os
@@ -32,6 +32,20 @@ def trials(seed, tmp_path_factory) -> dict:
     """
     kills = int(os.environ.get("KILLS") or len(killing.SIGNALS))
     return run_python(code, tmp_path_factory.mktemp("kills"), seed, kills, TOKENIZERS_PARALLELISM="false")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(trials, command) -> None:
+    full = trials[command]["full"]
+    errors = [line for line in full["says"].splitlines() if line.startswith("error: ")]
+    assert full["status"] == 3, full
+    assert len(errors) == 1, full
+    reason = "No space left on device" if command == "export" else "File too large"  # numpy does not say which
+    assert f"cannot be written: {reason}" in errors[0], full
+    assert ".partial" not in errors[0], full
+    assert "Traceback" not in full["says"], full
+    assert full["state"] == "old", full
+    assert full["left"] == [], full
 
 
 @pytest.mark.parametrize("command", COMMANDS)

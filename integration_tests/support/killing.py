@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs every command that writes, and ends its process at random changes of the file system.
+"""Runs every command that writes: on a full disk, and ended at random changes of the file system.
 
 Run as a program: `python -m support.killing FOLDER SEED KILLS`; prints what was found as JSON. A process is warmed up
 once and forked for every run. The moments are counted in changes below the folder (files opened for writing, renamed,
@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -164,6 +165,12 @@ def leftovers(place: pathlib.Path) -> list[str]:
     ]
 
 
+def on_a_full_disk(action: Callable[[], None]) -> None:
+    """No file may grow beyond 4 kB: what the kernel then says is handled like a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    action()
+
+
 def trial(root: pathlib.Path, name: str, generator: random.Random, kills: int) -> dict[str, Any]:
     """Kills one command several times, then lets it run."""
     from diffusers_ternary.cli import main
@@ -191,6 +198,14 @@ def trial(root: pathlib.Path, name: str, generator: random.Random, kills: int) -
     assert status == 0, (place / "output.txt").read_text()
     new = state()
     assert leftovers(place) == [], leftovers(place)
+    reset()
+    status, _ = in_child(lambda: on_a_full_disk(main), place)
+    full = {
+        "status": status,
+        "says": (place / "output.txt").read_text(),
+        "state": "old" if state() == old else "broken",
+        "left": leftovers(place),
+    }
     found: list[dict[str, Any]] = []
     for number in range(kills):
         signal_name, moment = SIGNALS[number % len(SIGNALS)], generator.randrange(changes)
@@ -208,6 +223,7 @@ def trial(root: pathlib.Path, name: str, generator: random.Random, kills: int) -
         )
     status, _ = in_child(main, place)
     return {
+        "full": full,
         "kills": found,
         "status": status,
         "complete": state() == new,

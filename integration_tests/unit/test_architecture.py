@@ -110,6 +110,17 @@ def test_the_core_knows_torch_only(part, library):
             assert not any(name.split(".")[0] == library for name in names), f"{file}:{node.lineno}"
 
 
+@pytest.mark.parametrize("name", ["replace", "rename", "fsync", "umask", "mkstemp", "NamedTemporaryFile"])
+def test_files_are_written_in_one_way(name):
+    """Renaming, syncing and temporary names are left to `files.py`; the Triton kernels stand alone."""
+    for file in FILES:
+        if file.name == "files.py" or file.parent.name == "triton":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == name and isinstance(node.value, ast.Name):
+                assert node.value.id not in ("os", "tempfile"), f"{file}:{node.lineno}"
+
+
 def sources() -> Iterator[Path]:
     for folder in ("diffusers_ternary", "integration_tests", "examples"):
         for file in sorted((ROOT / folder).rglob("*")):

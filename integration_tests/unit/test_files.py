@@ -1,9 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON from anywhere: a value, or an error that names the file."""
+"""JSON from anywhere is a value, or an error that names the file; what is written is complete or absent."""
+
+import errno
+import tempfile
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from support.fresh_process import run_python
 
-from diffusers_ternary.files import parse_json_object, read_json
+from diffusers_ternary.files import (
+    lock,
+    new_file,
+    new_folder,
+    parse_json_object,
+    read_json,
+    recover_contents,
+    recover_folder,
+    temporary_folder,
+    write_json,
+)
 
 
 def test_a_json_object_is_read(tmp_path):
@@ -34,3 +51,125 @@ def test_everything_else_names_the_file(tmp_path, content, message):
         read_json(file)
     with pytest.raises(ValueError, match=r"the source .*Write it again"):
         parse_json_object(content, source="the source", remedy="Write it again.")
+
+
+def full_disk() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/else")
+
+
+def full_disk_in_safetensors() -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def full_disk_in_numpy() -> None:
+    raise OSError("16384 requested and 0 written")
+
+
+@pytest.mark.parametrize("fail", [full_disk, full_disk_in_safetensors, full_disk_in_numpy])
+def test_a_full_disk_is_one_sentence_in_every_library(tmp_path, fail):
+    def write() -> None:
+        with new_folder(tmp_path / "out") as folder, new_file(folder / "weights"):
+            fail()
+
+    with pytest.raises(OSError, match="cannot be written") as error:
+        write()
+    assert error.value.errno == errno.ENOSPC
+    place = " at /somewhere/else" if fail is full_disk else ""
+    assert error.value.strerror == (
+        f"{tmp_path / 'out'} cannot be written: No space left on device{place}. Nothing incomplete was left "
+        "behind. Free space or choose another place, and run again."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_are_not_a_full_disk(tmp_path):
+    with pytest.raises(SafetensorError, match="invalid header"), new_folder(tmp_path / "out"):
+        raise SafetensorError("Error while deserializing: invalid header")
+    with pytest.raises(FileNotFoundError), new_file(tmp_path / "a"):
+        (tmp_path / "none").read_bytes()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ZeroDivisionError), new_file(path) as temporary:
+        temporary.write_bytes(bytes(1 // 0))
+    assert read_json(path) == {"a": 1}
+    with new_file(path) as temporary:
+        save_file({"x": torch.zeros(1)}, temporary)  # which makes private files
+    assert path.stat().st_mode & 0o044
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")}, allow_nan=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_temporary_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "push-0123").mkdir()
+    (tmp_path / "push-0123" / "weights").write_text("24 GB")
+    (tmp_path / ".push-4567.lock").touch()  # killed before it had made its folder
+    (tmp_path / "pull-0123").mkdir()
+    with temporary_folder("push-") as first, temporary_folder("push-") as second:
+        assert first != second
+        assert first.is_dir(), "a folder in use is no leftover"
+        assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == sorted(
+            [first.name, second.name, "pull-0123"]
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["pull-0123"]
+
+
+def test_a_lock_is_held_by_one_and_ends_with_its_process(tmp_path):
+    with lock(tmp_path / "run", "another run") as held:
+        assert held
+        message = f"{tmp_path / 'run'} is in use by another run. Wait until that has ended, or choose another place"
+        with pytest.raises(BlockingIOError) as error, lock(tmp_path / "run", "another run"):
+            pytest.fail("two have it")
+        assert error.value.strerror == message
+        other = """
+        import json, sys
+        from diffusers_ternary.files import lock
+        try:
+            with lock(sys.argv[1], "another run"):
+                print(json.dumps("free"))
+        except BlockingIOError as error:
+            print(json.dumps(error.strerror))
+        """
+        assert run_python(other, tmp_path / "run") == message
+    assert list(tmp_path.iterdir()) == []
+    killed = """
+    import os, signal, sys
+    from diffusers_ternary.files import lock
+    with lock(sys.argv[1], "another run"):
+        print("null", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    with pytest.raises(AssertionError, match="the fresh process failed"):
+        run_python(killed, tmp_path / "run")
+    assert [p.name for p in tmp_path.iterdir()] == [".run.lock"]
+    with lock(tmp_path / "run", "another run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
+    for name in (
+        ".a.0a1b2c3d.partial",
+        ".a.b.0a1b2c3d.partial",
+        ".a.notes",
+        ".a.mine.partial",
+        ".b.0a1b2c3d.old",
+        "a",
+    ):
+        (tmp_path / name).write_text(name)
+    recover_folder(tmp_path / "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".a.b.0a1b2c3d.partial",
+        ".a.mine.partial",
+        ".a.notes",
+        ".b.0a1b2c3d.old",
+        "a",
+    ]
+    recover_contents(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.mine.partial", ".a.notes", "a", "b"]
+    assert (tmp_path / "b").read_text() == ".b.0a1b2c3d.old"
