@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ..format import Int8Spec
-from ..ops import check_devices, check_float
+from ..ops import check_devices, check_float, int8_product
 from ..ternarize import Int8Weight, quantize_int8
 from .base import QuantizedLayer
 from .conv import QuantizedConv2d
@@ -32,13 +32,24 @@ class Int8Layer(QuantizedLayer):
 
     def matrix(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of the dense weight matrix, `[n, K]`: formed in float32 and rounded once to `dtype`."""
-        return (self.weight[rows].float() * self.scales[rows].float()).to(dtype)
+        weight, scale = self.weight[rows], self.scales[rows].float()
+        if weight.device.type == "cpu" or torch.compiler.is_compiling():
+            return (weight.float() * scale).to(dtype)  # of which a compiler makes one loop
+        return scaled_in_one_pass(weight, scale, dtype)
 
     def multiply_rows(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` times the matrix, plus the bias, in the dtype of `x`: `[..., N]`."""
         check_float(x)
         check_devices(x.device, "the input", weight=self.weight, scale=self.weight_scale, bias=self.bias)
+        product = int8_product(x, self.weight, self.scales, self.bias, self.activation_dtype)
+        if product is not None:
+            return product
         return F.linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def scaled_in_one_pass(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`(weight.float() * scale).to(dtype)`, the same bits: GPUs convert on the way, and 3 bytes move instead of 19."""
+    return torch.mul(weight, scale, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
 
 
 class Int8Linear(QuantizedLinear, Int8Layer):

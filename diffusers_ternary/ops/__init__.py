@@ -4,6 +4,7 @@
 from . import triton  # noqa: F401 (registers the operators on GPUs)
 from .checks import check_devices, check_float
 from .dequantize import ternary_dequantize
+from .int8 import int8_product
 from .linear import ACTIVATION_DTYPES, ternary_linear
 from .prepared import PreparedProducts, prepared_products
 from .product import ternary_product
@@ -16,6 +17,7 @@ __all__ = [
     "PreparedProducts",
     "check_devices",
     "check_float",
+    "int8_product",
     "kernel_name",
     "prepared_products",
     "ternary_dequantize",

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from diffusers_ternary.format import Int8Spec
+from diffusers_ternary.layers.int8 import scaled_in_one_pass
 from diffusers_ternary.ternarize import quantize_int8
 
 
@@ -21,6 +22,14 @@ def test_error_is_half_a_step(seed, dtype):
     step = weight.double().abs().amax(dim=1, keepdim=True) / 127
     # Half a step, and for the largest value of a row the rounding of the scale, 127 * 2^-12 of a step.
     assert (error <= step * (0.5 + 127 * 2**-11)).all()
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_one_pass_gives_the_same_bits(scale_dtype, dtype):
+    values = torch.arange(-127, 128, dtype=torch.int8).repeat(64, 1)
+    scale = torch.rand(64, 1).to(scale_dtype).float()
+    assert torch.equal(scaled_in_one_pass(values, scale, dtype), (values.float() * scale).to(dtype))
 
 
 def test_zero_rows_and_constants():

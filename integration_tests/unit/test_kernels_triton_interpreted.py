@@ -13,7 +13,9 @@ skip_without_interpreter()
 
 
 def test_kernels_under_the_interpreter():
-    tests = [Path(__file__).with_name(f"test_kernels_{name}.py") for name in ("triton", "triton_trial")]
+    tests = [
+        Path(__file__).with_name(f"test_kernels_{name}.py") for name in ("triton", "triton_trial", "triton_eight_bit")
+    ]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", *map(str, tests)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

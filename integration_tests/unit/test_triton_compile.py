@@ -168,6 +168,18 @@ def test_unpacked_first(case):
     assert {"quantize_kernel", "unpack_kernel"} < kernels.keys()
 
 
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(("dtype", "in_features"), [(torch.bfloat16, 3072), (torch.float32, 2240)])
+def test_few_rows_of_int8_layers(name, dtype, in_features):
+    with launches_on(name) as launches:
+        values = torch.empty(18432, in_features, dtype=torch.int8, device="cuda")
+        scale = torch.empty(18432, dtype=torch.float16, device="cuda")
+        launch.int8_gemv(torch.empty(1, in_features, dtype=dtype, device="cuda"), values, scale, None)
+    (launched,) = launches
+    assert launched.spills == 0
+    assert launched.shared <= TARGETS[name].shared_memory
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_float8_on_hopper(exact):
     """The wide tile, and exact sums: between matrix instructions each block's are added to float32 registers."""

@@ -16,6 +16,7 @@ from .weights import PackedWeight
 __all__ = [
     "MAX_HADAMARD",
     "dequantize",
+    "int8_linear",
     "library_dtype",
     "linear",
     "prepare",
@@ -147,6 +148,15 @@ def prepare(
         activation_dtype=activation_dtype,
         hadamard=hadamard,
     )
+
+
+def int8_linear(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activation_dtype: str
+) -> torch.Tensor | None:
+    """`x @ (values * scale).T + bias`, or `None` where no kernel serves; see [`eight_bit.int8_linear`]."""
+    from . import eight_bit
+
+    return eight_bit.int8_linear(x, values, scale, bias, activation_dtype)
 
 
 def dequantize(

@@ -179,7 +179,7 @@ def candidates(target: Target, request: Request, activation_dtype: str) -> tuple
         plans = (Plan("library"),)  # float32 has no exact matrix instruction to fuse with
     else:
         fused = _fused_plans(target, request, activation_dtype)
-        dense = _dense_plans(target, request, activation_dtype)
+        dense = dense_plans(target, request, activation_dtype)
         unpack_first = request.rows >= UNPACK_FIRST_ROWS or not fused
         plans = dense + fused if unpack_first else fused + dense
     plans = tuple(dataclasses.replace(plan, scale_sums=_scale_sums(target, request, plan)) for plan in plans)
@@ -257,7 +257,8 @@ def _weight_left(target: Target, activation_dtype: str, block_m: int) -> bool:
     return block_m < 64
 
 
-def _dense_plans(target: Target, request: Request, activation_dtype: str) -> tuple[Plan, ...]:
+def dense_plans(target: Target, request: Request, activation_dtype: str) -> tuple[Plan, ...]:
+    """Products with a dense weight, the one to trust unmeasured first; without 8-bit activations the library's."""
     library = (Plan("library"),)
     if activation_dtype == "none":
         return library

@@ -17,6 +17,7 @@ from .epilogue import epilogue_kernel
 from .fused import fused_kernel
 from .gemv import gemv_kernel
 from .hadamard import rotate_kernel
+from .int8_gemv import int8_gemv_kernel
 from .recording import buffer, launch
 from .unpack import derive_multipliers_kernel, unpack_kernel
 from .weights import PackedWeight
@@ -289,6 +290,34 @@ def dense_product(
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
     )
+
+
+def int8_gemv(
+    x: torch.Tensor, values: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`(x @ values.T) * row_scale + bias` for at most 16 rows: x float `[M, K]`, values int8 `[N, K]`."""
+    rows, columns = x.shape
+    y = buffer(rows, values.shape[0], dtype=x.dtype, device=x.device)
+    block_n, block_k = (16, 64) if x.dtype == torch.float32 else (32, 128)
+    launch(
+        int8_gemv_kernel,
+        (ceil_div(values.shape[0], block_n),),
+        x,
+        values,
+        row_scale,
+        bias,
+        y,
+        rows,
+        values.shape[0],
+        columns,
+        EVEN_K=columns % block_k == 0,
+        BLOCK_M=16,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=4 if x.dtype == torch.float32 else 2,
+        num_stages=2 if x.dtype == torch.float32 else 4,
+    )
+    return y
 
 
 def epilogue(

@@ -106,12 +106,27 @@ def run(
         return y
     assert x_scale is not None  # only 8-bit products are left
     dense, row_scale = launch.unpack_8bit(weight, kind, inline_ptx=ptx, alignment=operand.shape[1])
+    return multiply_8bit(plan, operand, x_scale, dense, row_scale, bias, x.dtype, kind, target)
+
+
+def multiply_8bit(
+    plan: Plan,
+    operand: torch.Tensor,
+    x_scale: torch.Tensor,
+    dense: torch.Tensor,
+    row_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    kind: str,
+    target: Target,
+) -> torch.Tensor:
+    """Computes `[M, N]` in `dtype` from int8 `[M, K']` and `[N, K']` (float8 as its bits) and their scales."""
     if plan.path == "library" and kind == "fp8":
         # Views of whole buffers: a prepared call allocates them in these shapes.
         operand, dense = operand.view(torch.float8_e4m3fn), dense.view(torch.float8_e4m3fn).t()
         scales = (x_scale.unsqueeze(1), row_scale.unsqueeze(0))
-        return library(_scaled_mm, operand, dense, *scales, bias, x.dtype, not plan.exact)
-    y = buffer(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
+        return library(_scaled_mm, operand, dense, *scales, bias, dtype, not plan.exact)
+    y = buffer(operand.shape[0], dense.shape[0], dtype=dtype, device=operand.device)
     if plan.path == "library":
         launch.epilogue(library(torch._int_mm, operand, dense.t()), x_scale, row_scale, bias, y)
     else:
@@ -190,7 +205,7 @@ def choose(
     def compute(plan: Plan, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
         return run(plan, x, weight, bias, activation_dtype, target)
 
-    def passes(plan: Plan) -> bool:
+    def right(plan: Plan) -> bool:
         def problem() -> str | None:
             run_plan = functools.partial(compute, plan)
             return product_problem(
@@ -198,7 +213,7 @@ def choose(
             )
 
         name = f"The kernel {plan} ({activation_dtype} activations, {x.dtype})"
-        return _passes(x.device, (plan, few_rows, *layout), name, problem)
+        return passes(x.device, (plan, few_rows, *layout), name, problem)
 
     def disagreement(plan: Plan, first: Plan) -> str | None:
         bound = TOLERANCE[x.dtype] + ACTIVATION_ERROR[activation_dtype][0 if weight.per_row else 1]
@@ -206,19 +221,20 @@ def choose(
 
     tuner = tuner_of(x.device.type, x.device.index or 0)
     if tuner is None:
-        return next((plan for plan in plans if passes(plan)), PLAIN)
+        return next((plan for plan in plans if right(plan)), PLAIN)
     return tuner.choose(
         request,
         activation_dtype,
         plans,
         lambda plan: compute(plan, x, weight, bias),
         may_measure=not is_capturing(x.device),
-        passes=passes,
+        passes=right,
         disagreement=disagreement,
     )
 
 
-def _passes(device: torch.device, key: tuple[object, ...], name: str, problem: Callable[[], str | None]) -> bool:
+def passes(device: torch.device, key: tuple[object, ...], name: str, problem: Callable[[], str | None]) -> bool:
+    """Whether a kernel is right on a device, see [`Trials.passes`]."""
     trials = trials_of(device.type, device.index or 0)
     return trials.passes(key, name, problem, may_run=not is_capturing(device))
 
@@ -235,7 +251,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
         return problem_of(unpack(sample), plain.dequantize(sample, torch.float32), TOLERANCE[dtype])
 
     key = ("dequantize", dtype, *weight.layout)
-    if _passes(weight.packed.device, key, f"The kernel that unpacks to {dtype}", problem):
+    if passes(weight.packed.device, key, f"The kernel that unpacks to {dtype}", problem):
         return unpack(weight)
     return plain.dequantize(weight, dtype)
 
@@ -248,7 +264,7 @@ def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
         sample = torch.randn(3, x.shape[1], generator=generator, device=x.device).to(x.dtype)
         return problem_of(launch.rotate(sample, block), plain.rotate(sample.float(), block), TOLERANCE[x.dtype])
 
-    if _passes(x.device, ("rotate", x.dtype, x.shape[1], block), f"The kernel that rotates {x.dtype}", problem):
+    if passes(x.device, ("rotate", x.dtype, x.shape[1], block), f"The kernel that rotates {x.dtype}", problem):
         return launch.rotate(x, block)
     return plain.rotate(x, block)
 
