@@ -83,7 +83,8 @@ def request_key(request: Request, activation_dtype: str) -> str:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Holds the lock of a folder against other processes; what two write at once would lose one of their plans."""
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    # Windows opens no folders, and locks files only.
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         with contextlib.suppress(OSError):  # a network file system without locks, or ten seconds of waiting on Windows
             if fcntl is not None:
