@@ -87,7 +87,7 @@ class Task:
 
     @property
     def threshold(self) -> float:
-        """The score below which detections are not looked at."""
+        """The score up to which detections are not looked at."""
         return COUNTING_THRESHOLD if self.tag == "counting" else SCORE_THRESHOLD
 
 
@@ -126,7 +126,7 @@ def score(task: Task, detections: Iterable[Detection]) -> Verdict:
     """
     found: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda detection: -detection.score):
-        if detection.score >= task.threshold:
+        if detection.score > task.threshold:
             found.setdefault(detection.name, []).append(detection)
     reasons: list[str] = []
     matched: list[list[Detection] | None] = []

@@ -33,12 +33,12 @@ def test_counting_wants_exactly_that_many(number, correct, reason):
 
 
 def test_counting_looks_at_sure_detections_only():
-    sure, unsure = found("key", 0.9), found("key", 0.89)
-    assert score(counting(2), [sure, sure, unsure])  # the third is below counting's threshold of 0.9
+    sure, unsure = found("key", 0.901), found("key", 0.9)
+    assert score(counting(2), [sure, sure, unsure])  # a score has to be above 0.9 in counting
     assert not score(counting(2), [sure, unsure])
     two = Task("two_object", "", (Requirement("key", 2),))
-    assert score(two, [sure, found("key", 0.3)])  # every other task takes 0.3
-    assert not score(two, [sure, found("key", 0.29)])
+    assert score(two, [sure, found("key", 0.301)])  # above 0.3 everywhere else
+    assert not score(two, [sure, found("key", 0.3)])
 
 
 def test_two_objects_and_reasons():

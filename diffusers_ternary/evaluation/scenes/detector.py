@@ -87,7 +87,7 @@ class Detector(nn.Module):
             kept: list[Detection] = []
             for cell in scores[index].argsort(descending=True).tolist():
                 score = scores[index, cell].item()
-                if score < SCORE_THRESHOLD:
+                if score <= SCORE_THRESHOLD:
                     break
                 left, top, right, bottom = boxes[index, cell].tolist()
                 box = (left, top, right, bottom)
