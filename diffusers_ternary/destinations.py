@@ -27,6 +27,7 @@ from .files import (
 _WRITTEN = re.compile(
     r"(modular_)?model_index\.json|config\.json|\w+_config\.json|(special_tokens_map|added_tokens|tekken)\.json"
     r"|(diffusion_pytorch_|pytorch_)?model([-.][\w.-]+)?\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
+    r"|\d+\.safetensors"  # mflux's shards
     r"|tokenizer\.(json|model)|vocab\.(json|txt)|merges\.txt|(spiece|sentencepiece(\.bpe)?)\.model|(source|target)\.spm"
     r"|chat_template\.(json|jinja)|(calibration|distill|evaluation)\.json|calibration\.png"
 )

@@ -3,11 +3,15 @@
 
 import json
 import pathlib
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .console import console, escape, explained_errors, format_bytes
+
+
+if TYPE_CHECKING:
+    from ..interop import GgufReport, MfluxReport
 
 
 def convert_command(
@@ -27,37 +31,54 @@ def convert_command(
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the source's files, e.g. fp16.")] = None,
     verify: Annotated[bool, typer.Option(help="Read the result again and compare every weight.")] = True,
+    to: Annotated[
+        str | None,
+        typer.Option(help="packed, gguf or mflux. Default: gguf if DST ends in .gguf, else packed.", metavar="FORMAT"),
+    ] = None,
     runtime: Annotated[
-        str,
+        str | None,
         typer.Option("--for", help="To GGUF: the program that reads it: sdcpp-cpu, sdcpp-gpu, comfyui or diffusers."),
-    ] = "sdcpp-cpu",
+    ] = None,
     ternary_type: Annotated[
         str | None, typer.Option("--type", help="To GGUF: tq2_0, tq1_0, q2_0 or q4_0. Default: the program's best.")
     ] = None,
     round_scales: Annotated[
-        bool, typer.Option(help="To GGUF: round scales to float16 (at most 0.05 %), or refuse layers that need it.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--round-scales/--no-round-scales",
+            help="To GGUF: round scales to float16 (at most 0.05 %; default), or refuse layers that need it.",
+        ),
+    ] = None,
     fallback: Annotated[
         str | None, typer.Option(help="To GGUF: f32, f16 or q8_0 for layers that no type holds exactly.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
 ) -> None:
-    """Packs a ternary model that somebody else published, or exports a packed one to GGUF. Nothing is rounded.
+    """Packs a ternary model that somebody else published, or exports a packed one to GGUF or mflux.
 
     Reads "unpacked" checkpoints, Clark packs of Sana, 2-bit state dicts of gemlite and HQQ, and GGUF files. Finds the
     group size of every layer and keeps, and reports, what is not ternary.
 
     Example: diffusers-ternary convert someone/unpacked-ternary-model packed
 
-    Example: diffusers-ternary convert my-flux-ternary flux.gguf
+    Exports are read again and every weight is compared.
+
+    Example: diffusers-ternary convert my-flux-ternary flux.gguf --for sdcpp-gpu
+
+    Example: diffusers-ternary convert my-flux-ternary flux-mlx --to mflux
     """
     from .quiet import hide_loading_bars
 
     hide_loading_bars()
-    if destination.suffix == ".gguf":
-        _export(source, destination, runtime, ternary_type, round_scales, fallback, as_json, overwrite)
-        return
+    target = to or ("gguf" if destination.suffix == ".gguf" else "packed")
+    options: dict[str, Any] = {
+        "runtime": runtime,
+        "ternary_type": ternary_type,
+        "round_scales": round_scales,
+        "fallback": fallback,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
     from ..interop import convert
 
     with explained_errors():
@@ -69,7 +90,12 @@ def convert_command(
             variant=variant,
             verify=verify,
             overwrite=overwrite,
+            to=target,
+            **given,
         )
+    if not isinstance(reports, list):
+        _show_export(reports, destination, as_json)
+        return
     if as_json:
         print(json.dumps([report.to_dict() for report in reports], indent=2))
         return
@@ -80,28 +106,7 @@ def convert_command(
     console.print(f"saved to {escape(str(destination))}", soft_wrap=True)
 
 
-def _export(
-    source: str,
-    destination: pathlib.Path,
-    runtime: str,
-    ternary_type: str | None,
-    round_scales: bool,
-    fallback: str | None,
-    as_json: bool,
-    overwrite: bool,
-) -> None:
-    from ..interop import export_gguf
-
-    with explained_errors():
-        report = export_gguf(
-            source,
-            destination,
-            runtime=runtime,
-            ternary_type=ternary_type,
-            round_scales=round_scales,
-            fallback=fallback,
-            overwrite=overwrite,
-        )
+def _show_export(report: "GgufReport | MfluxReport", destination: pathlib.Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
         return

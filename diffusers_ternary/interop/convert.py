@@ -4,11 +4,13 @@
 import collections
 import contextlib
 import dataclasses
+import inspect
 import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.utils.logging import tqdm
@@ -26,6 +28,8 @@ from ..quantizers.checkpoint import load_tensor
 from ..quantizers.plan import float_layers
 from ..sources import source_error
 from ..ternarize import TernaryFit, looks_ternary, recover, ternary_fit
+from .gguf_export import GgufReport, export_gguf
+from .mflux_export import MfluxReport, export_mflux
 from .open import open_foreign, pipeline_components
 from .report import ConversionReport
 from .source import ForeignModel, check_names, empty_model
@@ -60,8 +64,13 @@ def convert(
     max_shard_size: int = 10_000_000_000,
     verify: bool = True,
     overwrite: bool = False,
-) -> list[ConversionReport]:
-    """Packs a ternary model that somebody else published; the result loads with `from_pretrained`.
+    to: str = "packed",
+    **export_options: Any,
+) -> list[ConversionReport] | GgufReport | MfluxReport:
+    """Packs a ternary model that somebody else published, or exports a packed one to another runtime.
+
+    With `to="gguf"` or `to="mflux"` the source is a packed denoiser, see [`export_gguf`] and [`export_mflux`], which
+    take `export_options`. Otherwise the result is a packed folder that loads with `from_pretrained`:
 
     Reads "unpacked" (dequantized) checkpoints of diffusers and transformers, whole pipelines of them, Clark-style
     packs of Sana, 2-bit state dicts of gemlite and HQQ, and GGUF files of Flux and Stable Diffusion 3. Group sizes are
@@ -79,9 +88,11 @@ def convert(
         verify (`bool`, *optional*, defaults to `True`): read what was written again and compare all of it with
             the source.
         overwrite (`bool`, *optional*): replace the destination.
+        to (`str`, *optional*, defaults to `"packed"`): `"packed"`, `"gguf"` or `"mflux"`.
+        export_options (*optional*): of the export, e.g. `runtime="sdcpp-gpu"`.
 
     Returns:
-        `list[ConversionReport]`, one for each model.
+        `list[ConversionReport]`, one for each model; of an export, its report.
 
     Raises:
         ValueError: if the source is no such model, is damaged, belongs to another architecture, or holds no ternary
@@ -89,6 +100,14 @@ def convert(
         FileNotFoundError: if there is no such source.
         FileExistsError: if the destination exists, or holds what is no result of an earlier run.
     """
+    if to != "packed":
+        importing = {"components": components, "config": config, "variant": variant}
+        given = [name for name, value in importing.items() if value is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)} belong to packing a model, not to an export (to={to!r}).")
+        return _export(_local(source), destination, to, overwrite=overwrite, **export_options)
+    if export_options:
+        raise ValueError(f"{', '.join(export_options)} belong to an export: to='gguf' or to='mflux'.")
     check_folder(destination, sources=[_cached(source), config], overwrite=overwrite)
     root = _local(source)
     if root.is_dir():
@@ -105,6 +124,19 @@ def convert(
         for name, fit in report.almost.items():
             logger.warning("%s is almost ternary (%s): kept.", name, fit)
     return reports
+
+
+def _export(
+    source: pathlib.Path, destination: str | os.PathLike[str], to: str, **options: Any
+) -> GgufReport | MfluxReport:
+    exports: dict[str, Callable[..., GgufReport | MfluxReport]] = {"gguf": export_gguf, "mflux": export_mflux}
+    if to not in exports:
+        raise ValueError(f"to={to!r} is not one of packed, {', '.join(exports)}.")
+    known = inspect.signature(exports[to]).parameters
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"An export to {to} has no {', '.join(unknown)}.")
+    return exports[to](source, destination, **options)
 
 
 def _cached(source: str | os.PathLike[str]) -> pathlib.Path:

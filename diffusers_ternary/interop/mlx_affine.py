@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MLX's affine quantization of packed weights: `scales * q + biases` in groups, exact for ternary and int8 codes.
+
+A ternary group has q = code + 1 in 2 bits and biases = -scales, so that a weight is -s, 0 or s; an int8 row has
+q = code + 128 in 8 bits and biases = -128 * scales. MLX's own quantizer finds other scales: a third of the weights
+would change.
+"""
+
+import dataclasses
+
+import torch
+
+from ..format import LayerSpec, TernarySpec
+
+
+GROUP_SIZES = (128, 64, 32)  # that MLX knows; a larger group is stored as several with the same scale
+_WORD = 32  # bits
+
+
+@dataclasses.dataclass(frozen=True)
+class AffineWeight:
+    """A weight as MLX stores it.
+
+    Args:
+        weight (`torch.Tensor`): int32 `[N, K * bits / 32]`, the bit patterns of uint32 words; column j of a word is in
+            the bits from `bits * j` on.
+        scales, biases (`torch.Tensor`): `[N, K / group_size]`, of one floating dtype.
+    """
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    biases: torch.Tensor
+
+
+def affine_group_size(spec: LayerSpec) -> int | None:
+    """The largest of MLX's groups that lies inside those of a layer; `None` if there is none, or none is exact."""
+    if isinstance(spec, TernarySpec) and (spec.hadamard or spec.rank):
+        return None
+    group = spec.group_size if isinstance(spec, TernarySpec) and spec.groups > 1 else spec.in_features
+    fitting = (size for size in GROUP_SIZES if spec.in_features % size == 0 and group % size == 0)
+    return next(fitting, None)
+
+
+def encode_affine(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> AffineWeight:
+    """Packs codes.
+
+    Args:
+        codes (`torch.Tensor`): int8 `[N, K]`: -1, 0, 1 with 2 bits, -127 ... 127 with 8.
+        scales (`torch.Tensor`): float32 `[N, K / group_size]`, stored in the narrowest dtype that holds all of them.
+        bits (`int`): 2 or 8.
+    """
+    rows, columns = codes.shape
+    shift = 1 if bits == 2 else 128
+    levels = (codes.to(torch.int32) + shift).view(rows, columns * bits // _WORD, _WORD // bits)
+    places = torch.arange(0, _WORD, bits, dtype=torch.int32)
+    words = (levels << places).sum(dim=-1, dtype=torch.int32)  # the bits do not overlap; the highest may be the sign
+    dtype = narrowest(scales)
+    stored = scales.to(dtype)
+    return AffineWeight(words, stored, -shift * stored)
+
+
+def narrowest(scales: torch.Tensor) -> torch.dtype:
+    """bfloat16, in which mflux computes, if it holds all scales; else float16, else float32."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(scales.to(dtype).float(), scales):
+            return dtype
+    return torch.float32
