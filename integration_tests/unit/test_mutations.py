@@ -160,6 +160,27 @@ def change_metadata(data: bytes, draw: random.Random) -> bytes:
     return join(header, rest)
 
 
+def change_layer(data: bytes, draw: random.Random) -> bytes:
+    """Says something else of a packed layer that could be true."""
+    header, rest = split(data)
+    body = json.loads(header["__metadata__"][KEY])
+    layer = body["layers"][draw.choice(list(body["layers"]))]
+    field, value = draw.choice(
+        (
+            *(("hadamard", value) for value in (0, 2, 4, 8, 16)),
+            *(("group_size", value) for value in (1, 7, 9, 12, 16)),
+            *(("rank", value) for value in (0, 1, 2)),
+            ("scales", draw.choice(("group", "double"))),
+            ("shape", layer["shape"][::-1]),
+        )
+    )
+    layer[field] = value
+    if value == 0:
+        del layer[field]
+    header["__metadata__"][KEY] = json.dumps(body)
+    return join(header, rest)
+
+
 def drop_metadata(data: bytes, draw: random.Random) -> bytes:
     header, rest = split(data)
     header["__metadata__"] = draw.choice(({}, {KEY: ""}, {KEY: "{}"}, {KEY: "[" * 5000}, {KEY: "null"}))
@@ -225,8 +246,8 @@ def change_config(data: bytes, draw: random.Random) -> bytes:
 
 MUTATIONS: dict[str, list[Callable[[bytes, random.Random], bytes]]] = {
     ".safetensors": [
-        *(flip_bits, cut, append, overwrite, change_metadata, change_metadata, change_metadata, drop_metadata),
-        *(change_header, change_header, drop_tensor, drop_tensor),
+        *(flip_bits, cut, append, overwrite, change_metadata, change_metadata, drop_metadata),
+        *(change_layer, change_layer, change_header, change_header, drop_tensor, drop_tensor),
     ],
     ".index.json": [change_index],
     "config.json": [change_config],
@@ -240,6 +261,12 @@ def mutate(folder: Path, draw: random.Random) -> str:
     file = draw.choice([*weights * 4, *files])
     ending = next(ending for ending in MUTATIONS if file.name.endswith(ending))
     mutation = draw.choice(MUTATIONS[ending])
+    if mutation in (change_layer, change_metadata):  # in all shards alike, which say the same
+        state = draw.getstate()
+        for file in weights:
+            draw.setstate(state)
+            file.write_bytes(mutation(file.read_bytes(), draw))
+        return f"{mutation.__name__} of all shards"
     file.write_bytes(mutation(file.read_bytes(), draw))
     return f"{mutation.__name__} of {file.name}"
 
