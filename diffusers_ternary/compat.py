@@ -9,7 +9,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -132,6 +132,20 @@ def patch_flux_expansion(is_packed: Callable[[Any], bool]) -> None:
     def dequantize_weight(model: Any, module: Any) -> torch.Tensor:
         return module.dequantize(model.dtype) if is_packed(module) else weight_of(model, module)
 
+    expand = mixin._maybe_expand_lora_state_dict.__func__
+
+    @functools.wraps(expand)
+    def expand_lora_state_dict(cls: type, transformer: Any, lora_state_dict: dict[str, Any]) -> dict[str, Any]:
+        # What is narrower than the layer is padded with zeros here: the original takes the width of the codes.
+        for name, module in transformer.named_modules():
+            base = getattr(module, "base_layer", module)
+            key = f"{cls.transformer_name}.{name}.lora_A.weight"  # type: ignore[attr-defined]
+            if key in lora_state_dict and is_packed(base) and lora_state_dict[key].shape[1] < base.in_features:
+                missing = base.in_features - lora_state_dict[key].shape[1]
+                lora_state_dict[key] = torch.nn.functional.pad(lora_state_dict[key], (0, missing))
+        return cast(dict[str, Any], expand(cls, transformer, lora_state_dict))
+
+    mixin._maybe_expand_lora_state_dict = classmethod(expand_lora_state_dict)
     mixin._calculate_module_shape = staticmethod(calculate_module_shape)
     lora_pipeline._maybe_dequantize_weight_for_expanded_lora = dequantize_weight
 

@@ -25,18 +25,25 @@ def unwrap_compiled(module: Any) -> Any:
     return getattr(module, "_orig_mod", module) if isinstance(module, nn.Module) else module
 
 
-def patch_model_class(cls: type, is_packed: Callable[[nn.Module], bool], count_parameters: Callable[..., int]) -> None:
-    """Makes casts, `num_parameters` and `save_pretrained` of a host's base class right for packed models.
+def patch_model_class(
+    cls: type[nn.Module],
+    is_packed: Callable[[nn.Module], bool],
+    count_parameters: Callable[..., int],
+    not_trainable: str,
+) -> None:
+    """Makes casts, counts, `requires_grad_` and `save_pretrained` of a host's base class right for packed models.
 
     Args:
         cls (`type`): `ModelMixin` of diffusers or `PreTrainedModel` of transformers.
         is_packed (`Callable`): whether a model has packed layers of ours.
         count_parameters (`Callable`): in place of `num_parameters`, with its keywords.
+        not_trainable (`str`): why `requires_grad_(True)` is refused.
     """
     if hasattr(vars(cls)["to"], "packed"):
         return
     for name in _CASTS:
         setattr(cls, name, _without_mark(vars(cls)[name], is_packed))
+    setattr(cls, "requires_grad_", _refusing(cls.requires_grad_, is_packed, not_trainable))  # noqa: B010
     original = cls.num_parameters  # type: ignore[attr-defined]
 
     @functools.wraps(original)
@@ -52,6 +59,16 @@ def patch_model_class(cls: type, is_packed: Callable[[nn.Module], bool], count_p
 
     cls.num_parameters = num_parameters  # type: ignore[attr-defined]
     cls.save_pretrained = save_pretrained  # type: ignore[attr-defined]
+
+
+def _refusing(method: Callable[..., Any], is_packed: Callable[[nn.Module], bool], reason: str) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def requires_grad_(self: Any, requires_grad: bool = True) -> Any:
+        if requires_grad and is_packed(self):  # torch would stop at the first codes, with half of the model trainable
+            raise ValueError(f"{type(self).__name__} {reason}")
+        return method(self, requires_grad)
+
+    return requires_grad_
 
 
 def _without_mark(method: Callable[..., Any], is_packed: Callable[[nn.Module], bool]) -> Callable[..., Any]:

@@ -28,6 +28,7 @@ from peft.tuners.oft.layer import Linear as OFTLinear
 from peft.tuners.shira.layer import Linear as ShiraLinear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.tuners.vera.layer import Linear as VeraLinear
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.quantization_utils import QuantizationBackend
 
 
@@ -54,6 +55,7 @@ __all__ = [
     "add_custom_modules",
     "add_lycoris_modules",
     "check_adapters_to_merge",
+    "copy_modules_to_save",
     "count_whole_parameters",
     "watch_injection",
 ]
@@ -97,6 +99,32 @@ def count_whole_parameters(count: Callable[[Any], int]) -> None:
         return original(self)[0], count(self)
 
     PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters  # type: ignore[method-assign]
+
+
+def copy_modules_to_save(is_packed: Callable[[Any], bool], trainable_copy: Callable[[Any], Any]) -> None:
+    """Makes PEFT train and save (`modules_to_save`) a float copy of packed modules, which it would copy as they are.
+
+    Args:
+        is_packed (`Callable`): whether a module holds packed layers.
+        trainable_copy (`Callable`): gives the float copy of one.
+    """
+    original = ModulesToSaveWrapper.update
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def update(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        packed = self.original_module
+        if adapter_name in self.modules_to_save or not is_packed(packed):
+            original(self, adapter_name, *args, **kwargs)
+            return
+        self.original_module = trainable_copy(packed)
+        try:
+            original(self, adapter_name, *args, **kwargs)
+        finally:
+            self.original_module = packed
+
+    ModulesToSaveWrapper.update = update  # type: ignore[method-assign]
 
 
 def watch_injection(

@@ -14,6 +14,10 @@ from ..ops import check_float
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+NOT_TRAINABLE = (
+    "holds codes, which have no gradient. Train an adapter on it (add_adapter, get_peft_model), or the weights behind "
+    "the codes with diffusers_ternary.distill; or call dequantize() first."
+)
 _RECORD = "diffusers_ternary"  # beside torch's own "version" in the metadata of a state dict
 
 
@@ -266,6 +270,16 @@ class QuantizedLayer(nn.Module):
     def _multiply_dense(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """What the float module computes, with a dense weight."""
         raise NotImplementedError
+
+    def requires_grad_(self, requires_grad: bool = True) -> "QuantizedLayer":
+        """Freezes the layer, which it is already.
+
+        Raises:
+            ValueError: if it is to be trained.
+        """
+        if requires_grad:
+            raise ValueError(f"A {type(self).__name__} {NOT_TRAINABLE}")
+        return super().requires_grad_(False)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

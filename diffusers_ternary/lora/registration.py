@@ -23,10 +23,12 @@ def _register_with_peft() -> None:
         DEQUANTIZE_MARK,
         add_custom_modules,
         add_lycoris_modules,
+        copy_modules_to_save,
         count_whole_parameters,
         watch_injection,
     )
     from . import layers, other_methods
+    from .saved_modules import has_packed_layers, trainable_copy
 
     setattr(QuantizedLayer, DEQUANTIZE_MARK, property(lambda layer: layer.weight))
     add_custom_modules({QuantizedLinear: layers.TernaryLoraLinear, QuantizedConv2d: layers.TernaryLoraConv2d})
@@ -36,6 +38,7 @@ def _register_with_peft() -> None:
     )
     watch_injection(around=other_methods.shown_as_float, after=other_methods.adopt)
     count_whole_parameters(count_parameters)
+    copy_modules_to_save(has_packed_layers, trainable_copy)
 
 
 def _is_packed_linear(module: object) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 RecordT = TypeVar("RecordT")
+_INJECTED = (".base_layer.", ".lora_", ".original_module.", ".modules_to_save.")  # of PEFT's layers and wrappers
 
 
 def refuse_adapters(names: Iterable[str]) -> None:
@@ -18,7 +19,7 @@ def refuse_adapters(names: Iterable[str]) -> None:
     Raises:
         ValueError: names one of the tensors, and the remedy.
     """
-    injected = next((name for name in names if ".base_layer." in name or ".lora_" in name), None)
+    injected = next((name for name in names if any(part in name for part in _INJECTED)), None)
     if injected is not None:
         raise ValueError(
             f"The model carries adapter layers ({injected}), which a packed checkpoint cannot hold. Save them with "

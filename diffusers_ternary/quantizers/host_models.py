@@ -7,6 +7,7 @@ from torch import nn
 
 from ..compat_models import patch_control_constructors, patch_ema, patch_model_class
 from ..config import QUANT_METHOD
+from ..layers.base import NOT_TRAINABLE
 from .dequantize import dequantize_layers
 from .summary import count_parameters, packed_layers
 
@@ -15,14 +16,14 @@ def prepare_transformers() -> None:
     """Makes casts and `num_parameters` of transformers' models right for packed ones. Calling it again is harmless."""
     from transformers import PreTrainedModel  # not at import: it loads half of transformers
 
-    patch_model_class(PreTrainedModel, is_packed, count_parameters)
+    patch_model_class(PreTrainedModel, is_packed, count_parameters, NOT_TRAINABLE)
 
 
 def prepare_diffusers() -> None:
     """The same for diffusers' models, and for what only diffusers has: control networks and `EMAModel`."""
     from diffusers import ModelMixin  # not at import: it loads half of diffusers
 
-    patch_model_class(ModelMixin, is_packed, count_parameters)
+    patch_model_class(ModelMixin, is_packed, count_parameters, NOT_TRAINABLE)
     patch_control_constructors(float_copy)
     patch_ema(QUANT_METHOD)
 

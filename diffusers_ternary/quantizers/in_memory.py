@@ -155,8 +155,17 @@ def _check_quantizable(model: nn.Module) -> None:
             f"{name} is quantized already ({getattr(method, 'value', method) or 'packed layers'}). "
             "Load the float weights, or call its dequantize() first."
         )
-    if any(".base_layer" in module_name for module_name, _ in model.named_modules()):
-        raise ValueError(f"{name} carries adapter layers. Unload or fuse the adapters before quantizing.")
+    adapted = [module for module in model.modules() if hasattr(module, "base_layer")]
+    if adapted and all(getattr(module, "merged_adapters", None) for module in adapted):
+        raise ValueError(
+            f"{name} carries adapter layers, whose adapters are fused. Unload them before quantizing with "
+            "pipe.unload_lora_weights() or PEFT's unload(): what is fused stays in the weights."
+        )
+    if adapted:
+        raise ValueError(
+            f"{name} carries adapter layers. Fuse the adapters if the model is to keep what they do, and unload them, "
+            "before quantizing: pipe.fuse_lora(), pipe.unload_lora_weights()."
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             f"{name} has weights that are not in memory (meta device: offloaded, or never loaded). "

@@ -193,3 +193,17 @@ class TestCanaries:
         assert compat_models.unwrap_compiled(torch.compile(layer)) is layer
         assert compat_models.unwrap_compiled(layer) is layer
         assert compat_models.unwrap_compiled(None) is None
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl_unet", "t5"])
+def test_codes_are_not_trained(name):
+    """torch would stop at the first codes, with a bare message and the layers before them made trainable."""
+    model = quantize(MODELS[name]())
+    before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    for module in (model, next(iter(packed_layers(model).values()))):
+        with pytest.raises(ValueError, match=r"holds codes.*Train an adapter.*distill.*dequantize\(\)"):
+            module.requires_grad_(True)
+    assert {key: parameter.requires_grad for key, parameter in model.named_parameters()} == before
+    assert not any(parameter.requires_grad for parameter in model.requires_grad_(False).parameters())
+    model.dequantize()
+    assert all(parameter.requires_grad for parameter in model.requires_grad_(True).parameters())

@@ -106,6 +106,17 @@ class TestRefusals:
             quantize(model)
         assert model.state_dict().keys() == before.keys()
 
+    def test_fused_adapters_are_to_be_unloaded(self):
+        model = denoisers.sd3()
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        with pytest.raises(ValueError, match=r"Fuse the adapters .*and unload them"):
+            quantize(model)
+        model.fuse_lora()
+        with pytest.raises(ValueError, match=r"whose adapters are fused\. Unload them.*stays in the weights"):
+            quantize(model)
+        model.unload_lora()
+        quantize(model)
+
     def test_meta_weights(self):
         with torch.device("meta"):
             model = denoisers.pixart()

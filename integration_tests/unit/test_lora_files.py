@@ -202,6 +202,27 @@ class TestFluxControl:
         actual, expected = (self.with_control(subject).run() for subject in pair)
         assert difference(actual, expected) < 1e-4
 
+    @pytest.mark.parametrize("first", [False, True], ids=["alone", "beside another adapter"])
+    def test_an_adapter_that_is_narrower_than_a_packed_layer(self, pair, first):
+        """As of a model with fewer channels (Flux and Flux Fill): padded with zeros, as for float layers."""
+        generator = torch.Generator().manual_seed(1)
+        layer = pair[0].denoiser.x_embedder
+        state = {
+            "transformer.x_embedder.lora_A.weight": torch.randn(RANK, layer.in_features - 1, generator=generator),
+            "transformer.x_embedder.lora_B.weight": torch.randn(layer.out_features, RANK, generator=generator),
+        }
+        plain = pair[0].run()
+        for subject in pair:
+            if first:
+                other = with_prefix(lora_state(pair[0].denoiser, rank=2, seed=3, names=["x_embedder"]), "transformer")
+                subject.pipeline.load_lora_weights(other, adapter_name="other")
+            subject.pipeline.load_lora_weights(dict(state), adapter_name="narrow")
+            subject.pipeline.set_adapters(["narrow"])
+        assert isinstance(pair[0].denoiser.x_embedder.base_layer, QuantizedLayer)
+        actual, expected = (subject.run() for subject in pair)
+        assert difference(actual, expected) < 1e-4
+        assert difference(actual, plain) > 1e-3
+
     def test_saving_after_the_reset(self, pair, tmp_path):
         subject = pair[0]
         plain, state = subject.run(), self.control_state(subject.denoiser)

@@ -688,3 +688,47 @@ def test_fusing_wants_a_weight_of_the_right_shape():
         packed.linear.fuse(torch.zeros(36, 8))
     with pytest.raises(ValueError, match=r"must be float \[8, 36\], got torch.int8"):
         packed.linear.fuse(torch.zeros(8, 36, dtype=torch.int8))
+
+
+class TestModulesToSave:
+    """What is trained as a whole is a float copy of the packed layers."""
+
+    CONFIG = LoraConfig(r=2, target_modules=[LINEAR], modules_to_save=[POINTWISE], init_lora_weights=False)
+
+    @pytest.mark.parametrize("kind", ["ternary", "int8"])
+    def test_training_saving_loading(self, kind, tmp_path):
+        wrapped = []
+        for model in make(kind):
+            torch.manual_seed(0)
+            peft_model = get_peft_model(model, copy.deepcopy(self.CONFIG))
+            optimizer = torch.optim.SGD([p for p in peft_model.parameters() if p.requires_grad], lr=0.1)
+            peft_model(inputs()).square().mean().backward()
+            optimizer.step()
+            wrapped.append(peft_model.eval())
+        packed, dense = wrapped
+        pointwise = packed.base_model.model.pointwise
+        assert isinstance(pointwise.original_module, QuantizedLayer)
+        assert type(pointwise.modules_to_save["default"]) is nn.Conv2d
+        names = [{n for n, p in model.named_parameters() if p.requires_grad} for model in wrapped]
+        assert names[0] == names[1]
+        expected = packed(inputs())
+        torch.testing.assert_close(expected, dense(inputs()), **CLOSE)
+        with torch.no_grad(), packed.disable_adapter(), dense.disable_adapter():
+            torch.testing.assert_close(packed(inputs()), dense(inputs()), **CLOSE)
+        packed.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(make(kind)[0], tmp_path)
+        assert torch.equal(again(inputs()), expected)
+        merged = packed.merge_and_unload()
+        torch.testing.assert_close(merged(inputs()), expected, **CLOSE)
+        assert type(merged.pointwise) is nn.Conv2d
+
+    def test_a_module_with_packed_layers_inside(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 12), nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 6)))
+        quantize(model, config())
+        expected = model(torch.ones(1, 12))
+        wrapped = get_peft_model(model, LoraConfig(target_modules=["0"], modules_to_save=["1"]))
+        copied = wrapped.base_model.model[1].modules_to_save["default"]
+        assert [type(layer) for layer in copied] == [nn.Linear, nn.ReLU, nn.Linear]
+        assert all(parameter.requires_grad for parameter in copied.parameters())
+        torch.testing.assert_close(wrapped(torch.ones(1, 12)), expected, **CLOSE)

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's `modules_to_save` on packed models: what is trained as a whole is a float copy."""
+
+import copy
+
+from torch import nn
+
+from ..layers import QuantizedLayer
+from ..quantizers.dequantize import dequantize_layers
+from .packed_base import PackedBaseMixin
+
+
+def trainable_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module, in which float layers stand for packed ones; they can be trained, codes cannot."""
+    if isinstance(module, QuantizedLayer):
+        return module.to_float(PackedBaseMixin._base_dtype(module))
+    copied = copy.deepcopy(module)
+    dequantize_layers(copied)
+    return copied
+
+
+def has_packed_layers(module: nn.Module) -> bool:
+    """Whether a module is a packed layer, or has some."""
+    return any(isinstance(part, QuantizedLayer) for part in module.modules())
