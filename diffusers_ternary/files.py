@@ -295,9 +295,13 @@ def lock(path: PathLike, what: str) -> Iterator[bool]:
 
     Raises:
         BlockingIOError: if it is held.
+        OSError: if nothing can be written there.
     """
-    target = pathlib.Path(os.path.abspath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = pathlib.Path(path).resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_place(target, error) from error
     file = target.with_name(f".{target.name}{_LOCK}")
     holder = filelock.FileLock(file, blocking=False, thread_local=False)
     held = True
@@ -309,7 +313,7 @@ def lock(path: PathLike, what: str) -> Iterator[bool]:
         ) from error
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EPERM, *_DISK_ERRORS}:
-            raise
+            raise _no_place(target, error) from error
         held = False
         logger.warning("%s cannot be locked (%s). Let no other run write there.", target, error)
     try:
@@ -347,6 +351,11 @@ def explained_disk_errors(target: PathLike) -> Iterator[None]:
         )
         explained.place = place  # type: ignore[attr-defined]
         raise explained from error
+
+
+def _no_place(target: pathlib.Path, error: OSError) -> OSError:
+    reason = os.strerror(error.errno or errno.EIO)
+    return type(error)(error.errno, f"{target} cannot be written: {reason}. Choose another place")
 
 
 def _errno_of(error: Exception) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -113,8 +115,8 @@ def distill(
         check_extra("bitsandbytes", "optimizer='adamw8bit'")
     start = None if student is None else given_student(student, component, teacher)
     training, held_out = _split(teacher_pipeline, prompts, held_out_prompts, distill_config)
-    accelerator = accelerator or _make_accelerator(distill_config, teacher)
     folder = pathlib.Path(output_dir)
+    accelerator = accelerator or _make_accelerator(distill_config, teacher, folder)
     parts = teacher_pipeline.components.values()
     with own_run(folder, main_process=accelerator.is_main_process), evaluation_mode(parts):
         trained = _distill(
@@ -242,7 +244,11 @@ def _split(
     return training, unseen
 
 
-def _make_accelerator(config: DistillConfig, teacher: nn.Module) -> Accelerator:
+def _make_accelerator(config: DistillConfig, teacher: nn.Module, folder: pathlib.Path) -> Accelerator:
+    installed = {tracker.value for tracker in get_available_trackers()}
+    for name in config.trackers:  # accelerate leaves out what is not installed, without a word
+        if name in LoggerType and name not in installed:
+            check_extra(name, f"The tracker {name}")
     precision = config.mixed_precision
     if precision is None and float_dtype(teacher) != torch.float32:
         precision = "bf16"  # float32 masters of a 16-bit model need autocast
@@ -252,6 +258,7 @@ def _make_accelerator(config: DistillConfig, teacher: nn.Module) -> Accelerator:
         mixed_precision=precision,
         gradient_accumulation_steps=config.gradient_accumulation,
         log_with=list(config.trackers) or None,
+        project_dir=folder,  # some trackers write files
         kwargs_handlers=[unused],
     )
 

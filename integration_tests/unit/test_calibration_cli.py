@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from diffusers_ternary.calibration.store import LayerStore
 from diffusers_ternary.cli.calibrate import calibrate_command
 from diffusers_ternary.cli.console import ExitCode
+from diffusers_ternary.files import lock
 from diffusers_ternary.inspection import inspect_path
 
 
@@ -121,3 +122,12 @@ def test_a_quantized_pipeline_is_refused(source, prompts, tmp_path):
     result = run(tmp_path / "out", tmp_path / "again", "--prompts", prompts)
     assert result.exit_code == ExitCode.BAD_INPUT
     assert "quantized already" in result.output
+
+
+def test_two_runs_do_not_share_a_work_folder(source, prompts, tmp_path):
+    with lock(tmp_path / "work", "a test"):
+        result = run(source, tmp_path / "out", "--prompts", prompts, "--work-dir", tmp_path / "work")
+    assert result.exit_code == ExitCode.BAD_INPUT
+    message = f"error: {tmp_path / 'work'} is in use by another calibration. Wait until that has ended, or choose"
+    assert message in " ".join(result.output.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt"]

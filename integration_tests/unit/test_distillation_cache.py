@@ -12,6 +12,7 @@ from torch import nn
 
 from diffusers_ternary.distillation.cache import TeacherCache
 from diffusers_ternary.distillation.layout import MASK, SHARED, STACKED, Branch
+from diffusers_ternary.files import lock
 from diffusers_ternary.rollouts import named_arguments, recorded_calls, sample_name, timestep_name
 
 
@@ -262,6 +263,24 @@ def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path):
     complete = build(tmp_path / "elsewhere")
     build(tmp_path)
     assert TeacherCache.open(tmp_path).fingerprint == complete.fingerprint
+
+
+def test_one_run_draws_a_cache_and_many_read_it(tmp_path):
+    with (
+        lock(tmp_path / "cache", "a test"),
+        pytest.raises(BlockingIOError, match="in use by another run, which is draw"),
+    ):
+        build(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    complete = build(tmp_path / "cache")
+    shard = complete.shard_path(0)
+    with lock(tmp_path / "cache", "a test"):
+        assert build(tmp_path / "cache").fingerprint == complete.fingerprint
+    shard.unlink()
+    shard.with_name(f".{shard.name}.0a1b2c3d.partial").write_text("half")
+    build(tmp_path / "cache")
+    assert shard.is_file()
+    assert not list((tmp_path / "cache").glob(".*"))
 
 
 def test_a_cache_that_cannot_fit_is_refused(tmp_path, monkeypatch):

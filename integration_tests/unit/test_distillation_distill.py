@@ -18,6 +18,7 @@ from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.distillation import DistillConfig, DistillReport, distill
 from diffusers_ternary.distillation.prompts import split_held_out
 from diffusers_ternary.distillation.trainee import ternary_layers
+from diffusers_ternary.extras import MissingExtraError
 from diffusers_ternary.files import lock, recover_folder
 from diffusers_ternary.rollouts import Rollouts
 
@@ -298,3 +299,20 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     distillation.run(run, steps=1)
     assert not list(run.rglob("*.partial"))
     assert report(run).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "adamw8bit"}, "optimizer='adamw8bit' needs bitsandbytes .* pip install bitsandbytes"),
+        ({"trackers": ("wandb",)}, "The tracker wandb needs wandb .* pip install wandb"),
+    ],
+)
+def test_a_missing_library_is_noticed_before_the_work(tmp_path, monkeypatch, changes, message):
+    for name in ("bitsandbytes", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+    teacher = distillation.teacher()
+    teacher.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(MissingExtraError, match=message):
+        distillation.run(tmp_path / "run", pipeline=teacher, **changes)
+    assert not (tmp_path / "run").exists()

@@ -173,3 +173,12 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
     recover_contents(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".a.mine.partial", ".a.notes", "a", "b"]
     assert (tmp_path / "b").read_text() == ".b.0a1b2c3d.old"
+
+
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OSError, match=r"out cannot be written: .*\. Choose another place"),
+        lock(tmp_path / "file" / "x" / "out", "a run"),
+    ):
+        pytest.fail("there is no such place")
