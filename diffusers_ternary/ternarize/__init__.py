@@ -5,7 +5,7 @@ from .int8 import Int8Weight, quantize_int8
 from .low_rank import LowRank, low_rank_residual
 from .recover import TernaryFit, find_group_size, looks_ternary, recover, ternary_fit
 from .rotation import hadamard_matrix, rotate
-from .rounding import ROUNDINGS, Ternarized, absmean, optimum, twn
+from .rounding import ROUNDINGS, Ternarized, absmean, optimum, register_fused_rounding, twn
 from .weight import TernaryWeight, check_finite, ternarize
 
 
@@ -25,6 +25,7 @@ __all__ = [
     "optimum",
     "quantize_int8",
     "recover",
+    "register_fused_rounding",
     "rotate",
     "ternarize",
     "ternary_fit",

@@ -19,7 +19,7 @@ from ..format import (
 )
 from .low_rank import LowRank, low_rank_residual
 from .rotation import rotate
-from .rounding import ROUNDINGS
+from .rounding import ROUNDINGS, fused_rounding
 
 
 # Rows are ternarized in slices of about this many weights: bounds the float32 copy (and the sort of `optimum`).
@@ -120,6 +120,8 @@ def ternarize(
     size = normalize_group_size(group_size, columns)
     block = hadamard if hadamard <= columns else 0
     spec = TernarySpec(rows, columns, size, scale_layout(scales, columns, size), hadamard=block)
+    if not block and (fused := fused_rounding(rounding, weight.detach(), size)) is not None:
+        return with_low_rank(_assemble(spec, *fused), weight, rank)
     groups = spec.groups
     counts = torch.full((groups,), float(size), device=weight.device)
     counts[-1] = columns - (groups - 1) * size

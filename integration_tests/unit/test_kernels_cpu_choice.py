@@ -25,7 +25,7 @@ def libraries(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("rows", [1, 8, 127, 128, 4096])
+@pytest.mark.parametrize("rows", [1, 8, 511, 512, 4096])
 @pytest.mark.parametrize(("group_size", "multiplier"), [(1152, False), (128, False), (64, False), (16, True)])
 def test_the_best_variant_serves_wide_groups_and_multipliers(libraries, name, rows, group_size, multiplier):
     for dense in (True, False):
@@ -35,14 +35,14 @@ def test_the_best_variant_serves_wide_groups_and_multipliers(libraries, name, ro
 @pytest.mark.parametrize("group_size", [16, 32, 48])
 def test_tiles_are_not_wasted_on_short_groups(libraries, group_size):
     tiles = libraries["amx-int8"]
-    for rows in (1, 16, 127):
+    for rows in (1, 16, 511):
         assert choice.choose(tiles, rows, group_size, 1152, False, True) is libraries["avx512-vnni"]
-    assert choice.choose(tiles, 128, group_size, 1152, False, True) is None
+    assert choice.choose(tiles, 512, group_size, 1152, False, True) is None
     # who asks for int8 gets int8
-    assert choice.choose(tiles, 128, group_size, 1152, False, False) is libraries["avx512-vnni"]
+    assert choice.choose(tiles, 512, group_size, 1152, False, False) is libraries["avx512-vnni"]
     # one group that is all of a narrow layer is one scale a row
-    assert choice.choose(tiles, 128, group_size, group_size, False, True) is tiles
-    assert choice.choose(libraries["avx512-vnni"], 128, group_size, 1152, False, True) is libraries["avx512-vnni"]
+    assert choice.choose(tiles, 512, group_size, group_size, False, True) is tiles
+    assert choice.choose(libraries["avx512-vnni"], 512, group_size, 1152, False, True) is libraries["avx512-vnni"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -58,7 +58,7 @@ def test_dense_product_in_blocks(monkeypatch, dtype):
     codes = torch.randint(-1, 2, (90, 515), dtype=torch.int8)
     scale = (torch.rand(90, 33) + 0.1).half()
     bias = torch.randn(90)
-    x = torch.randn(2, 70, 515).to(dtype)
+    x = torch.randn(2, 300, 515).to(dtype)
     y = cpu.linear_int8(x, pack_planes(codes), scale, None, bias, in_features=515, group_size=16, dense=True)
     expected = F.linear(x.double(), codes * expand_scales(scale.double(), 16, 515), bias.double())
     assert y.dtype == dtype
@@ -76,9 +76,9 @@ def test_prepared_calls_choose_as_the_operator_does(monkeypatch):
     monkeypatch.setattr(call, "load", lambda: dataclasses.replace(library, variant="amx-int8"))
     layout = Layout(64, 256, 16, torch.float16, False, None, "auto")
     device = torch.device("cpu")
-    assert call.prepare(layout, torch.Size((200, 256)), torch.float32, device) is None
+    assert call.prepare(layout, torch.Size((600, 256)), torch.float32, device) is None
     wide = dataclasses.replace(layout, group_size=128)
-    assert call.prepare(wide, torch.Size((200, 256)), torch.float32, device) is not None
+    assert call.prepare(wide, torch.Size((600, 256)), torch.float32, device) is not None
 
 
 def test_a_prepared_call_uses_the_threads_of_torch():

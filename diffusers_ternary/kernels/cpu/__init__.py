@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CPU kernels: packed ternary weights times int8 activations in C, and what serves without the compiled library."""
 
+from . import twn  # noqa: F401 (registers itself with ternarize)
 from .call import prepare
 from .linear import dequantize_rows, kernel_name, linear_exact, linear_int8
 

@@ -30,7 +30,7 @@ class _Exception(NamedTuple):
 _EXCEPTIONS = {
     "amx-int8": (
         _Exception(group_size=64, rows=1, kernel="avx512-vnni"),
-        _Exception(group_size=64, rows=128, kernel=DENSE),
+        _Exception(group_size=64, rows=512, kernel=DENSE),
     ),
 }
 

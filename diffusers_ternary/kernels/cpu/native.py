@@ -17,7 +17,7 @@ from ...format import pack_planes
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ERRORS = {-1: "out of memory", -2: "this CPU lacks the instructions of the chosen kernel"}
 # Dtype in which a whole model is fastest beside a variant. The layers take every dtype; what lies between them
@@ -33,6 +33,7 @@ _SIGNATURES = {
     "dt_accumulate": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p],
     "dt_quantize_rows": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p],
     "dt_dequantize": [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64],
+    "dt_twn": [ctypes.c_void_p, *[ctypes.c_int64] * 5, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64],
     "dt_base3_to_planes": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
     "dt_planes_to_base3": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
 }
