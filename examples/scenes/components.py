@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,15 @@ from diffusers import (
     SanaTransformer2DModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5EncoderModel,
+)
 
 from diffusers_ternary.evaluation.geneval import TASKS
 from diffusers_ternary.evaluation.scenes.prompts import COMPOSED, training_task
@@ -128,14 +137,10 @@ class FluxTrainee(nn.Module):
         self.transformer = pipeline.transformer
         self.text_encoder = pipeline.text_encoder
         self.text_encoder_2 = pipeline.text_encoder_2
-        self._tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
+        self.tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
         side = LATENT_SIDE // 2
         positions = FluxPipeline._prepare_latent_image_ids(1, side, side, torch.device("cpu"), torch.float32)
         self.register_buffer("image_positions", positions, persistent=False)
-
-    def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """Token ids of both encoders, int64 [batch, 2, ``TEXT_LENGTH``]."""
-        return torch.stack([_ids(tokenizer, captions) for tokenizer in self._tokenizers], dim=1)
 
     def forward(self, latents: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Predict the velocity [B, 4, 16, 16] at ``timestep`` in [0, 1] the way FluxPipeline does."""
@@ -215,26 +220,22 @@ class SanaTrainee(nn.Module):
         super().__init__()
         self.transformer = pipeline.transformer
         self.text_encoder = pipeline.text_encoder
-        self._tokenizer = pipeline.tokenizer
-        self._tokenizer.padding_side = "right"  # as SanaPipeline sets it
-
-    def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """Token ids, int64 [batch, ``TEXT_LENGTH``]."""
-        return _ids(self._tokenizer, captions)
+        self.tokenizers = (pipeline.tokenizer,)
+        pipeline.tokenizer.padding_side = "right"  # as SanaPipeline sets it
 
     def forward(self, latents: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Predict the velocity [B, 4, 16, 16] at ``timestep`` in [0, 1] the way SanaPipeline does."""
-        mask = (ids != self._tokenizer.pad_token_id).long()
+        mask = (ids[:, 0] != self.text_encoder.config.pad_token_id).long()
         return self.transformer(
             latents,
-            encoder_hidden_states=self.text_encoder(ids, attention_mask=mask)[0],
+            encoder_hidden_states=self.text_encoder(ids[:, 0], attention_mask=mask)[0],
             encoder_attention_mask=mask,
             timestep=1000.0 * timestep,
             return_dict=False,
         )[0]
 
 
-def _ids(tokenizer, captions: list[str]) -> torch.Tensor:
-    return tokenizer(
-        captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
-    ).input_ids
+def token_ids(tokenizers: Sequence[PreTrainedTokenizerBase], captions: list[str]) -> torch.Tensor:
+    """Token ids of the captions by each tokenizer, int64 [batch, tokenizers, ``TEXT_LENGTH``]."""
+    settings = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True, "return_tensors": "pt"}
+    return torch.stack([tokenizer(captions, **settings).input_ids for tokenizer in tokenizers], dim=1)

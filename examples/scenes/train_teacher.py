@@ -15,19 +15,21 @@ import logging
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from components import LATENT_CHANNELS, LATENT_SIDE, FluxTrainee, SanaTrainee, build_flux, build_sana
+from components import LATENT_CHANNELS, LATENT_SIDE, FluxTrainee, SanaTrainee, build_flux, build_sana, token_ids
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from renderer import Layout, Renderer, Sprites, layout_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
 
 from diffusers_ternary.evaluation.geneval import TASKS
 from diffusers_ternary.evaluation.scenes.prompts import COMPOSED, training_task
@@ -62,9 +64,9 @@ class Batches(Dataset):
     """Captioned layouts with noise and timesteps; batch ``step`` depends on nothing but the seed and ``step``."""
 
     def __init__(
-        self, trainee: FluxTrainee | SanaTrainee, sprites: Sprites, recipe: Recipe, first: int, last: int
+        self, tokenizers: Sequence[PreTrainedTokenizerBase], sprites: Sprites, recipe: Recipe, first: int, last: int
     ) -> None:
-        self.tokenize, self.sprites, self.recipe = trainee.tokenize, sprites, recipe
+        self.tokenizers, self.sprites, self.recipe = tokenizers, sprites, recipe
         self.first, self.last = first, last
 
     def __len__(self) -> int:
@@ -82,7 +84,7 @@ class Batches(Dataset):
         return {
             "objects": layout.objects,
             "background": layout.background,
-            "ids": self.tokenize(captions),
+            "ids": token_ids(self.tokenizers, captions),
             "noise": torch.randn(size, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE, generator=generator),
             "timestep": (torch.randn(size, generator=generator) + self.recipe.timestep_mean).sigmoid(),
         }
@@ -250,7 +252,7 @@ def train(
     last = recipe.steps if stop_at is None else min(stop_at, recipe.steps)
     on_cpu = accelerator.device.type == "cpu"
     batches = DataLoader(
-        Batches(trainee, sprites, recipe, first, last), batch_size=None, num_workers=0 if on_cpu else 12
+        Batches(trainee.tokenizers, sprites, recipe, first, last), batch_size=None, num_workers=0 if on_cpu else 12
     )
     # scaled_dot_product_attention's CPU flash kernel is slower than plain matmuls at 82 tokens
     attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext()

@@ -3,6 +3,8 @@
 
 import dataclasses
 import json
+import pickle
+import random
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from support.scenes import examples
 
 
+components = examples("components")
 train_teacher = examples("train_teacher")
 train_vae = examples("train_vae")
 
@@ -85,6 +88,31 @@ def test_training_sees_what_the_pipeline_sees(architecture, vae_folder):
     velocity = seen[0]
     if architecture == "flux":
         velocity = FluxPipeline._unpack_latents(velocity, 16, 16, vae_scale_factor=1)
-    expected = trainee(latents, torch.ones(1), trainee.tokenize([prompt]))
+    expected = trainee(latents, torch.ones(1), components.token_ids(trainee.tokenizers, [prompt]))
     torch.testing.assert_close(expected, velocity, rtol=1e-4, atol=1e-5)
     assert velocity.std() > 0.01
+
+
+def test_batches_are_made_in_worker_processes_as_well(vae_folder):
+    """A GPU is fed by workers; they get the batches by pickle where processes do not fork."""
+    vae = train_vae.build_vae()
+    _, trainee = train_teacher.build(vae, TINY)
+    batches = train_teacher.Batches(trainee.tokenizers, examples("renderer").Sprites(), TINY, 3, 6)
+    restored = pickle.loads(pickle.dumps(batches))
+    assert len(restored) == 3
+    for name, value in batches[1].items():
+        assert torch.equal(restored[1][name], value), name
+    assert not torch.equal(batches[0]["noise"], batches[1]["noise"])
+
+
+@pytest.mark.parametrize("architecture", ["flux", "sana"])
+def test_every_word_is_one_token(architecture):
+    pipeline, _ = train_teacher.build(train_vae.build_vae(), dataclasses.replace(TINY, architecture=architecture))
+    rng = random.Random(2)
+    special = 2 if architecture == "flux" else 1  # CLIP begins and ends, T5 ends, Gemma begins
+    for tag in train_teacher.MIXTURE:
+        for _ in range(40):
+            prompt = train_teacher.training_task(tag, rng).prompt
+            ids = pipeline.tokenizer(prompt).input_ids
+            assert len(ids) == len(prompt.split()) + special, prompt
+            assert len(ids) <= components.TEXT_LENGTH
