@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The torch operators of this package."""
 
-from . import triton  # noqa: F401 (registers the operators on GPUs)
+from . import mps, triton  # noqa: F401 (register the operators on GPUs)
 from .checks import check_devices, check_float
 from .dequantize import ternary_dequantize
 from .int8 import int8_product

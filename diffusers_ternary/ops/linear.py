@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..compat_torch import returns_no_view
-from ..kernels import cpu, reference
+from ..kernels import blocked, cpu, reference
 from ..ternarize import rotate
 from .checks import check_devices, check_float
 from .dequantize import ternary_dequantize
@@ -80,7 +80,7 @@ def ternary_linear(
     """
     check_arguments(input, (weight, scale, multiplier, bias), in_features, activation_dtype)
     # The default implementation serves every device without one of its own.
-    return reference.linear(
+    return blocked.linear(
         input,
         weight,
         scale,

@@ -7,8 +7,9 @@ the products of a small model.
 
 import torch
 
-from ..kernels import reference
+from ..kernels import blocked
 from .linear import _linear_cpu, check_arguments, ternary_linear
+from .mps import _linear as _linear_mps
 from .serving import TRITON_DEVICE_TYPES
 from .traced import traced_linear
 from .triton import _linear as _linear_triton
@@ -21,11 +22,12 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("linear_inference", _linear_cpu, "CPU")
+_LIBRARY.impl("linear_inference", _linear_mps, "MPS")
 for _device_type in TRITON_DEVICE_TYPES:
     _LIBRARY.impl("linear_inference", _linear_triton, _device_type.upper())
 
 
-def _linear_reference(
+def _linear_blocked(
     input: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
@@ -37,7 +39,7 @@ def _linear_reference(
     hadamard: int = 0,
 ) -> torch.Tensor:
     check_arguments(input, (weight, scale, multiplier, bias), in_features, activation_dtype)
-    return reference.linear(
+    return blocked.linear(
         input,
         weight,
         scale,
@@ -50,7 +52,7 @@ def _linear_reference(
     )
 
 
-_LIBRARY.impl("linear_inference", _linear_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_inference", _linear_blocked, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("diffusers_ternary::linear_inference", lib=_LIBRARY)

@@ -47,6 +47,8 @@ def kernel_name(device: torch.device | str, activation_dtype: str) -> str:
         return f"{cpu.kernel_name()} int8"
     if device.type == "cpu" and activation_dtype == "none":
         return "blocked float32"
+    if device.type == "mps" and torch.backends.mps.is_available():
+        return "metal unpack, torch matmul"
     return "torch"
 
 

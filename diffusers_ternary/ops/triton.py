@@ -7,7 +7,7 @@ Where they cannot run the reference serves, and one line of the log says why. Tr
 import torch
 
 from ..compat_torch import returns_no_view
-from ..kernels import reference
+from ..kernels import blocked, reference
 from ..ternarize import rotate
 from .checks import check_devices
 from .dequantize import ternary_dequantize
@@ -37,7 +37,7 @@ def _linear(
     packed = (weight, scale, multiplier, bias)
     # Whoever asks for float64 wants exact numbers (gradient checks), not speed.
     if input.dtype == torch.float64 or not triton_serves(input.device):
-        return reference.linear(
+        return blocked.linear(
             input,
             *packed,
             in_features=in_features,
