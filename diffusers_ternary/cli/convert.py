@@ -40,7 +40,10 @@ def convert_command(
         typer.Option("--for", help="To GGUF: the program that reads it: sdcpp-cpu, sdcpp-gpu, comfyui or diffusers."),
     ] = None,
     ternary_type: Annotated[
-        str | None, typer.Option("--type", help="To GGUF: tq2_0, tq1_0, q2_0 or q4_0. Default: the program's best.")
+        str | None,
+        typer.Option(
+            "--type", "--ternary-type", help="To GGUF: tq2_0, tq1_0, q2_0 or q4_0. Default: the program's best."
+        ),
     ] = None,
     round_scales: Annotated[
         bool | None,
