@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .config import TernaryConfig
-from .layers import Int8Conv2d, Int8Linear, TernaryConv2d, TernaryLinear
+from .layers import Int8Conv2d, Int8Linear, TernaryConv2d, TernaryLinear, keep_unpacked
 from .lora import register as register_adapters
 from .quantizers import quantize, register
 
@@ -45,6 +45,7 @@ __all__ = [
     "distill",
     "evaluate",
     "export_gguf",
+    "keep_unpacked",
     "merge_lora",
     "push_to_hub",
     "quantize",

@@ -6,6 +6,7 @@ from .concatenate import concatenate_rows
 from .conv import QuantizedConv2d
 from .int8 import Int8Conv2d, Int8Layer, Int8Linear
 from .linear import QuantizedLinear
+from .resident import keep_unpacked
 from .shapes import FLOAT_TYPES, FloatLayer, input_rows, matrix_shape, reason_not_to_pack
 from .ternary import TernaryConv2d, TernaryLayer, TernaryLinear
 
@@ -25,6 +26,7 @@ __all__ = [
     "TernaryLinear",
     "concatenate_rows",
     "input_rows",
+    "keep_unpacked",
     "matrix_shape",
     "read_records",
     "reason_not_to_pack",

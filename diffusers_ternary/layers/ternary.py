@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers with ternary weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from ..format import LOW_RANK_DTYPE, TernarySpec
 from ..kernels.operands import Layout
 from ..ops import (
     PreparedProducts,
+    ResidentWeight,
     check_devices,
     kernel_name,
     prepared_products,
+    resident_weight,
     ternary_dequantize,
     ternary_product,
     ternary_rotate,
+    unpacked_bytes,
 )
 from ..ternarize import LowRank, TernaryWeight, ternarize
 from .base import QuantizedLayer, bits_to_scale
@@ -36,6 +40,7 @@ class TernaryLayer(QuantizedLayer):
     # What `_quick_product` found last; of the class until then, so that layers of older pickles have it.
     _prepared: PreparedProducts | None = None
     _prepared_kind: tuple[Any, ...] | None = None
+    _resident: ResidentWeight | None = None
 
     @property
     def kernel(self) -> str:
@@ -45,6 +50,7 @@ class TernaryLayer(QuantizedLayer):
     def install_weight(self, packed: TernaryWeight) -> None:
         """Installs a packed weight, whose spec may differ from the placeholder's in all but its shape."""
         self.spec = packed.spec
+        self.drop_unpacked()
         self.install(
             weight=packed.packed,
             weight_scale=packed.scale,
@@ -84,7 +90,10 @@ class TernaryLayer(QuantizedLayer):
 
     def multiply_rows(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` times the matrix, plus the bias: `[..., N]`."""
-        product = None if torch.compiler.is_compiling() else self._quick_product(x)
+        product = None
+        if not torch.compiler.is_compiling():
+            product = None if self._resident is None else self._resident_product(x)
+            product = self._quick_product(x) if product is None else product
         if product is None:
             product = ternary_product(
                 x,
@@ -103,6 +112,35 @@ class TernaryLayer(QuantizedLayer):
         assert low_rank is not None
         check_devices(x.device, "the input", low_rank_up=low_rank.up, low_rank_down=low_rank.down)
         return product + F.linear(F.linear(x, low_rank.down.to(x.dtype)), low_rank.up.to(x.dtype))
+
+    def keep_unpacked(self) -> int:
+        """Keeps the weight unpacked to 8 bits beside the packed one, where kernels use it; see [`keep_unpacked`].
+
+        Returns:
+            `int`: its bytes, 0 where the layer's device has no 8-bit products for it.
+        """
+        spec = self.spec
+        layout = (spec.in_features, spec.group_size, self.activation_dtype, spec.hadamard)
+        self._resident = resident_weight(self.weight, self.scales, self.weight_multiplier, *layout)
+        return 0 if self._resident is None else self._resident.nbytes
+
+    def unpacked_bytes(self) -> int:
+        """What [`~TernaryLayer.keep_unpacked`] takes."""
+        return unpacked_bytes(self.spec.out_features, self.spec.in_features)
+
+    def drop_unpacked(self) -> None:
+        """Frees what [`~TernaryLayer.keep_unpacked`] keeps."""
+        self._resident = None
+
+    def _resident_product(self, x: torch.Tensor) -> torch.Tensor | None:
+        assert self._resident is not None
+        sources = (self.weight, self.weight_scale, self.weight_multiplier)
+        return self._resident(x, sources, self.bias, self.activation_dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "TernaryLayer":
+        self.drop_unpacked()  # it would stay on the device that the layer leaves
+        super()._apply(fn, recurse)
+        return self
 
     def _quick_product(self, x: torch.Tensor) -> torch.Tensor | None:
         """The product by a prepared call, past the dispatcher; `None` where the operator must be called."""

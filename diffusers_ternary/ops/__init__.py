@@ -8,6 +8,7 @@ from .int8 import int8_product
 from .linear import ACTIVATION_DTYPES, ternary_linear
 from .prepared import PreparedProducts, prepared_products
 from .product import ternary_product
+from .resident import ResidentWeight, resident_weight, unpacked_bytes
 from .rotate import ternary_rotate
 from .serving import kernel_name
 
@@ -15,13 +16,16 @@ from .serving import kernel_name
 __all__ = [
     "ACTIVATION_DTYPES",
     "PreparedProducts",
+    "ResidentWeight",
     "check_devices",
     "check_float",
     "int8_product",
     "kernel_name",
     "prepared_products",
+    "resident_weight",
     "ternary_dequantize",
     "ternary_linear",
     "ternary_product",
     "ternary_rotate",
+    "unpacked_bytes",
 ]

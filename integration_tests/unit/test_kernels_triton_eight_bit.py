@@ -4,6 +4,7 @@
 Without a GPU `test_kernels_triton_interpreted.py` runs this file in a process of its own.
 """
 
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from support.interpreter import skip_without_interpreter
 
-from diffusers_ternary import Int8Linear
+from diffusers_ternary import Int8Linear, TernaryLinear, keep_unpacked
 from diffusers_ternary.format import Int8Spec
-from diffusers_ternary.ternarize import quantize_int8
+from diffusers_ternary.ternarize import quantize_int8, rotate, ternarize
 
 
 triton: Any = pytest.importorskip("triton")
@@ -30,6 +31,7 @@ from diffusers_ternary.kernels.triton import devices, eight_bit, launch, plain, 
 from diffusers_ternary.kernels.triton.dispatch import Plan  # noqa: E402
 from diffusers_ternary.kernels.triton.trial import problem_of  # noqa: E402
 from diffusers_ternary.ops import int8 as int8_ops  # noqa: E402
+from diffusers_ternary.ops import resident as resident_ops  # noqa: E402
 
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -90,6 +92,49 @@ def test_other_products_are_left_to_torch():
     assert kernels.int8_linear(x, values, scale, bias, "auto") is None  # too few rows to be worth rounding
     assert kernels.int8_linear(x, values, scale, bias, "int8") is None  # rows of 250 bytes, which no product takes
     assert kernels.int8_linear(x[:0], values, scale, bias, "auto") is None
+
+
+@pytest.mark.parametrize("scales", ["group", "double"])
+@pytest.mark.parametrize(("activation_dtype", "hadamard"), [("int8", 0), ("int8", 64)])
+def test_weights_kept_unpacked_give_the_same_numbers(scales, activation_dtype, hadamard, monkeypatch):
+    monkeypatch.setattr(resident_ops, "TRITON_DEVICE_TYPES", (DEVICE,))
+    weight = ternarize(torch.randn(40, 250), group_size=64, scales=scales, hadamard=hadamard)
+    layer = TernaryLinear.from_weight(weight, torch.randn(40), activation_dtype=activation_dtype).to(DEVICE)
+    model = torch.nn.Sequential(layer, torch.nn.ReLU())
+    x, few = torch.randn(19, 250, device=DEVICE), torch.randn(3, 250, device=DEVICE)
+    rotated = rotate(x, hadamard)
+    rounded = plain.round_activations(rotated, activation_dtype)
+    expected = rounded @ rotate(weight.dequantize(), hadamard).T.to(DEVICE) + layer.bias
+    packed = layer(few)
+    assert keep_unpacked(model, max_bytes=100) == 0
+    assert keep_unpacked(model) == layer.unpacked_bytes() == 40 * (256 + 4)
+    served = []
+    multiply = eight_bit.multiply
+
+    def noted(*tensors: Any) -> torch.Tensor | None:
+        served.append(multiply(*tensors))
+        return served[-1]
+
+    monkeypatch.setattr(eight_bit, "multiply", noted)
+    with torch.no_grad():
+        y = layer(x)
+        assert problem_of(y, expected, 0.02 if scales == "group" else 1e-3) is None
+        assert served[0] is not None
+        assert torch.equal(layer(few), packed)  # few rows take packed codes
+        assert len(served) == 1
+        # What was changed in place is no longer what was unpacked.
+        layer.weight_scale.view(torch.float16).mul_(2)
+        twice = layer(x) - layer.bias
+        assert problem_of(twice, 2 * (expected - layer.bias), 0.02) is None
+    assert copy.deepcopy(layer)._resident is None
+    assert keep_unpacked(model) > 0
+    model.to(DEVICE)
+    assert layer._resident is None
+    assert keep_unpacked(model) > 0
+    assert keep_unpacked(model, max_bytes=0) == 0
+    assert layer._resident is None
+    with pytest.raises(ValueError, match="max_bytes=-1 is negative"):
+        keep_unpacked(model, max_bytes=-1)
 
 
 def test_a_layer_is_right_with_its_kernel_and_without(monkeypatch, caplog):

@@ -24,6 +24,7 @@ __all__ = [
     "served_activation_dtype",
     "unavailable_reason",
     "unpack_8bit",
+    "unpacked",
 ]
 
 MAX_HADAMARD = 16384  # a block that is rotated stays in the registers of one program
@@ -148,6 +149,31 @@ def prepare(
         activation_dtype=activation_dtype,
         hadamard=hadamard,
     )
+
+
+def unpacked(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    *,
+    in_features: int,
+    group_size: int,
+    activation_dtype: str,
+    hadamard: int = 0,
+) -> Callable[[torch.Tensor, torch.Tensor | None, str], torch.Tensor | None] | None:
+    """[`linear`] with the weight unpacked to 8 bits once, which takes 4 times the memory; arguments as there.
+
+    Returns:
+        A function of `(x, bias, activation_dtype)` that holds the unpacked weight and returns `None` where [`linear`]
+        must be called (few rows, activations that are not rounded); or `None` where there are no 8-bit products.
+    """
+    if hadamard > MAX_HADAMARD:
+        return None
+    from . import eight_bit
+
+    packed = _packed_weight(weight, scale, multiplier, in_features, group_size, hadamard)
+    dense = eight_bit.unpacked(packed, activation_dtype)
+    return None if dense is None else lambda x, bias, asked: eight_bit.linear(x, dense, bias, asked)
 
 
 def int8_linear(

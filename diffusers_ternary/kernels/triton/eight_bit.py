@@ -15,7 +15,12 @@ from . import launch, plain
 from .devices import current, is_capturing, supported_target, tuner_of
 from .dispatch import GEMV_MAX_ROWS, PLAIN, Plan, Request, Target, dense_plans, resolve_activation_dtype
 from .product import multiply_8bit, passes
-from .trial import LIBRARY_SIZE, TOLERANCE, problem_of
+from .trial import LIBRARY_SIZE, TOLERANCE, problem_of, trial_weight
+from .weights import PackedWeight
+
+
+MANY_ROWS = 4096  # as large a product as any, for the choice of a dtype
+WHOLE_BLOCKS = 128  # bytes; every tile's blocks divide it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +66,62 @@ def int8_linear(
         else:
             y = None
     return None if y is None else y.view(*x.shape[:-1], values.shape[0])
+
+
+def unpacked(weight: PackedWeight, activation_dtype: str) -> EightBitWeight | None:
+    """A packed weight as [`EightBitWeight`], in the dtype that its large products have here; `None` if none does.
+
+    Args:
+        weight ([`PackedWeight`]): on a supported device.
+        activation_dtype (`str`): of the layer.
+    """
+    device = weight.packed.device
+    target = supported_target(device)
+    sizes = (MANY_ROWS, weight.out_features, weight.in_features, weight.group_size)
+    request = Request(*sizes, weight.per_row, torch.bfloat16, activation_dtype)
+    resolved = resolve_activation_dtype(target, request)
+    if resolved == "none":
+        return None
+
+    def unpack(weight: PackedWeight) -> EightBitWeight:
+        if weight.multiplier is None and not weight.per_row:
+            weight = launch.derive_multipliers(weight)
+        kind = launch.KINDS[resolved]
+        values, scale = launch.unpack_8bit(weight, kind, inline_ptx=target.inline_ptx, alignment=WHOLE_BLOCKS)
+        return EightBitWeight(values, scale, weight.in_features, resolved, weight.hadamard)
+
+    def problem() -> str | None:
+        sample = trial_weight(weight, LIBRARY_SIZE + weight.out_features % 16)
+        integers = sample
+        if sample.multiplier is None and not sample.per_row:
+            integers = plain.integer_multipliers(sample)
+        fp8 = resolved == "float8_e4m3fn"
+        expected = plain.dequantize(integers, torch.float32, float8_multipliers=fp8)
+        return problem_of(_dense(unpack(sample), torch.float32), expected, TOLERANCE[torch.float32])
+
+    with current(device):
+        if passes(device, ("unpack", resolved, *weight.layout), f"The kernel that unpacks to {resolved}", problem):
+            return unpack(weight)
+    return None
+
+
+def _dense(weight: EightBitWeight, dtype: torch.dtype) -> torch.Tensor:
+    codes = weight.values if weight.activation_dtype == "int8" else weight.values.view(torch.float8_e4m3fn)
+    return codes[:, : weight.in_features].to(dtype) * weight.scale.to(dtype)[:, None]
+
+
+def linear(
+    x: torch.Tensor, weight: EightBitWeight, bias: torch.Tensor | None, activation_dtype: str
+) -> torch.Tensor | None:
+    """`rotate(x) @ W.T + bias` for x `[..., K]`; `None` where packed codes serve: few rows, or no rounding."""
+    tokens = x.reshape(-1, weight.in_features).contiguous()
+    if x.dtype not in TOLERANCE or tokens.shape[0] <= GEMV_MAX_ROWS:
+        return None
+    with current(x.device):
+        if _request(tokens, weight, activation_dtype)[1] != weight.activation_dtype:
+            return None
+        y = multiply(tokens, weight, bias)
+    return None if y is None else y.view(*x.shape[:-1], weight.values.shape[0])
 
 
 def _worth_rounding(x: torch.Tensor, weight: EightBitWeight) -> bool:
@@ -158,8 +219,7 @@ def _problem(
     if rounded:
         rotated = plain.rotate(x.float(), weight.hadamard) if weight.hadamard else x
         x = plain.round_activations(rotated, weight.activation_dtype)
-    codes = values if weight.activation_dtype == "int8" else values.view(torch.float8_e4m3fn)
-    dense = codes[:, : weight.in_features].to(exact) * scale.to(exact)[:, None]
+    dense = _dense(dataclasses.replace(weight, values=values, scale=scale), exact)
     expected = F.linear(x.to(exact), dense, None if bias is None else bias.to(exact))
     if not expected.any():
         return None  # a weight of zeros shows nothing, and nothing can be wrong with it but a later one
