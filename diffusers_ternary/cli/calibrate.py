@@ -10,11 +10,11 @@ import typer
 from ..config import TernaryConfig
 from ..destinations import output_folder
 from ..extras import MissingExtraError, check_extra
+from ..files import parse_size
 from ..inspection import inspect_path
 from ..sources import store_in_16_bits
 from .console import ExitCode, console, escape, explained_errors, format_bytes
 from .options import (
-    check_shard_size,
     demo_settings,
     is_demo,
     load_pipeline,
@@ -114,7 +114,7 @@ def calibrate_command(
         )
         place = parse_device(device)
         torch_dtype = parse_dtype(dtype, place)
-        check_shard_size(max_shard_size)
+        parse_size(max_shard_size, name="--max-shard-size")
         if is_demo(source):
             call_kwargs = demo_settings(call_kwargs, steps, guidance)
         calibration = CalibrationConfig(

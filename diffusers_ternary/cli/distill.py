@@ -11,12 +11,11 @@ import typer
 
 from ..config import TernaryConfig
 from ..destinations import check_folder, output_folder
-from ..files import read_json
+from ..files import parse_size, read_json
 from ..inspection import inspect_path
 from ..sources import store_in_16_bits
 from .console import ExitCode, console, escape, explained_errors, format_bytes
 from .options import (
-    check_shard_size,
     demo_settings,
     is_demo,
     load_pipeline,
@@ -150,11 +149,6 @@ def distill_command(
     hide_loading_bars()
     with _quiet(state.is_main_process), explained_errors(ExitCode.USAGE):
         settings = _settings(inference_steps, guidance, height, width, call)
-        check_shard_size(max_shard_size)
-        torch_dtype = parse_dtype(dtype, state.device)
-    with _quiet(state.is_main_process), explained_errors():
-        lines = read_prompts(prompts, limit)
-        unseen = None if held_out is None else read_prompts(held_out)
         config = TernaryConfig(
             group_size=group_size or None,
             scales=scales,
@@ -185,7 +179,7 @@ def distill_command(
             calibration=None if rounded else CalibrationConfig(),
             call_kwargs=settings,
         )
-        check_shard_size(max_shard_size)
+        parse_size(max_shard_size, name="--max-shard-size")
         torch_dtype = parse_dtype(dtype, state.device)
     with _quiet(state.is_main_process), explained_errors():
         lines = read_prompts(prompts, limit)

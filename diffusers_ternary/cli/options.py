@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config.ternary_config import COMPUTE_DTYPES
-from ..files import parse_size
 from ..model_folder import check_pipeline, explained_loading
 from ..sources import read_source_json
 from .console import console
@@ -107,14 +106,6 @@ def parse_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in COMPUTE_DTYPES:
         raise ValueError(f"--dtype {name!r} is not one of auto, {', '.join(COMPUTE_DTYPES)}.")
     return COMPUTE_DTYPES[name]
-
-
-def check_shard_size(size: str) -> None:
-    """`--max-shard-size`, which is used after all the work."""
-    try:
-        parse_size(size, name="--max-shard-size")
-    except ValueError as error:
-        raise ValueError(f"--max-shard-size {size!r} is no size such as 5GB.") from error
 
 
 def parse_overrides(values: list[str] | None) -> dict[str, str] | None:

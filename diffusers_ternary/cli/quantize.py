@@ -10,10 +10,11 @@ import typer
 from ..config import TernaryConfig
 from ..config.ternary_config import COMPUTE_DTYPES
 from ..destinations import output_folder
+from ..files import parse_size
 from ..inspection import inspect_path
 from ..sources import load_quantized
 from .console import ExitCode, console, escape, explained_errors, format_bytes
-from .options import check_shard_size, is_demo, parse_overrides
+from .options import is_demo, parse_overrides
 
 
 def quantize_command(
@@ -63,7 +64,7 @@ def quantize_command(
             components=component,
         )
         model_dtype = _parse_dtype(dtype)
-        check_shard_size(max_shard_size)
+        parse_size(max_shard_size, name="--max-shard-size")
     with explained_errors():
         place = _resolve(source)
         with output_folder(destination, sources=[place], overwrite=overwrite) as folder:

@@ -75,8 +75,8 @@ def test_a_size_budget_is_kept_and_its_ranking_shown(source, prompts, tmp_path):
         (["--component", "unet"], "has no component unet", ExitCode.BAD_INPUT),
         (["--override", "x"], "is not PATTERN=KIND", ExitCode.USAGE),
         (["--dtype", "int3"], "'int3' is not one of", ExitCode.USAGE),
-        (["--max-shard-size", "big"], "'big' is no size such as 5GB", ExitCode.USAGE),
-        (["--max-shard-size", "1e400GB"], "'1e400GB' is no size such as 5GB", ExitCode.USAGE),
+        (["--max-shard-size", "big"], "'big' is not a positive size", ExitCode.USAGE),
+        (["--max-shard-size", "1e400GB"], "'1e400GB' is not a positive size", ExitCode.USAGE),
     ],
 )
 def test_bad_input_is_one_message(source, prompts, tmp_path, extra, message, code):
