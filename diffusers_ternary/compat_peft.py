@@ -46,6 +46,7 @@ __all__ = [
     "LoraConv2d",
     "LoraLinear",
     "MissLinear",
+    "ModulesToSaveWrapper",
     "OFTConv2d",
     "OFTLinear",
     "PeftModel",

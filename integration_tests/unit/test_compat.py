@@ -157,6 +157,20 @@ def test_config_entries_can_be_dropped():
     assert "something" not in model.to_json_string()
 
 
+def test_attributes_that_diffusers_notes_on_the_config_stay():
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+    model.config.encoder_hid_dim_type = "ip_image_proj"  # as load_ip_adapter does: no entry
+    model.config.num_layers = 7  # nor is this one, beside the entry of 1
+    compat.update_config(model, something="x")
+    compat.update_config(model, drop=("something",))
+    assert model.config.encoder_hid_dim_type == "ip_image_proj", f"attributes need entries {VERSIONS}"
+    assert model.config.num_layers == 7
+    assert model.config["num_layers"] == 1
+    assert not hasattr(model.config, "something")
+    assert "encoder_hid_dim_type" not in model.to_json_string()
+
+
 def test_keep_in_fp32_names():
     with torch.device("meta"):
         wan = WanTransformer3DModel(num_layers=1)

@@ -16,7 +16,7 @@ from diffusers.loaders import peft as lora_mixin
 from diffusers.models import modeling_utils
 from peft.tuners import tuners_utils
 from peft.tuners.lora import dora, layer, model, variants
-from peft.utils import hotswap, integrations
+from peft.utils import hotswap, integrations, quantization_utils
 
 from diffusers_ternary import compat_peft
 from diffusers_ternary.layers import QuantizedLayer
@@ -116,6 +116,38 @@ class TestPeft:
         parameters = list(inspect.signature(tuners_utils.BaseTuner._create_and_replace).parameters)
         assert parameters[:4] == ["self", "peft_config", "adapter_name", "target"], f"{parameters} {VERSIONS}"
 
+    def test_other_methods_read_the_weight_through_the_backend(self):
+        """Theirs are the layers that other_methods.py makes work on packed bases."""
+        backend = quantization_utils.QuantizationBackend
+        assert list(inspect.signature(backend.get_base_weight).parameters) == ["self", "base_layer"]
+        assert list(inspect.signature(backend.set_base_weight).parameters) == ["self", "peft_layer", "weight_data"]
+        base = tuners_utils.BaseTunerLayer
+        assert "self.quantization_backend.get_base_weight(self.get_base_layer())" in source(base.get_base_weight)
+        assert base.quantization_backend is None, f"layers know their backend otherwise {VERSIONS}"
+        for method in (
+            compat_peft.BOFTConv2d.forward,
+            compat_peft.MissLinear.forward,
+            compat_peft.ShiraLinear.forward,
+        ):
+            assert "self.get_base_weight()" in source(method), f"{method.__qualname__} reads otherwise {VERSIONS}"
+        text = source(compat_peft.IA3Conv2d.forward)
+        assert ".to(self.get_base_layer().weight.dtype)" in text, f"PackedIA3Conv2d.forward can go {VERSIONS}"
+        assert "self._kernel_dim = base_layer.weight.dim()" in source(compat_peft.IA3Conv2d.__mro__[1].__init__)
+
+    def test_the_dtype_of_new_adapters_is_asked_of_two_attributes(self):
+        text = source(tuners_utils.BaseTunerLayer._get_base_layer_device_and_dtype)
+        assert '("weight", "qweight")' in text, f"asked otherwise {VERSIONS}"
+        assert "base_layer.compute_dtype" in text
+
+    def test_modules_to_save_copies_the_original_module(self):
+        text = source(compat_peft.ModulesToSaveWrapper.update)
+        assert "copy.deepcopy(self.original_module)" in text, f"copied otherwise {VERSIONS}"
+
+    def test_parameters_are_counted_in_one_method(self):
+        text = source(peft.PeftModel.print_trainable_parameters)
+        assert "self.get_nb_trainable_parameters()" in text, f"counted otherwise {VERSIONS}"
+        assert "return trainable_params, all_param" in source(peft.PeftModel.get_nb_trainable_parameters)
+
     def test_hotswap_pads_ours(self):
         assert "isinstance(module, Linear)" in source(hotswap._pad_lora_weights), f"chosen otherwise {VERSIONS}"
         assert hotswap.Linear is compat_peft.LoraLinear
@@ -131,6 +163,10 @@ class TestDiffusersLoaders:
         assert "cls._calculate_module_shape(model=transformer, base_module=module)" in expand, f"moved {VERSIONS}"
         assert "_maybe_dequantize_weight_for_expanded_lora(transformer, module)" in expand, f"moved {VERSIONS}"
         assert hasattr(mixin._calculate_module_shape, "__wrapped__"), f"not patched {VERSIONS}"
+
+    def test_flux_pads_narrow_adapters_by_the_width_of_the_parameter(self):
+        text = source(lora_pipeline.FluxLoraLoaderMixin._maybe_expand_lora_state_dict.__func__)
+        assert "base_weight_param.shape[1]" in text, f"padded otherwise: expand_lora_state_dict can go {VERSIONS}"
 
     def test_no_other_loader_reads_packed_shapes(self):
         text = source(lora_pipeline).replace(source(lora_pipeline.FluxLoraLoaderMixin), "")

@@ -141,6 +141,28 @@ class TestOffloaded:
         subject.pipeline.set_adapters("style")
         assert difference(subject.run(), expected) < 1e-6
 
+    @pytest.mark.parametrize("offload", ["model", "block_level", "leaf_level"])
+    def test_fusing_over_what_was_fused_and_unloaded(self, original, subject, expected, offload):
+        if offload == "model":
+            subject.pipeline.enable_model_cpu_offload()
+        else:
+            blocks = {"num_blocks_per_group": 1} if offload == "block_level" else {}
+            subject.denoiser.enable_group_offload(torch.device("cpu"), offload_type=offload, **blocks)
+        load(subject, original)
+        subject.pipeline.fuse_lora()
+        subject.pipeline.unload_lora_weights()
+        style = subject.run()
+        assert difference(style, expected) < 1e-4
+        load(subject, original, rank=2, seed=5, name="person")
+        both = subject.run()
+        assert difference(both, style) > 0.005
+        subject.pipeline.fuse_lora()
+        assert difference(subject.run(), both) < 1e-4
+        subject.pipeline.unfuse_lora()
+        assert torch.equal(subject.run(), both)
+        subject.pipeline.unload_lora_weights()
+        assert torch.equal(subject.run(), style)
+
     def test_fusing_looks_at_group_offloading_again(self, original):
         """With streams, diffusers keeps a list of the tensors to move, which fusing makes longer."""
         subject = load(original.twin(), original)

@@ -6,6 +6,11 @@ import copy
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
+from diffusers.loaders.lora_base import (
+    _remove_text_encoder_monkey_patch,
+    fuse_text_encoder_lora,
+    unfuse_text_encoder_lora,
+)
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from support import denoisers, text_encoders
@@ -166,6 +171,37 @@ class TestTextEncoder:
         get_peft_model(model, LoraConfig(r=2, target_modules=["q", "wo"]))
         with pytest.raises(ValueError, match="carries adapter layers"):
             model.save_pretrained(tmp_path)
+
+    def test_what_was_fused_and_unloaded_outlives_the_next_adapter(self, tmp_path):
+        """The functions are those that pipelines fuse and unload the adapters of their text encoders with."""
+
+        def add(model: nn.Module, name: str, seed: int) -> None:
+            torch.manual_seed(seed)
+            lora = LoraConfig(r=2, lora_alpha=2, target_modules=["q", "wo"], init_lora_weights=False)
+            model.add_adapter(lora, adapter_name=name)
+
+        model, twin = self.encoder(), self.encoder()
+        twin.dequantize()
+        drawn: dict[str, list[torch.Tensor]] = {}
+        for subject in (model, twin):
+            results = drawn[type(subject.encoder.block[0].layer[0].SelfAttention.q).__name__] = []
+            add(subject, "a", 1)
+            fuse_text_encoder_lora(subject)
+            _remove_text_encoder_monkey_patch(subject)
+            results.append(self.encode(subject))
+            add(subject, "b", 2)
+            results.append(self.encode(subject))
+            fuse_text_encoder_lora(subject)
+            unfuse_text_encoder_lora(subject)
+            results.append(self.encode(subject))
+            _remove_text_encoder_monkey_patch(subject)
+            results.append(self.encode(subject))
+        for actual, expected in zip(*drawn.values(), strict=True):
+            assert difference(actual, expected) < 1e-4
+        a, both, unfused, unloaded = drawn["TernaryLinear"]
+        assert torch.equal(both, unfused)
+        assert torch.equal(a, unloaded)
+        assert difference(both, a) > 0.01
 
     @pytest.mark.parametrize("method", [LoraConfig, LoHaConfig], ids=["lora", "loha"])
     def test_transformers_saves_its_own_adapters(self, method, tmp_path):
