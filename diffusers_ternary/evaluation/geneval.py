@@ -7,8 +7,9 @@ detector and some color classifier gave it, so that the same code scores real mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -84,6 +85,30 @@ class Task:
                     f"Requirement {index} of {self.prompt!r} refers to requirement {requirement.position[1]}; a "
                     "position can only refer to an earlier one."
                 )
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> Task:
+        """Read one line of GenEval's ``evaluation_metadata.jsonl``, as parsed JSON.
+
+        Raises:
+            ValueError: If a field is missing or is not what GenEval writes; the message names it.
+        """
+        try:
+            include, exclude = (
+                tuple(
+                    Requirement(
+                        clause["class"],
+                        clause["count"],
+                        clause.get("color"),
+                        (clause["position"][0], clause["position"][1]) if clause.get("position") else None,
+                    )
+                    for clause in metadata.get(part, ())
+                )
+                for part in ("include", "exclude")
+            )
+            return cls(metadata["tag"], metadata["prompt"], include, exclude)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"This is not a line of GenEval's metadata ({error!r}): {metadata!r}") from error
 
     @property
     def threshold(self) -> float:

@@ -133,3 +133,26 @@ def test_what_cannot_be_scored_is_refused():
         Task("position", "x", (Requirement("cat"), Requirement("dog", position=("above", 1))))
     with pytest.raises(ValueError, match="nothing to aggregate"):
         aggregate([])
+
+
+def test_a_line_of_genevals_metadata():
+    line = {
+        "tag": "position",
+        "include": [
+            {"class": "bench", "count": 1},
+            {"class": "dog", "count": 1, "color": "red", "position": ["left of", 0]},
+        ],
+        "exclude": [{"class": "cat", "count": 2}],
+        "prompt": "a photo of a dog left of a bench",
+    }
+    assert Task.from_metadata(line) == Task(
+        "position",
+        "a photo of a dog left of a bench",
+        (Requirement("bench"), Requirement("dog", 1, "red", ("left of", 0))),
+        (Requirement("cat", 2),),
+    )
+    for broken, missing in (({"tag": "colors"}, "prompt"), ({**line, "include": [{"count": 1}]}, "class")):
+        with pytest.raises(ValueError, match=rf"not a line of GenEval's metadata \(KeyError\('{missing}'\)\)"):
+            Task.from_metadata(broken)
+    with pytest.raises(ValueError, match="not a line of GenEval's metadata"):
+        Task.from_metadata({**line, "include": ["bench"]})
