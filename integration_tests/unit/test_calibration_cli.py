@@ -74,7 +74,6 @@ def test_a_size_budget_is_kept_and_its_ranking_shown(source, prompts, tmp_path):
         (["--damping", "0"], "damping=0.0 is not a positive number", ExitCode.USAGE),
         (["--component", "unet"], "has no component unet", ExitCode.BAD_INPUT),
         (["--override", "x"], "is not PATTERN=KIND", ExitCode.USAGE),
-        (["--dtype", "int3"], "'int3' is not one of", ExitCode.USAGE),
         (["--max-shard-size", "big"], "'big' is not a positive size", ExitCode.USAGE),
         (["--max-shard-size", "1e400GB"], "'1e400GB' is not a positive size", ExitCode.USAGE),
     ],
