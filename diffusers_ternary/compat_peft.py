@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.boft.layer import Conv2d as BOFTConv2d
 from peft.tuners.boft.layer import Linear as BOFTLinear
 from peft.tuners.ia3.layer import Conv2d as IA3Conv2d
@@ -90,16 +90,18 @@ def add_lycoris_modules(*, loha: Mapping[type, type], lokr: Mapping[type, type])
 
 
 def count_whole_parameters(count: Callable[[Any], int]) -> None:
-    """Makes `PeftModel.get_nb_trainable_parameters`, and what prints it, count all parameters with `count(model)`."""
-    original = PeftModel.get_nb_trainable_parameters
-    if hasattr(original, "__wrapped__"):
-        return
+    """Makes PEFT's `get_nb_trainable_parameters`, and what prints it, count all parameters with `count(model)`."""
 
-    @functools.wraps(original)
-    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
-        return original(self)[0], count(self)
+    def counting(original: Callable[[Any], tuple[int, int]]) -> Callable[[Any], tuple[int, int]]:
+        @functools.wraps(original)
+        def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+            return original(self)[0], count(self)
 
-    PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters  # type: ignore[method-assign]
+        return get_nb_trainable_parameters
+
+    for cls in (PeftModel, PeftMixedModel):
+        if not hasattr(cls.get_nb_trainable_parameters, "__wrapped__"):
+            cls.get_nb_trainable_parameters = counting(cls.get_nb_trainable_parameters)  # type: ignore[method-assign]
 
 
 def copy_modules_to_save(is_packed: Callable[[Any], bool], trainable_copy: Callable[[Any], Any]) -> None:

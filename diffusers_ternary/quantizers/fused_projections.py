@@ -153,13 +153,15 @@ def _is_copy(state_dict: Mapping[str, torch.Tensor], copy: str, sources: tuple[s
     unpacked = [state_dict[f"{name}.weight"].is_floating_point() for name in (copy, *sources)]
     if f"{copy}.fused_weight" in state_dict or (unpacked[0] and not any(unpacked[1:])):
         return False
+    if any(unpacked[1:]) and not unpacked[0]:
+        return True  # adapters were merged into a source since, which then counts
     for suffix in ("weight", "weight_scale", "weight_multiplier", "bias", "low_rank_down"):
         own = state_dict.get(f"{copy}.{suffix}")
         rows = [state_dict[name] for source in sources if (name := f"{source}.{suffix}") in state_dict]
         if any(tensor.is_meta for tensor in (*rows, *([] if own is None else [own]))):
             continue
         if len({tensor.dtype for tensor in (*rows, *([] if own is None else [own]))}) > 1:
-            continue  # since fusing, adapters were merged into the sources, which then count
+            continue  # scales of several dtypes were joined as float32
         if (own is None) != (not rows) or (own is not None and not torch.equal(own, torch.cat(rows))):
             return False
     return True

@@ -40,7 +40,9 @@ def without_image_adapters(
         )
 
     def home(name: str) -> str:
-        return _HOME + name.removeprefix(_MOVED) if adapter and f"{name}.".startswith(_MOVED) else name
+        if not adapter or not f"{name}.".startswith(_MOVED):
+            return name
+        return (_HOME + f"{name}.".removeprefix(_MOVED)).rstrip(".")
 
     tensors = {home(name): tensor for name, tensor in state_dict.items() if not is_image_adapter(name)}
-    return tensors, {home(name).rstrip("."): record for name, record in records.items() if not is_image_adapter(name)}
+    return tensors, {home(name): record for name, record in records.items() if not is_image_adapter(name)}

@@ -134,3 +134,21 @@ def test_calibration_with_a_picture():
     after = draw("stable_diffusion", pipeline)
     assert 0 < relative(after, before) < 1
     assert relative(draw("stable_diffusion", pipeline, picture=False), after) > 0.01
+
+
+def test_the_text_projection_that_an_adapter_displaces_is_saved_in_its_place(tmp_path):
+    """Kolors: `load_ip_adapter` moves `encoder_hid_proj` away. A float model saved like that has lost it."""
+    pipeline = build("stable_diffusion")
+    config = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")}
+    config |= {"encoder_hid_dim": 20, "encoder_hid_dim_type": "text_proj"}
+    pipeline.unet = type(pipeline.unet)(**config).eval()
+    quantize(pipeline.unet, TernaryConfig(overrides={"encoder_hid_proj": "int8"}))
+    expected = pipeline.unet.encoder_hid_proj.dequantize()
+    image_adapters.load("stable_diffusion", pipeline)
+    assert pipeline.unet.text_encoder_hid_proj is not pipeline.unet.encoder_hid_proj
+    pipeline.unet.save_pretrained(tmp_path)
+    again = type(pipeline.unet).from_pretrained(tmp_path)
+    assert torch.equal(again.encoder_hid_proj.dequantize(), expected)
+    assert packed_layers(again).keys() == {
+        name.replace("text_encoder_hid_proj", "encoder_hid_proj") for name in packed_layers(pipeline.unet)
+    }

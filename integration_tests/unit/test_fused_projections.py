@@ -116,3 +116,19 @@ def test_layers_that_cannot_be_joined_stay_separate(caplog):
     assert "stay separate" in caplog.text
     assert not copies(model)
     assert torch.equal(architectures.run(name, model), expected)
+
+
+@pytest.mark.parametrize("route", ["merge_and_unload", "fuse and unload"])
+def test_adapters_that_were_merged_into_one_of_the_sources_are_stored(route, tmp_path):
+    """diffusers runs the copy without the adapter, on float models too; the file holds the layers themselves."""
+    model = quantize(architectures.build("FluxTransformer2DModel"), EXACT)
+    model.fuse_qkv_projections()
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    if route == "fuse and unload":
+        wrapped.merge_adapter()
+    merged = wrapped.merge_and_unload() if route == "merge_and_unload" else wrapped.unload()
+    weight = merged.transformer_blocks[0].attn.to_q
+    weight = weight.dequantize() if hasattr(weight, "dequantize") else weight.weight
+    merged.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).transformer_blocks[0].attn.to_q
+    torch.testing.assert_close(again.weight, weight)

@@ -612,6 +612,8 @@ def test_the_magnitudes_of_dora_have_the_dtype_of_the_model(wrapped_by):
 def test_parameters_are_counted_as_weights():
     packed, dense = (get_peft_model(model, copy.deepcopy(CONFIGS["lora"])) for model in make())
     assert packed.get_nb_trainable_parameters() == dense.get_nb_trainable_parameters()
+    mixed = [get_peft_model(model, copy.deepcopy(CONFIGS["loha"]), mixed=True) for model in make("int8")]
+    assert mixed[0].get_nb_trainable_parameters() == mixed[1].get_nb_trainable_parameters()
 
 
 class TestInPlace:
