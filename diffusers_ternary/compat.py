@@ -46,6 +46,7 @@ __all__ = [
     "keep_in_fp32_names",
     "patch_flux_expansion",
     "patch_lora_mixin",
+    "patch_modular_loading",
     "refuse_unknown_components",
     "update_config",
     "wrap_fuse_projections",
@@ -223,3 +224,26 @@ def refuse_unknown_components(config_class: type) -> None:
 
     check.config_class = config_class  # type: ignore[attr-defined]
     pipeline_utils._maybe_warn_for_wrong_component_in_quant_config = check
+
+
+def patch_modular_loading(config_class: type) -> None:
+    """Makes `ModularPipeline.load_components(quantization_config=config)` ask the config about each component.
+
+    It hands one config to every component, so text encoders would be quantized, and an autoencoder without a layer to
+    quantize stays `None`. The loader of other pipelines asks the config. A dictionary by component decides alone.
+    """
+    from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
+
+    original = ModularPipeline.load_components
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def load_components(self: Any, *args: Any, **kwargs: Any) -> None:
+        config = kwargs.get("quantization_config")
+        if isinstance(config, config_class):
+            resolved = {name: config._resolve_quant_config(module_name=name) for name in self._component_specs}  # type: ignore[attr-defined]
+            kwargs["quantization_config"] = {name: own for name, own in resolved.items() if own is not None}
+        original(self, *args, **kwargs)
+
+    ModularPipeline.load_components = load_components

@@ -5,10 +5,10 @@ from functools import partial
 
 from torch import nn
 
+from ..after_import import after_import
 from ..compat import patch_flux_expansion, patch_lora_mixin
 from ..layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from ..quantizers.summary import count_parameters
-from .after_import import after_import
 
 
 def register() -> None:

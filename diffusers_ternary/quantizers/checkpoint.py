@@ -290,6 +290,10 @@ def state_dict_to_file(
             is not in the state dict as it was recorded.
     """
     refuse_adapters(state_dict)
+    # `blocks[0] = torch.compile(blocks[0])` puts its wrapper into the names, and no model would have such layers.
+    state_dict = {_uncompiled(name): tensor for name, tensor in state_dict.items()}
+    records = {_uncompiled(name): record for name, record in records.items()}
+    once = [_uncompiled(name) for name in once]
     state_dict, records = without_image_adapters(state_dict, records)
     state_dict, records = without_fused_projections(state_dict, records)
     state_dict, records = settle_merged(state_dict, records, once=once)
@@ -304,6 +308,10 @@ def state_dict_to_file(
             layer, suffix = part
             converted[name] = to_file(suffix, tensor, specs[layer], records[layer].scale_dtype)
     return converted, FileLayout.of_tensors(specs, converted)
+
+
+def _uncompiled(name: str) -> str:
+    return name.replace("_orig_mod.", "")
 
 
 def _check_memory(state_dict: Mapping[str, torch.Tensor], specs: Mapping[str, LayerSpec]) -> None:

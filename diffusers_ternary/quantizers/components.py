@@ -3,6 +3,7 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -12,6 +13,14 @@ from ..compat_models import unwrap_compiled
 
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+def is_pipeline(value: Any) -> bool:
+    """Whether this is a pipeline of diffusers, modular ones included."""
+    from diffusers import DiffusionPipeline  # not at import: it loads half of diffusers
+
+    modular = sys.modules.get("diffusers.modular_pipelines.modular_pipeline")
+    return isinstance(value, DiffusionPipeline if modular is None else (DiffusionPipeline, modular.ModularPipeline))
 
 
 def modules_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -45,12 +54,10 @@ def below_compiled_wrappers(function: FunctionT) -> FunctionT:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        from diffusers import DiffusionPipeline  # not at import: it loads half of diffusers
-
         values = [*args, *kwargs.values()]
         with contextlib.ExitStack() as stack:
             for value in values:
-                if isinstance(value, DiffusionPipeline):
+                if is_pipeline(value):
                     stack.enter_context(uncompiled(value))
             unwrapped = {name: unwrap_compiled(value) for name, value in kwargs.items()}
             result = function(*map(unwrap_compiled, args), **unwrapped)

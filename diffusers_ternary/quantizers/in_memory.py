@@ -12,7 +12,7 @@ from ..compat_offload import casting_hook, is_group_offloaded
 from ..config import RECOVER, TernaryConfig
 from ..layers import FLOAT_TYPES, FloatLayer, QuantizedLayer
 from ..ternarize import check_finite, find_group_size, ternary_fit
-from .components import below_compiled_wrappers, modules_of
+from .components import below_compiled_wrappers, is_pipeline, modules_of
 from .convert import placeholder_for
 from .diffusers_backend import TernaryDiffusersQuantizer
 from .fused_projections import with_separate_projections
@@ -51,10 +51,8 @@ def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> 
             nothing is changed then.
         TypeError: for anything that is no module and no pipeline.
     """
-    from diffusers import DiffusionPipeline  # not at import: it loads half of diffusers
-
     config = config or TernaryConfig()
-    if isinstance(model_or_pipeline, DiffusionPipeline):
+    if is_pipeline(model_or_pipeline):
         for name, plan in plan_pipeline(model_or_pipeline, config).items():
             replace_layers(modules_of(model_or_pipeline)[name], plan, config.for_component(name) or config)
     elif isinstance(model_or_pipeline, nn.Module):

@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from support.more_pipelines import MORE_PIPELINES, draw_more
 from support.pipelines import PIPELINES
 
-from diffusers_ternary import TernaryConfig
+from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.quantizers import packed_layers
 
 
@@ -56,3 +56,29 @@ def test_modular_pipelines(tmp_path):
         prompt="a red cat", height=16, width=16, num_inference_steps=2, output_type="latent", output="latents"
     )
     assert torch.isfinite(latents).all()
+
+
+def test_one_config_for_all_components_of_a_modular_pipeline(tmp_path):
+    """As in other pipelines: the denoiser is quantized, everything else is loaded as it is."""
+    PIPELINES["sdxl"].build().save_pretrained(tmp_path)
+    pipeline = ModularPipeline.from_pretrained(str(tmp_path))
+    pipeline.load_components(quantization_config=TernaryConfig())
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    assert {name for name, part in models.items() if packed_layers(part)} == {"unet"}
+    assert {"unet", "vae", "text_encoder", "text_encoder_2"} <= models.keys()
+    pipeline.to(torch.bfloat16)
+    assert {part.dtype for part in models.values()} == {torch.bfloat16}
+    chosen = ModularPipeline.from_pretrained(str(tmp_path))
+    chosen.load_components(quantization_config=TernaryConfig(components={"unet": "ternary", "vae": "int8"}))
+    assert packed_layers(chosen.unet)
+    assert packed_layers(chosen.vae)
+    assert not packed_layers(chosen.text_encoder)
+
+
+def test_a_modular_pipeline_in_memory(tmp_path):
+    PIPELINES["sdxl"].build().save_pretrained(tmp_path)
+    pipeline = ModularPipeline.from_pretrained(str(tmp_path))
+    pipeline.load_components()
+    assert quantize(pipeline) is pipeline
+    assert packed_layers(pipeline.unet)
+    assert not packed_layers(pipeline.vae)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "diffusers_ternary"
 
 # A package may import from packages to its left, and from itself.
 LAYERS = (
-    {"compat_offload"},
+    {"after_import", "compat_offload"},
     {"compat", "compat_models", "compat_peft", "compat_torch", "extras", "files", "seals"},
     {"compat_gguf", "destinations", "model_folder"},
     {"format"},

@@ -61,6 +61,13 @@ class TestCompiled:
         model.save_pretrained(tmp_path)
         assert same_weights(type(model._orig_mod).from_pretrained(tmp_path), model._orig_mod)
 
+    def test_compiled_blocks_are_saved_under_their_own_names(self, tmp_path):
+        model = denoisers.pixart()
+        plain = quantize(copy.deepcopy(model))
+        model.transformer_blocks[1] = torch.compile(model.transformer_blocks[1], backend="eager")
+        quantize(model).save_pretrained(tmp_path)
+        assert same_weights(type(model).from_pretrained(tmp_path), plain)
+
     def test_calibrated_and_evaluated(self, tmp_path):
         tiny = PIPELINES["flux"]
         call = {**tiny.call, "height": tiny.size, "width": tiny.size, "num_inference_steps": 2}

@@ -7,7 +7,7 @@ import sys
 import pytest
 from support.fresh_process import run_python
 
-from diffusers_ternary.lora.after_import import after_import
+from diffusers_ternary.after_import import after_import
 
 
 PROBE = """
@@ -15,7 +15,7 @@ import json, sys
 
 def state():
     from diffusers_ternary.layers import QuantizedLayer
-    from diffusers_ternary.lora.after_import import _Watcher
+    from diffusers_ternary.after_import import _Watcher
 
     peft = sys.modules.get("peft")
     flux = sys.modules.get("diffusers.loaders.lora_pipeline")
@@ -30,8 +30,9 @@ def state():
     }
 """
 NOTHING = {"peft": False, "custom": False, "dequantizable": False, "flux": False, "mixin": False}
-WATCHED = ["diffusers.loaders.lora_pipeline", "diffusers.loaders.peft", "peft"]
-DONE = {"peft": True, "custom": 2, "dequantizable": True, "flux": True, "mixin": True, "watched": []}
+MODULAR = "diffusers.modular_pipelines.modular_pipeline"  # nobody imports it here
+WATCHED = ["diffusers.loaders.lora_pipeline", "diffusers.loaders.peft", MODULAR, "peft"]
+DONE = {"peft": True, "custom": 2, "dequantizable": True, "flux": True, "mixin": True, "watched": [MODULAR]}
 
 
 def test_imported_first():
@@ -96,7 +97,7 @@ class TestAfterImport:
         after_import(name, moved)
         assert importlib.import_module(name).value == 1
         (record,) = caplog.records
-        assert f"could not prepare {name} for adapters on packed layers" in record.getMessage()
+        assert f"could not prepare {name} for packed layers" in record.getMessage()
         assert "cannot import name 'x'" in record.exc_text
 
     def test_an_error_of_the_module_itself_is_raised(self, tmp_path, name):

@@ -62,7 +62,7 @@ def _call(name: str, callback: Callable[[], None]) -> None:
         callback()
     except Exception:
         logger.warning(
-            "diffusers-ternary could not prepare %s for adapters on packed layers; fusing them will fail. "
+            "diffusers-ternary could not prepare %s for packed layers, and what it does with them may fail. "
             "This version of it is newer or older than those that were tested.",
             name,
             exc_info=True,
