@@ -167,6 +167,19 @@ class TestDamagedTensors:
         rewrite(folder / host.file, change, checksums=True)
         refuse(host, folder, str(folder), f"{host.layer}.{suffix}", "missing", REMEDY)
 
+    @pytest.mark.parametrize("shard_size", ["40KB", "10GB"])
+    @pytest.mark.parametrize("kept", [False, True])
+    def test_missing_tensors_that_are_not_packed(self, host, tmp_path, shard_size, kept):
+        """A bias or a norm that no file has would stay uninitialized; the host only warns, or says nothing."""
+        host.build().save_pretrained(tmp_path, max_shard_size=shard_size)
+        name = host.plain if kept else f"{host.layer}.bias"
+        for file in tmp_path.glob("*.safetensors"):
+            rewrite(file, lambda tensors, _: tensors.pop(name, None), checksums=False)
+        for index in tmp_path.glob("*.index.json"):
+            weight_map = json.loads(index.read_text())["weight_map"]
+            edit_json(index, weight_map={key: file for key, file in weight_map.items() if key != name})
+        refuse(host, tmp_path, str(tmp_path), f"the tensor {name} is missing", REMEDY)
+
     @pytest.mark.parametrize("suffix", ["weight", "weight_scale", "weight_multiplier"])
     def test_wrong_shape(self, host, folder, suffix):
         def change(tensors, body):
