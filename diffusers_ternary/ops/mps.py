@@ -3,7 +3,6 @@
 
 import torch
 
-from ..kernels import mps
 from .checks import check_devices
 from .dequantize import ternary_dequantize
 from .linear import check_arguments, ternary_linear
@@ -22,6 +21,8 @@ def _linear(
     hadamard: int = 0,
 ) -> torch.Tensor:
     check_arguments(input, (weight, scale, multiplier, bias), in_features, activation_dtype)
+    from ..kernels import mps
+
     return mps.linear(
         input,
         weight,
@@ -45,4 +46,6 @@ def _dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     check_devices(weight.device, "the weight", scale=scale, multiplier=multiplier)
+    from ..kernels import mps
+
     return mps.dequantize(weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=dtype)
