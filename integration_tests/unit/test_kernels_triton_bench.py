@@ -50,7 +50,43 @@ def test_linear(tmp_path):
 def test_model(tmp_path):
     text = dry_run("bench_model.py", tmp_path)
     rows = rows_of(tmp_path)
-    assert {(row["weights"], row["mode"]) for row in rows} == {
-        (weights, mode) for weights in ("bf16", "ternary") for mode in ("eager", "compiled")
-    }
+    assert [row for row in rows if row["quantity"] == "error"] == []
+    steps = {(row["weights"], row["mode"]) for row in rows if row["quantity"] == "step"}
+    assert steps >= {(weights, mode) for weights in ("bf16", "ternary") for mode in ("eager", "compiled")}
+    assert ("ternary", "eager, fused qkv") in steps
+    assert {row["quantity"] for row in rows} >= {"difference", "weights", "peak of a step", "host", "size", "load"}
+    assert all(row["device"] and "torch" in row["versions"] for row in rows)
     assert text.splitlines()[-1].startswith("Written to")
+
+
+def test_one_command_survives_its_stages(tmp_path, monkeypatch):
+    """A stage that fails or takes too long costs nothing that comes after; what it printed is kept."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import run_all
+
+    scripts = {
+        "fails": "print('first words', flush=True); raise SystemExit(3)",
+        "slow": "import time; time.sleep(60)",
+        "good": "import sys; open(sys.argv[-1] + '/good.csv', 'w').close()",
+    }
+    for name, text in scripts.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    stages = [run_all.Stage(name, f"{name}.py", (), 2 if name == "slow" else 30) for name in scripts]
+    monkeypatch.setattr(run_all, "FOLDER", tmp_path)
+    monkeypatch.setattr(run_all, "STAGES", stages)
+    monkeypatch.setattr(run_all, "LEAST_SECONDS", 1)
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--output", str(tmp_path / "results")])
+    assert run_all.main() == 0
+    log = (tmp_path / "results" / "run.log").read_text(encoding="utf-8")
+    assert "first words" in log
+    for line in ("=== fails exit 3", "=== slow stopped at its limit", "=== good exit 0", "=== end after"):
+        assert line in log
+    assert (tmp_path / "results" / "good.csv").exists()
+
+
+def test_the_stages_are_scripts_that_fit_the_time(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import run_all
+
+    assert all((FOLDER / stage.script).is_file() for stage in run_all.STAGES)
+    assert sum(stage.seconds for stage in run_all.STAGES) <= 480

@@ -5,7 +5,9 @@
     TRITON_INTERPRET=1 python integration_tests/benchmarks/gpu/bench_linear.py --dry-run    # no GPU: tiny shapes
 
 Whole layers: quantisation of activations, unpacking and epilogue included; compiling and tuning are not. Candidates
-are interleaved, caches are cold, each output is checked (on poisoned memory) before it is timed. Other libraries'
+are interleaved, caches are cold, each output is checked (on poisoned memory) before it is timed; the device sleeps
+while the host enqueues, whose microseconds have a column of their own. `compile_ahead.py` before saves the minutes in
+which one core compiles. Other libraries'
 layers join where they are installed: `pip install torchao gemlite sdnq bitsandbytes`. The table comes last, then the
 goals; results/linear_<device>.csv and .png hold the same figures.
 """
@@ -21,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from gpu_timing import Stopwatch, Timing
 from peers import Peer, installed
-from report import device_name, write_csv
+from report import Table, device_name
 from torch import nn
 
-from diffusers_ternary.kernels.triton import launch, linear, product
+from diffusers_ternary.kernels.triton import launch, prepare, product
 from diffusers_ternary.kernels.triton.devices import target_of
 from diffusers_ternary.kernels.triton.dispatch import Plan, Request, candidates
 from diffusers_ternary.kernels.triton.weights import PackedWeight
@@ -97,6 +99,7 @@ class Candidate:
     call: Callable[[], torch.Tensor]
     dense: torch.Tensor
     tolerance: float
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,12 @@ class Row:
     timing: Timing | None
     error: float
     note: str
+    host_us: float = float("nan")
 
 
-def ternary_candidates(x: torch.Tensor, shape: Shape, group_size: int | None) -> dict[str, Candidate]:
+def ternary_candidates(
+    x: torch.Tensor, bias: torch.Tensor, shape: Shape, group_size: int | None
+) -> dict[str, Candidate]:
     """The public function, and the first plan of every path in every activation dtype."""
     generator = torch.Generator(device=x.device).manual_seed(shape.n)
     dense = torch.randn(shape.n, shape.k, generator=generator, device=x.device) * 0.02
@@ -123,46 +129,50 @@ def ternary_candidates(x: torch.Tensor, shape: Shape, group_size: int | None) ->
     scales = "row" if group_size is None else f"g{group_size}"
 
     def public(activation_dtype: str, hadamard: int = 0) -> Callable[[], torch.Tensor]:
-        return lambda: linear(
-            x,
-            w.packed,
-            w.scale,
-            w.multiplier,
-            None,
+        call = prepare(
+            x.shape,
+            x.dtype,
+            x.device,
+            out_features=shape.n,
             in_features=shape.k,
             group_size=w.spec.group_size,
+            scale_dtype=w.scale.dtype,
             activation_dtype=activation_dtype,
             hadamard=hadamard,
         )
+        assert call is not None
+        return lambda: call(x, w.packed, w.scale, w.multiplier, bias)
 
     def planned(plan: Plan, activation_dtype: str) -> Callable[[], torch.Tensor]:
-        return lambda: product.run(plan, x, weight, None, activation_dtype, target)
+        return lambda: product.run(plan, x, weight, bias, activation_dtype, target)
 
-    found = {f"ternary auto, tuned, {scales}": Candidate(public("auto"), exact, 0.06)}
+    found = {f"ternary auto, tuned, {scales}": Candidate(public("auto"), exact, 0.06, bias)}
     if group_size is not None and shape.k >= ROTATION:
-        found[f"ternary auto, rotated, {scales}"] = Candidate(public("auto", ROTATION), rotate(exact, ROTATION), 0.06)
+        found[f"ternary auto, rotated, {scales}"] = Candidate(
+            public("auto", ROTATION), rotate(exact, ROTATION), 0.06, bias
+        )
     for activation_dtype in ("none", *target.activation_dtypes):
         label = {"none": "A16", "int8": "int8", "float8_e4m3fn": "fp8"}[activation_dtype]
         tolerance = {"none": 0.01, "int8": 0.02, "float8_e4m3fn": 0.06}[activation_dtype]
         if x.device.type == "cpu" and activation_dtype == "float8_e4m3fn":
             tolerance = 0.1  # the interpreter's cast is wrong at powers of two
-        found[f"ternary {label}, tuned, {scales}"] = Candidate(public(activation_dtype), exact, tolerance)
+        found[f"ternary {label}, tuned, {scales}"] = Candidate(public(activation_dtype), exact, tolerance, bias)
         request = Request(shape.m, shape.n, shape.k, w.spec.group_size, weight.per_row, x.dtype, activation_dtype)
         paths = set()
         for plan in candidates(target, request, activation_dtype):
             if plan.path not in paths:
                 name = f"ternary {label}, {plan.path}, {scales}"
-                found[name] = Candidate(planned(plan, activation_dtype), exact, tolerance)
+                found[name] = Candidate(planned(plan, activation_dtype), exact, tolerance, bias)
             paths.add(plan.path)
     return found
 
 
-def library_candidates(x: torch.Tensor, shape: Shape) -> dict[str, Candidate]:
+def library_candidates(x: torch.Tensor, bias: torch.Tensor, shape: Shape) -> dict[str, Candidate]:
     """cuBLAS in bfloat16, and its 8-bit products on weights that are dense in 8 bits, with our quantisation of x."""
     generator = torch.Generator(device=x.device).manual_seed(shape.n)
     dense = torch.randn(shape.n, shape.k, generator=generator, device=x.device) * 0.02
     half = dense.to(x.dtype)
-    found = {BASELINE: Candidate(lambda: F.linear(x, half), half.float(), 0.01)}
+    found = {BASELINE: Candidate(lambda: F.linear(x, half, bias), half.float(), 0.01, bias)}
     if x.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 9:
         scale8 = dense.abs().amax(dim=1, keepdim=True) / 448
         weight8 = (dense / scale8).to(torch.float8_e4m3fn)
@@ -174,22 +184,23 @@ def library_candidates(x: torch.Tensor, shape: Shape) -> dict[str, Candidate]:
                 weight8.t(),
                 scale_a=x_scale[:, None],
                 scale_b=scale8.t(),
+                bias=bias,
                 out_dtype=x.dtype,
                 use_fast_accum=True,
             )
 
-        found["_scaled_mm fp8"] = Candidate(scaled_mm, weight8.float() * scale8, 0.06)
+        found["_scaled_mm fp8"] = Candidate(scaled_mm, weight8.float() * scale8, 0.06, bias)
     scale = dense.abs().amax(dim=1) / 127
     weight_int8 = (dense / scale[:, None]).round().to(torch.int8)
 
     def int_mm() -> torch.Tensor:
         x8, x_scale = launch.quantize_activations(x, "int8")
         y = torch.empty(shape.m, shape.n, dtype=x.dtype, device=x.device)
-        launch.epilogue(torch._int_mm(x8, weight_int8.t()), x_scale, scale, None, y)
+        launch.epilogue(torch._int_mm(x8, weight_int8.t()), x_scale, scale, bias, y)
         return y
 
     if shape.m > 16:
-        found["_int_mm"] = Candidate(int_mm, weight_int8.float() * scale[:, None], 0.02)
+        found["_int_mm"] = Candidate(int_mm, weight_int8.float() * scale[:, None], 0.02, bias)
     return found
 
 
@@ -210,6 +221,8 @@ def relative_error(candidate: Candidate, x: torch.Tensor) -> float:
     finally:
         torch.use_deterministic_algorithms(False)
     expected = x.float() @ candidate.dense.T
+    if candidate.bias is not None:
+        expected += candidate.bias.float()
     return float((y.float() - expected).norm() / expected.norm())
 
 
@@ -219,10 +232,11 @@ def benchmark(shape: Shape, stopwatch: Stopwatch, *, rounds: int) -> list[Row]:
     device = stopwatch.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # interpreted bfloat16 is wrong
     x = torch.randn(shape.m, shape.k, device=device, dtype=dtype)
+    bias = torch.randn(shape.n, device=device, dtype=dtype)
     makers: list[tuple[str, Callable[[], dict[str, Candidate]]]] = [
-        ("libraries", lambda: library_candidates(x, shape)),
-        ("ternary", lambda: ternary_candidates(x, shape, GROUP)),
-        ("ternary row", lambda: ternary_candidates(x, shape, None)),
+        ("libraries", lambda: library_candidates(x, bias, shape)),
+        ("ternary", lambda: ternary_candidates(x, bias, shape, GROUP)),
+        ("ternary row", lambda: ternary_candidates(x, bias, shape, None)),
     ]
     for peer in installed():
         makers.append((peer.name, lambda peer=peer: {peer.name: peer_candidate(peer, x, shape)}))
@@ -246,12 +260,14 @@ def benchmark(shape: Shape, stopwatch: Stopwatch, *, rounds: int) -> list[Row]:
             else:
                 rows.append(Row(shape, name, None, errors[name], f"wrong: error above {candidate.tolerance}"))
     timings = stopwatch.interleaved({name: candidate.call for name, candidate in good.items()}, rounds=rounds)
-    return [Row(shape, name, timing, errors[name], "") for name, timing in timings.items()] + rows
+    host = {name: stopwatch.host_microseconds(good[name].call) for name in timings}
+    return [Row(shape, name, timing, errors[name], "", host[name]) for name, timing in timings.items()] + rows
 
 
 def print_table(rows: list[Row]) -> None:
     """Milliseconds, spread, TFLOP/s, speed against cuBLAS bf16, and error."""
-    print(f"\n{'shape (M, N, K)':<28}{'layer':<34}{'ms':>9}{'±%':>6}{'TFLOP/s':>9}{'vs bf16':>9}{'error':>9}")
+    print(f"\n{'shape (M, N, K)':<28}{'layer':<34}{'ms':>9}{'±%':>6}{'TFLOP/s':>9}{'vs bf16':>9}", end="")
+    print(f"{'host us':>9}{'error':>9}")
     previous = None
     for row in rows:
         shape = row.shape
@@ -263,7 +279,8 @@ def print_table(rows: list[Row]) -> None:
             continue
         seconds, base = row.timing.seconds, baseline_seconds(rows, shape)
         rate = 2 * shape.m * shape.n * shape.k / seconds / 1e12
-        print(f"{seconds * 1e3:9.4f}{row.timing.spread * 100:6.1f}{rate:9.1f}{base / seconds:8.2f}x{row.error:9.4f}")
+        print(f"{seconds * 1e3:9.4f}{row.timing.spread * 100:6.1f}{rate:9.1f}{base / seconds:8.2f}x", end="")
+        print(f"{row.host_us:9.1f}{row.error:9.4f}")
 
 
 def baseline_seconds(rows: list[Row], shape: Shape) -> float:
@@ -289,35 +306,18 @@ def print_goals(rows: list[Row]) -> None:
         print(f"goal {goal.speed:.2f}x  {label}: {speeds[slowest]:.2f}x at {slowest.m}, {slowest.n}, {slowest.k}")
 
 
-def save(rows: list[Row], folder: Path, device: torch.device) -> Path:
-    """Writes the CSV file and the plot."""
-    name = device_name(device).lower().replace(" ", "-")
-    path = folder / f"linear_{name}.csv"
-    lines = []
+HEADER = ("model", "m", "n", "k", "count", "layer", "seconds", "spread", "vs_bf16", "host_us", "error", "note")
+
+
+def save(rows: list[Row], table: Table) -> None:
+    """Adds the rows of one shape."""
     for row in rows:
         seconds = row.timing.seconds if row.timing else float("nan")
         spread = row.timing.spread if row.timing else float("nan")
         ratio = baseline_seconds(rows, row.shape) / seconds
         shape = row.shape
-        lines.append(
-            (
-                shape.model,
-                shape.m,
-                shape.n,
-                shape.k,
-                shape.count,
-                row.name,
-                seconds,
-                spread,
-                ratio,
-                row.error,
-                row.note,
-            )
-        )
-    header = ("model", "m", "n", "k", "count", "layer", "seconds", "spread", "vs_bf16", "error", "note")
-    write_csv(path, header, lines, device)
-    plot(rows, path.with_suffix(".png"), device)
-    return path
+        numbers = (shape.m, shape.n, shape.k, shape.count)
+        table.add(shape.model, *numbers, row.name, seconds, spread, ratio, row.host_us, row.error, row.note)
 
 
 def plot(rows: list[Row], path: Path, device: torch.device) -> None:
@@ -357,6 +357,8 @@ def main() -> None:
     torch.manual_seed(0)
     start, slowest = time.monotonic(), 0.0
     stopwatch, rows = Stopwatch(device), []
+    path = options.output / f"linear_{device_name(device).lower().replace(' ', '-')}.csv"
+    table = Table(path, HEADER, device)
     shapes = DRY_SHAPES if options.dry_run else SHAPES
     with torch.no_grad():
         for index, shape in enumerate(shapes):
@@ -364,15 +366,21 @@ def main() -> None:
             if elapsed + slowest > 60 * options.minutes:
                 print(f"Time is up: {len(shapes) - index} of {len(shapes)} shapes left out, from {shape}.")
                 break
-            rows += benchmark(shape, stopwatch, rounds=options.rounds)
+            try:
+                measured = benchmark(shape, stopwatch, rounds=options.rounds)
+            except Exception as error:  # one shape less; the others are as good as before
+                message = f"{type(error).__name__}: {error}".splitlines()[0]
+                measured = [Row(shape, "all", None, float("nan"), message)]
+            save(measured, table)
+            rows += measured
             slowest = max(slowest, time.monotonic() - start - elapsed)
-            save(rows, options.output, device)  # a run that is cut short leaves its figures
             print(f"{shape}: done after {time.monotonic() - start:.0f} s", flush=True)
     print_table(rows)
     print_goals(rows)
     if options.dry_run:
         print("\nDry run: the harness works; the times are the interpreter's and mean nothing.")
-    print(f"\nWritten to {save(rows, options.output, device)}")
+    plot(rows, path.with_suffix(".png"), device)
+    print(f"\nWritten to {path}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch
 
 WARMUP = 3  # the first call compiles and tunes
 L2_BYTES = 256 << 20  # written between calls: more than any L2, so that weights come from memory as in a model
+SLEEP_CYCLES = 800_000  # about half a millisecond
+HOST_CALLS = 40
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Stopwatch:
         pairs = []
         for _ in range(count):
             self._flush.zero_()
+            torch.cuda._sleep(SLEEP_CYCLES)  # the host enqueues meanwhile: its time is measured by itself
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             call()
@@ -47,6 +50,17 @@ class Stopwatch:
             pairs.append((start, end))
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+    def host_microseconds(self, call: Callable[[], object], *, calls: int = HOST_CALLS) -> float:
+        """Host time to enqueue a call, the mean of some; the device is idle before."""
+        synchronize(self.device)
+        calls = calls if self.device.type == "cuda" else 1
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        elapsed = time.perf_counter() - start
+        synchronize(self.device)
+        return elapsed / calls * 1e6
 
     def interleaved(
         self, candidates: Mapping[str, Callable[[], object]], *, rounds: int = 3, samples: int = 20
@@ -60,6 +74,12 @@ class Stopwatch:
             for name, call in candidates.items():
                 measured[name].append(self._samples(call, samples))
         return {name: _summary(series) for name, series in measured.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _summary(series: list[list[float]]) -> Timing:

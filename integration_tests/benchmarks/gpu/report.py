@@ -29,11 +29,24 @@ def versions() -> str:
     return ", ".join([*found, f"CUDA {torch.version.cuda}"])
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]], device: torch.device) -> None:
-    """Writes rows with the device and the versions in each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name, software = device_name(device), versions()
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*header, "device", "versions"])
-        writer.writerows([*row, name, software] for row in rows)
+class Table:
+    """A CSV file that has each row as soon as it is known, with the device and the versions in it.
+
+    Args:
+        path (`Path`): the file; an older one is replaced.
+        header (`Sequence[str]`): names of the columns.
+        device (`torch.device`): what was measured.
+    """
+
+    def __init__(self, path: Path, header: Sequence[str], device: torch.device) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._origin = path, (device_name(device), versions())
+        self._write("w", [*header, "device", "versions"])
+
+    def add(self, *row: object) -> None:
+        """Appends a row; it is on the disk on return."""
+        self._write("a", [*row, *self._origin])
+
+    def _write(self, mode: str, row: Sequence[object]) -> None:
+        with self.path.open(mode, newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(row)
