@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from cpu_timing import interleaved, processor, restart_limited_to_avx2
 
 import diffusers_ternary
-from diffusers_ternary.format import expand_scales, pack_planes
+from diffusers_ternary.format import expand_scales, group_scales, pack_planes
 from diffusers_ternary.kernels import cpu
 from diffusers_ternary.kernels.cpu import fallback, native
 from diffusers_ternary.ops import ternary_linear
@@ -44,6 +44,7 @@ class Candidate:
     call: Callable[[torch.Tensor], torch.Tensor]
     dense: torch.Tensor
     tolerance: float
+    dtype: torch.dtype = torch.float32  # of the activations, in and out
 
 
 def ternary(
@@ -72,6 +73,19 @@ def ternary(
     if library is not None:
         candidates[f"ternary, {name}"] = Candidate(int8, dense, 0.02)
     candidates[f"ternary, float32 activations, {name}"] = Candidate(exact, dense, 1e-4)
+    if library is not None:
+        candidates[f"ternary, {name}, bfloat16 in and out"] = Candidate(int8, dense, 0.02, torch.bfloat16)
+        if groups > 1:
+            multiplier = torch.randint(1, 64, (columns, groups), dtype=torch.uint8)
+            row_scale = scale[:, :1].contiguous()
+            folded = codes * expand_scales(group_scales(row_scale, multiplier), group_size, in_features).float()
+
+            def double(x: torch.Tensor) -> torch.Tensor:
+                return cpu.linear_int8(x, weight, row_scale, multiplier, None, **options, library=library)
+
+            name = f"ternary, {name} with multipliers"
+            candidates[name] = Candidate(double, folded, 0.02)
+            candidates[f"{name}, bfloat16 in and out"] = Candidate(double, folded, 0.02, torch.bfloat16)
     if library is not None and library.variant == cpu.kernel_name() and groups == 1:
         candidates[f"ternary operator, {name}"] = Candidate(operator, dense, 0.02)
     return candidates
@@ -88,6 +102,7 @@ def floats(columns: int, in_features: int) -> dict[str, Candidate]:
     return {
         "float32": Candidate(lambda x: F.linear(x, dense), dense, 1e-4),
         "bfloat16": Candidate(lambda x: F.linear(x.bfloat16(), half), dense, 0.02),
+        "bfloat16 in and out": Candidate(lambda x: F.linear(x, half), dense, 0.02, torch.bfloat16),
         # What torch does on a CPU without AVX-512, where it does not ask oneDNN.
         "bfloat16, no oneDNN": Candidate(bfloat16_without_onednn, dense, 0.02),
     }
@@ -143,17 +158,26 @@ def _bitsandbytes(layer: torch.nn.Linear) -> torch.nn.Module:
     return quantized.to("cpu")
 
 
-def measure(candidates: dict[str, Candidate], rows: int, in_features: int) -> list[dict[str, object]]:
-    x = torch.randn(rows, in_features)
+def is_slow(name: str) -> bool:
+    """Whether a candidate takes a second per call: bfloat16 by a CPU or a torch that has no instructions for it."""
+    return name == "bfloat16, no oneDNN" or (name.startswith("bfloat16") and cpu.kernel_name() != "amx-int8")
+
+
+def measure(candidates: dict[str, Candidate], rows: int, in_features: int, rounds: int) -> list[dict[str, object]]:
+    inputs = {dtype: torch.randn(rows, in_features).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     errors = {}
     for name, candidate in candidates.items():
+        x = inputs[candidate.dtype]
         expected = F.linear(x.double(), candidate.dense.double())
         errors[name] = float((candidate.call(x).double() - expected).norm() / expected.norm())
         if not errors[name] <= candidate.tolerance:
             raise SystemExit(f"{name}: relative error {errors[name]:.2g} at M={rows}, K={in_features}; no figure.")
-    calls = {name: (lambda candidate=candidate: candidate.call(x)) for name, candidate in candidates.items()}
-    slow = {name for name in calls if rows * candidates[name].dense.numel() > 4e9 and "bfloat16" in name}
-    seconds = interleaved({name: call for name, call in calls.items() if name not in slow}, ROUNDS)
+    calls = {
+        name: (lambda candidate=candidate: candidate.call(inputs[candidate.dtype]))
+        for name, candidate in candidates.items()
+    }
+    slow = {name for name in calls if rows * candidates[name].dense.numel() > 4e9 and is_slow(name)}
+    seconds = interleaved({name: call for name, call in calls.items() if name not in slow}, rounds)
     seconds.update(interleaved({name: calls[name] for name in slow}, SLOW_ROUNDS))
     return [
         {
@@ -161,6 +185,7 @@ def measure(candidates: dict[str, Candidate], rows: int, in_features: int) -> li
             "milliseconds": round(seconds[name] * 1e3, 4),
             "times float32": round(seconds["float32"] / seconds[name], 3),
             "times bfloat16": round(seconds["bfloat16"] / seconds[name], 3),
+            "times bfloat16 in and out": round(seconds["bfloat16 in and out"] / seconds[name], 3),
             "times bfloat16, no oneDNN": round(seconds["bfloat16, no oneDNN"] / seconds[name], 3),
             "relative error": f"{errors[name]:.1e}",
         }
@@ -221,6 +246,7 @@ def plot(rows: list[dict[str, object]], title: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--avx2", action="store_true", help="limit torch, MKL, oneDNN and the kernel to AVX2")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--quick", action="store_true", help="one shape, nothing written")
     parser.add_argument("--peak", choices=("float32", "ternary"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -251,11 +277,11 @@ def main() -> None:
             **peers(columns, in_features),
         }
         for rows in ROWS:
-            for row in measure(candidates, rows, in_features):
+            for row in measure(candidates, rows, in_features, options.rounds):
                 table.append({"M": rows, "N": columns, "K": in_features, **row, **machine})
                 print(
                     f"M={rows:<5} N={columns:<5} K={in_features:<5} {row['layer']:<40} {row['milliseconds']:>10} ms",
-                    f"{row['times float32']:>8}x float32 {row['times bfloat16']:>8}x bfloat16",
+                    f"{row['times float32']:>8}x float32 {row['times bfloat16 in and out']:>8}x bfloat16 in and out",
                     flush=True,
                 )
     for kind in ("float32", "ternary") if Path("/proc/self/clear_refs").exists() else ():

@@ -23,6 +23,7 @@ from torch import nn
 
 import diffusers_ternary
 from diffusers_ternary.kernels import cpu
+from diffusers_ternary.kernels.cpu import call as cpu_call
 from diffusers_ternary.kernels.cpu import linear as cpu_linear
 from diffusers_ternary.kernels.cpu import native
 from diffusers_ternary.quantizers.dequantize import dequantize_layers
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--avx2", action="store_true", help="limit torch, MKL, oneDNN and the kernel to AVX2")
     if parser.parse_args().avx2:
         restart_limited_to_avx2()
-        cpu_linear.load = functools.partial(native.load, "avx2")
+        cpu_linear.load = cpu_call.load = functools.partial(native.load, "avx2")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)

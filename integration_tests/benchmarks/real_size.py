@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 
 import diffusers_ternary
 from diffusers_ternary import TernaryConfig
+from diffusers_ternary.kernels.cpu import call as cpu_call
 from diffusers_ternary.kernels.cpu import linear as cpu_linear
 from diffusers_ternary.kernels.cpu import native
 from diffusers_ternary.quantizers import bits_per_weight, packed_layers
@@ -371,7 +372,7 @@ def main() -> None:
     if options.one:
         step, setting, original, packed = options.one
         if limited_to_avx2():
-            cpu_linear.load = functools.partial(native.load, "avx2")
+            cpu_linear.load = cpu_call.load = functools.partial(native.load, "avx2")
         figures = STEPS[step](MODELS[options.models[0]], setting, Path(original), Path(packed))
         print(json.dumps([dataclasses.asdict(figure) for figure in figures]))
         return

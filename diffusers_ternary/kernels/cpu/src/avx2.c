@@ -135,12 +135,15 @@ AVX2 INLINE void transpose(__m256i r[8]) {
 
 AVX2 INLINE void decode_steps(const uint8_t *rows[8], const uint8_t *end, int32_t steps, const int shift,
                               int32_t tile_columns, uint8_t *panel) {
+    // rows are in ascending order: where the last may be read in whole, none needs a copy
+    const int whole = rows[7] + 4 * ((ptrdiff_t)steps + 7) / 8 * 8 + 32 <= end;
     for (int32_t s = 0; s < steps; s += 8) {
         __m256i r[8];
         uint8_t copy[32];
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {
-            r[i] = _mm256_loadu_si256((const __m256i *)dt_readable(rows[i] + 4 * s, end, 32, copy));
+            const uint8_t *source = rows[i] + 4 * s;
+            r[i] = _mm256_loadu_si256((const __m256i *)(whole ? source : dt_readable(source, end, 32, copy)));
         }
         transpose(r);
         const int32_t kept = steps - s < 8 ? steps - s : 8;
