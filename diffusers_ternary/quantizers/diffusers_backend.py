@@ -30,6 +30,7 @@ from .float8 import Float8Scales, find_float8_scales, headers_of, unscale_state_
 from .foreign import refuse_gguf, refuse_quantized_headers
 from .fused_projections import enable_fused_projections
 from .host_models import prepare_diffusers
+from .parts import packed_parts
 from .placement import model_bytes, warm_up_factor
 from .plan import plan_conversion
 from .recovery import NOT_TERNARY, PackingRecord, float_layer, pack_layer
@@ -261,6 +262,11 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         self.pre_quantized = True
         enable_fused_projections(model)
         prepare_diffusers()
+        for part in _packed_parts(model):  # the networks of a MultiControlNetModel, which are saved one by one
+            if part is not model and getattr(part, "hf_quantizer", None) is None:
+                type(self)(self.quantization_config, pre_quantized=True).attach(part)
+        if not hasattr(model, "register_to_config"):
+            return  # a list of models, without a config or a file of its own
         model.hf_quantizer = self
         model.is_quantized = True
         model.quantization_method = TernaryMethod.DIFFUSERS_TERNARY
@@ -282,6 +288,9 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         return converted, layout.to_metadata()
 
     def _dequantize(self, model: Any) -> Any:
+        for part in _packed_parts(model):
+            if part is not model:
+                part.dequantize()
         dequantize_layers(model)
         if self.input_hook is not None:
             self.input_hook.remove()
@@ -304,6 +313,12 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
     def is_compileable(self) -> bool:
         """`torch.compile(fullgraph=True)` works."""
         return True
+
+
+def _packed_parts(model: nn.Module) -> list[Any]:
+    from diffusers import ModelMixin  # not at import: it loads half of diffusers
+
+    return packed_parts(model, ModelMixin)
 
 
 def upcast_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models inside of transformers' models: a head class holds its base class, a multimodal one its towers."""
+"""Models inside of models: a head class holds its base class, a multimodal one its towers, a list its networks."""
 
 import copy
 import dataclasses

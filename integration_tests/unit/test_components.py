@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, FluxPipeline, MultiControlNetModel, WanPipeline
 from support import denoisers, distillation
 from support.more_pipelines import MORE_PIPELINES
 from support.pipelines import PIPELINES, draw
@@ -14,7 +14,7 @@ from torch import nn
 from diffusers_ternary import TernaryConfig, TernaryLinear, evaluate, quantize
 from diffusers_ternary.calibration import CalibrationConfig, SolverConfig, calibrate
 from diffusers_ternary.inspection import inspect_path
-from diffusers_ternary.quantizers import packed_layers, plan_pipeline
+from diffusers_ternary.quantizers import TernaryDiffusersQuantizer, packed_layers, plan_pipeline
 
 
 def compiled(pipeline: DiffusionPipeline, name: str = "transformer") -> DiffusionPipeline:
@@ -121,3 +121,44 @@ class TestOneModuleUnderTwoNames:
         quantize(pipeline)
         assert packed_layers(pipeline.transformer)
         assert pipeline.transformer_2._orig_mod is pipeline.transformer
+
+
+class TestModelsWithinModels:
+    def test_each_of_several_control_networks_is_saved_packed(self, tmp_path):
+        unet = denoisers.plain_unet()
+        networks = MultiControlNetModel([ControlNetModel.from_unet(unet) for _ in range(2)])
+        quantize(networks)
+        networks.save_pretrained(str(tmp_path / "control"))
+        loaded = MultiControlNetModel.from_pretrained(str(tmp_path / "control"))
+        assert len(packed_layers(loaded)) == len(packed_layers(networks)) > 0
+        assert same_weights(loaded, networks)
+        networks.nets[0].dequantize()
+        assert not packed_layers(networks.nets[0])
+        assert packed_layers(networks.nets[1])
+
+
+class TestDeviceMaps:
+    @pytest.mark.parametrize("options", [{}, {"kind": "int8"}, {"overrides": {"*.attn.*": "int8"}}, {"rank": 4}])
+    @pytest.mark.parametrize(("room", "fits"), [(1.2, True), (0.9, False)])
+    def test_auto_is_planned_with_packed_sizes(self, tmp_path, options, room, fits):
+        config = TernaryConfig(scales="group", group_size=32, **options)
+        model = denoisers.flux().bfloat16()
+        model.save_pretrained(tmp_path / "float")
+        quantizer = TernaryDiffusersQuantizer(config, pre_quantized=False)
+        needed = quantize(model, config).get_memory_footprint()
+        load = {"quantization_config": config, "dtype": torch.bfloat16, "device_map": "auto"}
+        load |= {"max_memory": {"cpu": int(needed * room)}, "offload_folder": str(tmp_path / "offload")}
+        if fits:
+            loaded = type(model).from_pretrained(tmp_path / "float", **load)
+            assert set(loaded.hf_device_map.values()) == {"cpu"}
+            assert loaded.get_memory_footprint() == needed
+        else:  # part of it would have to stay on disk, which is refused while quantizing
+            with pytest.raises(ValueError, match="device_map puts layers on disk while quantizing"):
+                type(model).from_pretrained(tmp_path / "float", **load)
+        with torch.device("meta"):
+            empty = denoisers.flux().bfloat16()
+        quantizer.update_torch_dtype(torch.bfloat16)
+        quantizer.preprocess_model(empty, state_dict=None)
+        elements = sum(tensor.numel() for tensor in empty.state_dict().values())
+        allocated = elements // quantizer.get_cuda_warm_up_factor() * 2
+        assert 0.3 * needed < allocated <= needed
