@@ -85,6 +85,17 @@ def test_bad_paths_fail_before_anything_is_drawn(tmp_path) -> None:
     assert CliRunner().invoke(app, ["--threads", "0"]).exit_code == ExitCode.USAGE
 
 
+def test_files_of_others_are_kept(tmp_path) -> None:
+    (tmp_path / "package.json").write_text('{"mine": 1}')
+    (tmp_path / "contact_sheet.png").write_text("mine")
+    for options in (["--json", tmp_path / "package.json", "--output", tmp_path / "new"], ["--output", tmp_path]):
+        run = CliRunner().invoke(app, list(map(str, options)))
+        assert run.exit_code == ExitCode.BAD_INPUT, run.output
+        assert "another kind of file" in " ".join(run.output.split())
+    assert (tmp_path / "package.json").read_text() == '{"mine": 1}'
+    assert (tmp_path / "contact_sheet.png").read_text() == "mine"
+
+
 def test_stored_size_is_that_of_the_saved_file(tmp_path) -> None:
     """The bytes of all tensors in the file, from its own header."""
     from diffusers_ternary.inspection import inspect_path
