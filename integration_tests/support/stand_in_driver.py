@@ -68,7 +68,7 @@ def standing_in(target: Target, *, noted: bool = True) -> Iterator[list[Launch]]
         mock.patch.object(driver, "_active", _Driver(target)),
         mock.patch.object(product, "supported_target", return_value=target),
         mock.patch.object(product, "tuner_of", return_value=None),
-        mock.patch.object(product, "_passes", return_value=True),  # nothing is computed that could be compared
+        mock.patch.object(product, "passes", return_value=True),  # nothing is computed that could be compared
         mock.patch.object(prepared, "is_capturing", return_value=False),
     ):
         yield launches
