@@ -323,14 +323,30 @@ class TestFailedSaves:
     def weights_in(folder: Path) -> list[str]:
         return [file.name for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin", ".pt")]
 
-    def test_adapters(self, host, tmp_path):
+    def test_adapters(self, tmp_path):
         from peft import LoraConfig
 
+        host = HOSTS["diffusers"]
         model = host.build()
         model.add_adapter(LoraConfig(r=2, target_modules=[host.layer.rpartition(".")[2]]))
         with pytest.raises(ValueError, match=r"carries adapter layers.*save_lora_weights"):
             model.save_pretrained(tmp_path)
         assert self.weights_in(tmp_path) == []
+
+    def test_of_a_transformers_model_its_own_adapter_is_saved(self, tmp_path):
+        """transformers writes the adapter alone, in PEFT's layout, which loads into the packed model again."""
+        from peft import LoraConfig
+
+        host = HOSTS["transformers"]
+        model = host.build()
+        model.add_adapter(LoraConfig(r=2, target_modules=[host.layer.rpartition(".")[2]], init_lora_weights=False))
+        model.save_pretrained(tmp_path)
+        assert self.weights_in(tmp_path) == ["adapter_model.safetensors"]
+        again = host.build()
+        again.load_adapter(str(tmp_path))
+        saved, loaded = ({n: p for n, p in m.named_parameters() if ".lora_" in n} for m in (model, again))
+        assert saved and saved.keys() == loaded.keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
 
     def test_pickle_files(self, tmp_path):
         with pytest.raises(ValueError, match="safetensors only: leave safe_serialization=True"):

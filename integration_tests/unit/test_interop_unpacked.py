@@ -248,5 +248,15 @@ class TestBadInput:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine.txt").write_text("text")
         self.refused(tmp_path, "exists already", FileExistsError)
+        with pytest.raises(FileExistsError, match="holds mine.txt"):
+            convert(tmp_path / "in", tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out" / "mine.txt").read_text() == "text"
+
+    def test_an_earlier_result_is_replaced(self, tmp_path):
+        model = denoisers.flux().bfloat16()
+        make_ternary(model, torch.bfloat16)
+        model.save_pretrained(tmp_path / "in")
+        denoisers.pixart().save_pretrained(tmp_path / "out")
+        self.refused(tmp_path, "exists already", FileExistsError)
         convert(tmp_path / "in", tmp_path / "out", overwrite=True)
-        assert not (tmp_path / "out" / "mine.txt").exists()
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["_class_name"] == type(model).__name__
