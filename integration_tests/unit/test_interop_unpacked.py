@@ -248,7 +248,7 @@ class TestBadInput:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine.txt").write_text("text")
         self.refused(tmp_path, "exists already", FileExistsError)
-        with pytest.raises(FileExistsError, match="holds mine.txt"):
+        with pytest.raises(FileExistsError, match=r"holds mine\.txt"):
             convert(tmp_path / "in", tmp_path / "out", overwrite=True)
         assert (tmp_path / "out" / "mine.txt").read_text() == "text"
 
