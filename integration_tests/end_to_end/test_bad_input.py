@@ -345,7 +345,8 @@ class TestFailedSaves:
         again = host.build()
         again.load_adapter(str(tmp_path))
         saved, loaded = ({n: p for n, p in m.named_parameters() if ".lora_" in n} for m in (model, again))
-        assert saved and saved.keys() == loaded.keys()
+        assert saved
+        assert saved.keys() == loaded.keys()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
 
     def test_pickle_files(self, tmp_path):
