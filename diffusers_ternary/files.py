@@ -30,7 +30,8 @@ PathLike = str | os.PathLike[str]
 
 RESTORE = "Restore the file."
 _PARTIAL, _OLD, _LOCK = "partial", "old", ".lock"
-_LEFTOVER = re.compile(rf"\.(?P<name>.+)\.[0-9a-f]{{3,8}}\.(?P<kind>{_PARTIAL}|{_OLD})", re.DOTALL)
+# A letter is always among the digits: `.model.20240131.old` is a backup of the user's.
+_LEFTOVER = re.compile(rf"\.(?P<name>.+)\.(?=\d*[a-f])[0-9a-f]{{8}}\.(?P<kind>{_PARTIAL}|{_OLD})", re.DOTALL)
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([KMGT])?(i)?B)?\s*", re.IGNORECASE)
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
@@ -370,7 +371,8 @@ def _errno_of(error: Exception) -> int:
 
 
 def _beside(target: pathlib.Path, kind: str) -> pathlib.Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{kind}")
+    token = secrets.choice("abcdef") + secrets.token_hex(4)[1:]
+    return target.with_name(f".{target.name}.{token}.{kind}")
 
 
 def _sync(path: pathlib.Path) -> None:

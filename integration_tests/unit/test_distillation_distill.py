@@ -264,8 +264,8 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 
 def test_a_folder_that_was_being_replaced_is_recovered(tmp_path):
-    (tmp_path / ".best.abc.old").mkdir()
-    (tmp_path / ".best.abc.old" / "config.json").write_text("{}")
+    (tmp_path / ".best.0a1b2c3d.old").mkdir()
+    (tmp_path / ".best.0a1b2c3d.old" / "config.json").write_text("{}")
     recover_folder(tmp_path / "best")
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
     assert (tmp_path / "best" / "config.json").read_text() == "{}"

@@ -158,12 +158,16 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
         ".a.b.0a1b2c3d.partial",
         ".a.notes",
         ".a.mine.partial",
+        ".a.20240131.old",  # a backup of the user's
+        ".a.2024.old",
         ".b.0a1b2c3d.old",
         "a",
     ):
         (tmp_path / name).write_text(name)
     recover_folder(tmp_path / "a")
+    mine = [".a.2024.old", ".a.20240131.old"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *mine,
         ".a.b.0a1b2c3d.partial",
         ".a.mine.partial",
         ".a.notes",
@@ -171,7 +175,7 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
         "a",
     ]
     recover_contents(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.mine.partial", ".a.notes", "a", "b"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*mine, ".a.mine.partial", ".a.notes", "a", "b"]
     assert (tmp_path / "b").read_text() == ".b.0a1b2c3d.old"
 
 
