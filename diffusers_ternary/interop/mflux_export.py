@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from ..destinations import output_folder
 from ..files import write_json
 from ..format import Int8Spec, TernarySpec
+from ..model_folder import refuse_links
 from .gguf_blocks import block_scales
 from .mflux_names import mflux_module
 from .mlx_affine import AffineWeight, affine_group_size, encode_affine
@@ -82,11 +83,12 @@ def export_mflux(
         [`MfluxReport`].
 
     Raises:
-        ValueError: if the source is no packed model that mflux runs, or a layer has a rotation, a low-rank correction,
-            or groups that MLX does not know.
+        ValueError: if the source is no packed model that mflux runs, holds symbolic links, or a layer has a rotation,
+            a low-rank correction, or groups that MLX does not know.
         FileExistsError: if the destination exists, or holds what is no result of an earlier run.
     """
     root = pathlib.Path(source)
+    refuse_links(root)  # other components are copied
     with output_folder(destination, sources=[root], overwrite=overwrite) as folder:
         model = open_packed(root)
         class_name = model.config.get("_class_name", "?")

@@ -241,7 +241,8 @@ def test_links_are_neither_published_nor_copied(where, tmp_path):
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "id").write_text("secret")
     (root / where).symlink_to(tmp_path / "private" if where == "folder" else tmp_path / "private" / "id")
-    for read in (lambda: read_source(root), lambda: convert(root, tmp_path / "out")):
+    export = lambda: convert(root, tmp_path / "out", to="mflux")  # noqa: E731
+    for read in (lambda: read_source(root), lambda: convert(root, tmp_path / "out"), export):
         with pytest.raises(ValueError, match=rf"{where} is a symbolic link to .*private.*put a copy in its place"):
             read()
     assert not (tmp_path / "out").exists()
