@@ -42,6 +42,8 @@ def demo_command(
             raise FileNotFoundError(
                 f"--json {json_path}: the folder {json_path.parent} does not exist. Make it first."
             )
+        if output.exists() and not output.is_dir():
+            raise FileExistsError(f"--output {output} is a file. Name a folder.")
         output.mkdir(parents=True, exist_ok=True)
         sheet = output / "contact_sheet.png"
         picture = stack.enter_context(output_file(sheet, magic=_PICTURE, overwrite=True))

@@ -109,6 +109,13 @@ def test_stored_size_is_that_of_the_saved_file(tmp_path) -> None:
         assert size.bits_per_weight == pytest.approx(component.packed_bits_per_weight or 16.0)
 
 
+def test_a_file_is_no_output_folder(tmp_path) -> None:
+    (tmp_path / "out").touch()
+    outcome = CliRunner().invoke(app, ["--output", str(tmp_path / "out")])
+    assert outcome.exit_code == ExitCode.BAD_INPUT, outcome.output
+    assert "is a file. Name a folder." in " ".join(outcome.output.split())
+
+
 def test_variants_do_not_share_weights() -> None:
     first, second = (find_variant("teacher").load(torch.float32).transformer for _ in range(2))
     pointers = [{parameter.data_ptr() for parameter in model.parameters()} for model in (first, second)]
