@@ -109,10 +109,15 @@ def default_files(folder: pathlib.Path, config: Mapping[str, Any]) -> list[pathl
         folder (`Path`): of a model.
         config (`Mapping`): its config.json.
     """
-    name = weights_name(config)
-    if any((folder / f"{name}{ending}").is_file() for ending in (".safetensors", ".safetensors.index.json")):
-        return weight_files(folder, name)
+    if has_default_files(folder, config):
+        return weight_files(folder, weights_name(config))
     return sorted(folder.glob("*.safetensors"))
+
+
+def has_default_files(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
+    """Whether a model has safetensors files that are loaded without a variant; arguments as of [`default_files`]."""
+    name = weights_name(config)
+    return any((folder / f"{name}{ending}").is_file() for ending in (".safetensors", ".safetensors.index.json"))
 
 
 def shard_names(index: Mapping[str, Any], *, source: pathlib.Path) -> list[str]:

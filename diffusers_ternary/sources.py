@@ -3,10 +3,11 @@
 
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT as HUB
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -22,8 +23,19 @@ from torch import nn
 from .compat import keep_in_fp32_names
 from .config import TernaryConfig
 from .files import read_json
-from .model_folder import check_pipeline, explained_loading, model_class, pipeline_parts, quant_method
-from .quantizers import packed_layers
+from .model_folder import (
+    check_pipeline,
+    default_files,
+    explained_loading,
+    has_default_files,
+    model_class,
+    pipeline_parts,
+    quant_method,
+)
+from .quantizers import packed_layers, read_headers
+from .quantizers.checkpoint import load_tensor
+from .quantizers.float8 import find_float8_scales
+from .quantizers.foreign import refuse_quantized_headers
 
 
 _CONFIGS = ("model_index.json", "config.json")
@@ -71,6 +83,42 @@ def load_quantized(
     cls = model_class(model, source=source)
     with explained_loading(source):
         return cls.from_pretrained(source, quantization_config=config, dtype=dtype, variant=variant)
+
+
+def check_weights(source: str, parts: Iterable[str]) -> None:
+    """Checks that a host loads the weights of models as what they are, if it is not told to quantize them.
+
+    diffusers and transformers take 8-bit floats that have scales beside them for the weights, and leave the scales
+    out with a warning at most.
+
+    Args:
+        source (`str`): local folder or Hub id whose files are in the cache.
+        parts (`Iterable[str]`): folders of models in it; `""` for itself.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    try:
+        root = pathlib.Path(source if os.path.isdir(source) else snapshot_download(source, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return
+    for part in parts:
+        folder = root / part
+        config = read_json(folder / "config.json")
+        if config is None or not has_default_files(folder, config):
+            continue
+        if quant_method(config, source=folder) is not None:  # whose quantizer knows the scales
+            continue
+        _, tensors = read_headers(default_files(folder, config))
+        refuse_quantized_headers(tensors, source=str(folder))
+        scaled = find_float8_scales(
+            tensors, lambda name, known=tensors: load_tensor(known[name], name), source=str(folder)
+        )
+        if scaled.scales:
+            raise ValueError(
+                f"{folder} holds 8-bit floats with scales ({next(iter(scaled.scales))}), which diffusers would load "
+                "without the scales. Start from the float weights; `diffusers-ternary quantize` reads the scales."
+            )
 
 
 def read_source_json(source: str, name: str) -> dict[str, Any] | None:

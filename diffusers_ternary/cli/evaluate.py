@@ -10,6 +10,7 @@ import typer
 
 from ..destinations import output_folder
 from ..extras import check_extra
+from ..sources import check_weights
 from .console import ExitCode, console, explained_errors
 from .options import (
     demo_scorers,
@@ -146,6 +147,7 @@ def load_student(source: str, teacher: Any, dtype: torch.dtype) -> Any:
     from ..evaluation.comparable import DENOISERS, denoiser_of
 
     current: Any = denoiser_of(teacher)
+    check_weights(source, [""])
     denoiser = type(current).from_pretrained(source, dtype=dtype)
     name = next(name for name in DENOISERS if getattr(teacher, name, None) is current)
     return type(teacher)(**{**teacher.components, name: denoiser})

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config.ternary_config import COMPUTE_DTYPES
-from ..model_folder import check_pipeline, explained_loading
-from ..sources import read_source_json
+from ..model_folder import check_pipeline, explained_loading, pipeline_parts
+from ..sources import check_weights, read_source_json
 from .console import console
 
 
@@ -39,8 +39,14 @@ def load_pipeline(source: str, dtype: torch.dtype) -> Any:
     if index is None:
         raise ValueError(f"{source} holds no model_index.json, so it is no pipeline. Give the folder of a pipeline.")
     check_pipeline(index, source=source)
+    local = pathlib.Path(source).is_dir()
+    if local:
+        check_weights(source, pipeline_parts(index, source=source))
     with explained_loading(source):
-        return DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+    if not local:  # the files are in the cache now
+        check_weights(source, pipeline_parts(index, source=source))
+    return pipeline
 
 
 def is_demo(source: str) -> bool:
@@ -89,14 +95,24 @@ def parse_call_kwargs(values: list[str] | None, named: Mapping[str, Any]) -> dic
 
 
 def parse_device(name: str) -> torch.device:
-    """`--device`; auto takes the accelerator if there is one."""
+    """`--device`; auto takes the accelerator if there is one.
+
+    Raises:
+        ValueError: for what is no device, and for one that is not in this machine.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name!r} is no device: {str(error).splitlines()[0]}") from error
+    known = ["cpu"]
+    if accelerator is not None:
+        known += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if str(device) not in known:
+        raise ValueError(f"--device {name!r} is not available here. Choose from auto, {', '.join(known)}.")
+    return device
 
 
 def parse_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -2,6 +2,7 @@
 """`diffusers-ternary evaluate`: files in, report out, and an exit code that means something."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 import typer
 from diffusers import DiffusionPipeline
 from evaluate_pipelines import tiny_flux
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import diffusers_ternary
 from diffusers_ternary.cli.console import ExitCode
 from diffusers_ternary.cli.evaluate import evaluate_command
-from diffusers_ternary.cli.options import read_prompts
+from diffusers_ternary.cli.options import load_pipeline, read_prompts
 
 
 CALL = ["--steps", "2", "--height", "16", "--width", "16", "--set", "max_sequence_length=16", "--device", "cpu"]
@@ -77,6 +79,8 @@ def test_prompts_from_stdin(folders) -> None:
         (["--set", "stepz=8"], "takes no stepz", ExitCode.BAD_INPUT),
         (["--dtype", "int3"], "'int3' is not one of", ExitCode.USAGE),
         (["--device", "toaster"], "'toaster' is no device", ExitCode.USAGE),
+        (["--device", "meta"], "'meta' is not available here", ExitCode.USAGE),
+        (["--device", "cuda:99"], "'cuda:99' is not available here", ExitCode.USAGE),
         (["--clip", "missing"], "no local CLIP checkpoint", ExitCode.BAD_INPUT),
     ],
 )
@@ -128,7 +132,6 @@ def test_a_missing_library_is_noticed_before_the_work(folders, tmp_path, monkeyp
 
 
 def test_dtype_reaches_the_models(folders) -> None:
-    from diffusers_ternary.cli.options import load_pipeline
 
     assert load_pipeline(str(folders / "teacher"), torch.bfloat16).transformer.dtype == torch.bfloat16
 
@@ -146,3 +149,23 @@ def test_prompt_files(tmp_path) -> None:
         read_prompts(str(path))
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_prompts(str(tmp_path / "missing.txt"))
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "alone"])
+def test_scaled_8_bit_floats_are_no_teacher_and_no_student(folders, tmp_path, part) -> None:
+    """The hosts load them without their scales, and say so in a warning at most."""
+    place = tmp_path / "scaled"
+    shutil.copytree(folders / "teacher", place)
+    (file,) = (place / part.replace("alone", "transformer")).glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if name.endswith("q_proj.weight") or "to_q.weight" in name)
+    scale = tensors[name].float().abs().max() / 448
+    tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+    tensors[name.replace(".weight", ".scale_weight")] = scale
+    save_file(tensors, file, metadata={"format": "pt"})
+    outcome = invoke(folders, student=str(file.parent if part == "alone" else place))
+    assert outcome.exit_code == ExitCode.BAD_INPUT, outcome.output
+    assert f"8-bit floats with scales ({name})" in " ".join(outcome.output.split())
+    if part != "alone":
+        with pytest.raises(ValueError, match="Start from the float weights"):
+            load_pipeline(str(place), torch.float32)  # also the way of calibrate and distill
