@@ -15,7 +15,7 @@ from ..calibration import CalibrationConfig
 from ..calibration.hessian import InputMoments, damp
 from ..calibration.solver import solve_layer
 from ..calibration.statistics import GroupFinder, MomentCollector, split_passes
-from ..compat_peft import BaseTunerLayer, PeftModel, check_adapters_to_merge
+from ..compat_peft import BaseTunerLayer, ModulesToSaveWrapper, PeftModel, check_adapters_to_merge
 from ..layers import TernaryLayer
 from ..quantizers import below_compiled_wrappers, bits_per_weight, with_separate_projections
 from ..rollouts import make_rollouts
@@ -303,6 +303,7 @@ def _install(layer: PackedBaseMixin, weight: TernaryWeight, bias: torch.Tensor |
 def _remove_adapters(model: nn.Module, names: tuple[str, ...]) -> None:
     """Takes merged adapters off the model, and the adapter layers too if no adapter is left."""
     tuned = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    whole = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     for layer in tuned.values():
         mine = [name for name in names if name in layer._get_available_adapters()]
         if getattr(layer, "packed_base", None) is None and mine:
@@ -310,13 +311,27 @@ def _remove_adapters(model: nn.Module, names: tuple[str, ...]) -> None:
             layer.merged_adapters = [name for name in layer.merged_adapters if name not in mine]
         for name in mine:
             layer.delete_adapter(name)
+    for wrapper in whole.values():
+        _keep_trained(wrapper, names)
     peft_config = getattr(model, "peft_config", {})
     for name in names:
         peft_config.pop(name, None)
-    if not any(layer._get_available_adapters() for layer in tuned.values()):
+    left = any(layer._get_available_adapters() for layer in tuned.values())
+    if not left and not any(wrapper.modules_to_save for wrapper in whole.values()):
         for name, layer in tuned.items():
             model.set_submodule(name, layer.get_base_layer())
+        for name, wrapper in whole.items():
+            model.set_submodule(name, wrapper.original_module)
         if hasattr(model, "peft_config"):
             del model.peft_config
         if hasattr(model, "_hf_peft_config_loaded"):
             setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010 - mypy takes it for a submodule
+
+
+def _keep_trained(wrapper: ModulesToSaveWrapper, names: tuple[str, ...]) -> None:
+    """Lets what an adapter trained as a whole (`modules_to_save`) take the place of the module it was copied from."""
+    for name in wrapper.modules_to_save.keys() & set(names):
+        active = wrapper.active_adapters
+        if name in active:
+            wrapper.original_module = wrapper.modules_to_save[name].requires_grad_(False)
+        wrapper.delete_adapter(name, new_active_adapters=[other for other in active if other != name])

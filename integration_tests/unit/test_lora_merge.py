@@ -165,6 +165,29 @@ def test_models_and_peft_models():
         torch.testing.assert_close(model.get_submodule(name).dequantize(), weight, atol=5e-3, rtol=0)
 
 
+@pytest.mark.parametrize("kept", ["none", "other"])
+def test_what_was_trained_as_a_whole_stays(kept, tmp_path):
+    """`modules_to_save`: PEFT's wrapper would be left, and the model could not be saved any more."""
+    torch.manual_seed(0)
+    model = quantize(denoisers.pixart().eval(), EXACT)
+    lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False, modules_to_save=["proj_out"])
+    wrapped = get_peft_model(model, lora)
+    trained = model.proj_out.modules_to_save["default"].weight
+    torch.nn.init.normal_(trained)
+    if kept == "other":
+        wrapped.add_adapter("other", LoraConfig(r=2, target_modules=["to_k"], modules_to_save=["proj_out"]))
+    merge_lora(wrapped, rank=2)
+    if kept == "other":
+        assert torch.equal(model.proj_out.original_module.weight, trained)
+        assert list(model.proj_out.modules_to_save) == ["other"]
+        return
+    assert type(model.proj_out) is nn.Linear
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(again.proj_out.weight, trained)
+    assert packed_layers(again).keys() == packed_layers(model).keys()
+
+
 def test_an_adapter_that_drowns_is_reported(caplog):
     pipeline, _ = pipeline_with_adapters(strength=0.01)
     with caplog.at_level(logging.WARNING, logger="diffusers_ternary"):
