@@ -144,7 +144,11 @@ def _encode(model: PackedFolder, name: str) -> AffineWeight:
     assert size is not None
     group_size = spec.group_size if isinstance(spec, TernarySpec) else spec.in_features
     scales = block_scales(model.group_scales(name), group_size, spec.in_features, size)
-    return encode_affine(model.codes(name), scales.contiguous(), 8 if isinstance(spec, Int8Spec) else 2)
+    return encode_affine(model.codes(name), scales.contiguous(), _bits(model, name))
+
+
+def _bits(model: PackedFolder, name: str) -> int:
+    return 8 if isinstance(model.spec(name), Int8Spec) else 2
 
 
 def _tensors(model: PackedFolder, names: list[str], class_name: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -203,7 +207,7 @@ def _compare(
         else:
             module = _module(renamed)
             parts = (_read(folder, places, part) for part in (renamed, f"{module}.scales", f"{module}.biases"))
-            back = dequantize_affine(*parts)
+            back = dequantize_affine(*parts, bits=_bits(model, name))
         weights += exact.size
         differing += int(np.count_nonzero(back.reshape(exact.shape) != exact))
     return weights, differing
@@ -214,17 +218,17 @@ def _read(folder: pathlib.Path, places: dict[str, str], name: str) -> torch.Tens
         return file.get_tensor(name)
 
 
-def dequantize_affine(weight: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor) -> np.ndarray:
+def dequantize_affine(weight: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, *, bits: int) -> np.ndarray:
     """float32 `[N, K]` of MLX's affine weights: bytes of little-endian words, `scales * q + biases` per group.
 
     Args:
         weight (`torch.Tensor`): uint32 `[N, K * bits / 32]`.
         scales, biases (`torch.Tensor`): `[N, K / group_size]`.
+        bits (`int`): 2 or 8.
     """
     data = weight.numpy().astype("<u4").view(np.uint8)  # [N, K * bits / 8]
     groups = scales.shape[1]
-    # 2 bits if the word holds ternary weights: then biases are -scales.
-    if torch.equal(biases, -scales):
+    if bits == 2:
         data = np.stack([data >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(len(data), -1)
     levels = data.reshape(len(data), groups, -1).astype(np.float32)
     values = levels * scales.float().numpy()[..., None] + biases.float().numpy()[..., None]

@@ -12,6 +12,7 @@ import torch
 from ..config import TernaryConfig
 from ..files import read_json
 from ..model_folder import explained_loading, pipeline_parts, quant_method, weight_files, weights_name
+from ..quantizers.foreign import refuse_quantized_headers
 from .clark import is_clark, read_clark
 from .source import ForeignModel, Item
 from .tensor_files import SafetensorsFiles, StateDictFile
@@ -140,6 +141,7 @@ def _open_folder(folder: pathlib.Path, given: dict[str, Any] | None, variant: st
 
 
 def _unpacked(files: SafetensorsFiles, config: dict[str, Any]) -> ForeignModel:
+    refuse_quantized_headers(files.stored, source="the checkpoint")  # codes of others are no weights to keep
     names = files.names()
     shapes = {name: files.shape(name) for name in names}
     return ForeignModel(

@@ -123,7 +123,7 @@ def test_files_hold_the_weights_of_the_packed_model(tmp_path, make, options) -> 
         bits = weight.shape[1] * 32 // exact.shape[1]  # as mflux infers it
         assert (bits, exact.shape[1] // scales.shape[1]) in {(2, 128), (2, 64), (2, 32), (8, 128), (8, 64), (8, 32)}
         kinds[f"{bits}-bit"] += 1
-        back = dequantize_affine(weight, scales, stored[f"{module}.biases"])
+        back = dequantize_affine(weight, scales, stored[f"{module}.biases"], bits=bits)
         assert np.array_equal(back, exact.numpy())
     assert report.types == {kind: count for kind, count in kinds.items() if count}
     assert kinds["2-bit"] > 5
@@ -183,3 +183,17 @@ def test_one_verb_for_all_formats(tmp_path) -> None:
     done = CliRunner().invoke(app, again)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["types"]["q2_0"] > 0
+
+
+def test_an_8_bit_layer_of_zeros(tmp_path) -> None:
+    """As models begin them that modulate by a zero: its biases are those of a 2-bit layer."""
+
+    def zeroed() -> Any:
+        model = denoisers.flux()
+        model.transformer_blocks[0].norm1.linear.weight.data.zero_()
+        return model
+
+    packed(tmp_path / "in", zeroed, overrides={"*.norm1.linear": "int8"})
+    report = export_mflux(tmp_path / "in", tmp_path / "out")
+    assert report.types["8-bit"] >= 1
+    assert report.differing == 0

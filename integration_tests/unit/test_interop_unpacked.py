@@ -231,6 +231,21 @@ class TestBadInput:
         file.write_bytes(file.read_bytes()[:-1000])
         self.refused(tmp_path, "cannot be read as safetensors")
 
+    @pytest.mark.parametrize("beside", [None, "SCB"])
+    def test_codes_of_another_method(self, tmp_path, beside):
+        """A layer that is not ternary is kept as it is stored, which would make weights of LLM.int8()'s codes."""
+        model = denoisers.flux().bfloat16()
+        make_ternary(model, torch.bfloat16)
+        model.save_pretrained(tmp_path / "in")
+        file = tmp_path / "in" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        layer = "transformer_blocks.0.norm1.linear"
+        tensors[f"{layer}.weight"] = torch.ones_like(tensors[f"{layer}.weight"], dtype=torch.int8)
+        if beside is not None:
+            tensors[f"{layer}.{beside}"] = torch.ones(len(tensors[f"{layer}.weight"]))
+        save_file(tensors, file, metadata={"format": "pt"})
+        self.refused(tmp_path, rf"in: .*{layer}.*load the original checkpoint")
+
     def test_packed_already(self, tmp_path):
         quantize(denoisers.flux()).save_pretrained(tmp_path / "in")
         self.refused(tmp_path, "quantized already")
