@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds out what a path or Hub id holds, and loads it quantized."""
 
+import functools
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from .model_folder import (
     pipeline_parts,
     quant_method,
 )
-from .quantizers import packed_layers, read_headers
+from .quantizers import StoredTensor, packed_layers, read_headers
 from .quantizers.checkpoint import load_tensor
 from .quantizers.float8 import find_float8_scales
 from .quantizers.foreign import refuse_quantized_headers
@@ -111,14 +112,16 @@ def check_weights(source: str, parts: Iterable[str]) -> None:
             continue
         _, tensors = read_headers(default_files(folder, config))
         refuse_quantized_headers(tensors, source=str(folder))
-        scaled = find_float8_scales(
-            tensors, lambda name, known=tensors: load_tensor(known[name], name), source=str(folder)
-        )
-        if scaled.scales:
+        scales = find_float8_scales(tensors, functools.partial(_read, tensors), source=str(folder)).scales
+        if scales:
             raise ValueError(
-                f"{folder} holds 8-bit floats with scales ({next(iter(scaled.scales))}), which diffusers would load "
-                "without the scales. Start from the float weights; `diffusers-ternary quantize` reads the scales."
+                f"{folder} holds 8-bit floats with scales ({next(iter(scales))}), which diffusers would load without "
+                "the scales. Start from the float weights; `diffusers-ternary quantize` reads the scales."
             )
+
+
+def _read(tensors: Mapping[str, StoredTensor], name: str) -> torch.Tensor:
+    return load_tensor(tensors[name], name)
 
 
 def read_source_json(source: str, name: str) -> dict[str, Any] | None:
