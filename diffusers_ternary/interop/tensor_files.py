@@ -45,7 +45,8 @@ class SafetensorsFiles:
         layout, self.stored = read_headers(files)
         if layout is not None:
             raise ValueError(f"{files[0].parent} is packed already. Load it with from_pretrained.")
-        self.float8 = find_float8_scales(self.stored, self._stored, source=str(files[0].parent))
+        self.source = str(files[0].parent)
+        self.float8 = find_float8_scales(self.stored, self._stored, source=self.source)
 
     def names(self) -> list[str]:
         """All names, file by file, but for the scales of 8-bit floats."""
