@@ -299,6 +299,7 @@ def lock(path: PathLike, what: str) -> Iterator[bool]:
         OSError: if nothing can be written there.
     """
     target = pathlib.Path(path).resolve()
+    made = [parent for parent in target.parents if not parent.exists()]  # the innermost first
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -324,6 +325,9 @@ def lock(path: PathLike, what: str) -> Iterator[bool]:
             if os.name == "posix":  # while it is held, so that nobody holds a lock without a name
                 file.unlink(missing_ok=True)
             holder.release()
+        with contextlib.suppress(OSError):
+            for parent in made:
+                parent.rmdir()  # if nothing was written there
 
 
 # --- Errors -------------------------------------------------------------------------------------------------------

@@ -152,6 +152,15 @@ def test_a_lock_is_held_by_one_and_ends_with_its_process(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folders_made_for_a_lock_go_with_it_unless_something_was_written(tmp_path):
+    with lock(tmp_path / "a" / "b" / "run", "a run"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with lock(tmp_path / "a" / "b" / "run", "a run"):
+        (tmp_path / "a" / "b" / "run").write_text("done")
+    assert (tmp_path / "a" / "b" / "run").read_text() == "done"
+
+
 def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
     for name in (
         ".a.0a1b2c3d.partial",
