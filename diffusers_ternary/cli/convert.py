@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import console, escape, explained_errors, format_bytes
+from .console import ExitCode, console, escape, explained_errors, format_bytes
 
 
 if TYPE_CHECKING:
@@ -83,7 +83,10 @@ def convert_command(
     }
     given = {name: value for name, value in options.items() if value is not None}
     from ..interop import convert
+    from ..interop.convert import check_options
 
+    with explained_errors(ExitCode.USAGE):
+        check_options(target, components=component, config=config, variant=variant, **given)
     with explained_errors():
         reports = convert(
             source,

@@ -28,7 +28,7 @@ from ..quantizers.checkpoint import load_tensor
 from ..quantizers.plan import float_layers
 from ..sources import source_error
 from ..ternarize import TernaryFit, looks_ternary, recover, ternary_fit
-from .gguf_export import GgufReport, export_gguf
+from .gguf_export import GgufReport, check_gguf_options, export_gguf
 from .mflux_export import MfluxReport, export_mflux
 from .open import open_foreign, pipeline_components
 from .report import ConversionReport
@@ -43,6 +43,7 @@ _CHUNK_WEIGHTS = 1 << 20
 # Written anew, or said of weights that are no longer there (gemlite).
 _CONFIG_FILES = ("config.json", "quantization_config.json")
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".gguf")
+_EXPORTS: dict[str, Callable[..., GgufReport | MfluxReport]] = {"gguf": export_gguf, "mflux": export_mflux}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +101,9 @@ def convert(
         FileNotFoundError: if there is no such source.
         FileExistsError: if the destination exists, or holds what is no result of an earlier run.
     """
+    check_options(to, components=components, config=config, variant=variant, **export_options)
     if to != "packed":
-        importing = {"components": components, "config": config, "variant": variant}
-        given = [name for name, value in importing.items() if value is not None]
-        if given:
-            raise ValueError(f"{', '.join(given)} belong to packing a model, not to an export (to={to!r}).")
-        return _export(_local(source), destination, to, overwrite=overwrite, **export_options)
-    if export_options:
-        raise ValueError(f"{', '.join(export_options)} belong to an export: to='gguf' or to='mflux'.")
+        return _EXPORTS[to](_local(source), destination, overwrite=overwrite, **export_options)
     check_folder(destination, sources=[_cached(source), config], overwrite=overwrite)
     root = _local(source)
     if root.is_dir():
@@ -126,17 +122,36 @@ def convert(
     return reports
 
 
-def _export(
-    source: pathlib.Path, destination: str | os.PathLike[str], to: str, **options: Any
-) -> GgufReport | MfluxReport:
-    exports: dict[str, Callable[..., GgufReport | MfluxReport]] = {"gguf": export_gguf, "mflux": export_mflux}
-    if to not in exports:
-        raise ValueError(f"to={to!r} is not one of packed, {', '.join(exports)}.")
-    known = inspect.signature(exports[to]).parameters
-    unknown = [name for name in options if name not in known]
+def check_options(
+    to: str,
+    *,
+    components: Sequence[str] | None = None,
+    config: str | os.PathLike[str] | None = None,
+    variant: str | None = None,
+    **export_options: Any,
+) -> None:
+    """Checks arguments of [`convert`] that are wrong whatever the source is.
+
+    Raises:
+        ValueError: for an unknown format, and for options that it does not have.
+    """
+    if to == "packed":
+        if export_options:
+            raise ValueError(f"{', '.join(export_options)} belong to an export: to='gguf' or to='mflux'.")
+        return
+    importing = {"components": components, "config": config, "variant": variant}
+    given = [name for name, value in importing.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} belong to packing a model, not to an export (to={to!r}).")
+    if to not in _EXPORTS:
+        raise ValueError(f"to={to!r} is not one of packed, {', '.join(_EXPORTS)}.")
+    known = inspect.signature(_EXPORTS[to]).parameters
+    unknown = [name for name in export_options if name not in known]
     if unknown:
         raise ValueError(f"An export to {to} has no {', '.join(unknown)}.")
-    return exports[to](source, destination, **options)
+    if to == "gguf":
+        checked = ("runtime", "ternary_type", "fallback")
+        check_gguf_options(**{name: value for name, value in export_options.items() if name in checked})
 
 
 def _cached(source: str | os.PathLike[str]) -> pathlib.Path:

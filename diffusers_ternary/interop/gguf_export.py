@@ -150,13 +150,24 @@ def export_gguf(
     return report
 
 
-def _checked_options(runtime: str, ternary_type: str | None, round_scales: bool, fallback: str | None) -> _Options:
-    if runtime not in RUNTIMES:
+def check_gguf_options(
+    *, runtime: str | None = None, ternary_type: str | None = None, fallback: str | None = None
+) -> None:
+    """Checks options of [`export_gguf`] that are wrong whatever the source is; `None` is not looked at.
+
+    Raises:
+        ValueError: names what there is to choose from.
+    """
+    if runtime is not None and runtime not in RUNTIMES:
         raise ValueError(f"runtime={runtime!r} is not one of {', '.join(RUNTIMES)}.")
     if ternary_type is not None and ternary_type not in TERNARY_TYPES:
         raise ValueError(f"ternary_type={ternary_type!r} is not one of {', '.join(TERNARY_TYPES)}.")
     if fallback is not None and fallback not in FALLBACKS:
         raise ValueError(f"fallback={fallback!r} is not one of {', '.join(FALLBACKS)}.")
+
+
+def _checked_options(runtime: str, ternary_type: str | None, round_scales: bool, fallback: str | None) -> _Options:
+    check_gguf_options(runtime=runtime, ternary_type=ternary_type, fallback=fallback)
     types = RUNTIMES[runtime]
     if ternary_type is not None:
         types = (ternary_type, *(kind for kind in types if kind != ternary_type))

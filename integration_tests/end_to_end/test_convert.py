@@ -98,13 +98,31 @@ def test_gguf_and_back(converted, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "gguf", "--type", "q2_k"], "not one of tq2_0, tq1_0"),
+        (["--to", "gguf", "--for", "nobody"], "not one of sdcpp-cpu"),
+        (["--to", "gguf", "--fallback", "q3"], "not one of f32, f16"),
+        (["--to", "onnx"], "not one of packed, gguf, mflux"),
+        (["--to", "mflux", "--type", "q4_0"], "An export to mflux has no ternary_type"),
+        (["--for", "comfyui"], "belong to an export"),
+        (["--to", "mflux", "--variant", "fp16"], "belong to packing a model"),
+    ],
+)
+def test_wrong_option_values_exit_with_2_whatever_the_source(tmp_path, options, message):
+    result = run("convert", "nowhere/at/all", tmp_path / "out", *options)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere/at/all", "out"], "does not exist"),
         (["{published}/text_encoder", "out"], "has no ternary layer"),
         (["{published}", "out", "--component", "unet"], "no component unet"),
         (["{published}/transformer", "out.gguf"], "is no packed model"),
-        (["{converted}/transformer", "out.gguf", "--ternary-type", "q2_k"], "not one of tq2_0, tq1_0"),
         (["{converted}/transformer", "out"], "quantized already"),
     ],
 )
