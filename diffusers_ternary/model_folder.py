@@ -226,6 +226,12 @@ def explained_loading(source: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except _INNER_ERRORS as error:
         reason = str(error).strip().splitlines()
+        # Of torch: torch.OutOfMemoryError, and a plain RuntimeError of the CPU's allocator.
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            raise ValueError(
+                f"{source} does not fit into memory ({reason[0]}). Free some, or choose another device; if the model "
+                "is not that large, its config.json is damaged."
+            ) from error
         raise ValueError(
             f"{source} cannot be loaded ({type(error).__name__}: {reason[0] if reason else 'no more is known'}). A "
             "file in it is damaged, or not what its config.json says."

@@ -29,7 +29,7 @@ from diffusers_ternary.interop.packed import open_packed
 from diffusers_ternary.interop.source import empty_model
 from diffusers_ternary.interop.tensor_files import StateDictFile
 from diffusers_ternary.interop.writer import PackedFolderWriter
-from diffusers_ternary.model_folder import model_class, pipeline_parts
+from diffusers_ternary.model_folder import explained_loading, model_class, pipeline_parts
 from diffusers_ternary.sources import load_quantized
 from diffusers_ternary.ternarize import ternarize
 
@@ -352,7 +352,7 @@ def test_sizes_that_are_none(size, tmp_path):
         parse_size(size, name="--max-shard-size")
     result = CliRunner().invoke(app, ["quantize", str(tmp_path), str(tmp_path / "out"), f"--max-shard-size={size}"])
     assert result.exit_code == 2
-    assert "is no size such as 5GB" in result.output
+    assert "is not a positive size such as '400MB' or '6GiB'" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
@@ -412,3 +412,11 @@ def test_the_writer_stores_all_of_a_weight(options, tmp_path):
     writer.finish({"_class_name": "X"}, TernaryConfig())
     packed = open_packed(tmp_path)
     torch.testing.assert_close(packed.dequantize("layer.weight"), weight.dequantize(torch.float32))
+
+
+def test_a_lack_of_memory_is_not_called_damage():
+    """torch's CPU allocator raises a plain RuntimeError, its GPU allocators a subclass."""
+    with pytest.raises(ValueError, match=r"^model does not fit into memory .*allocate"), explained_loading("model"):
+        torch.empty(1 << 50, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"^model does not fit into memory \(CUDA"), explained_loading("model"):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
