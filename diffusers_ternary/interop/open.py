@@ -76,7 +76,7 @@ def named_errors(path: pathlib.Path) -> Iterator[None]:
         with explained_loading(path):
             yield
     except (ValueError, TypeError) as error:
-        if path.name in str(error):
+        if str(path) in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
 

@@ -231,6 +231,13 @@ class TestBadInput:
         file.write_bytes(file.read_bytes()[:-1000])
         self.refused(tmp_path, "cannot be read as safetensors")
 
+    def test_a_short_name_is_named_too(self, tmp_path):
+        """ "in" is part of many sentences."""
+        from diffusers_ternary.interop.open import named_errors
+
+        with pytest.raises(ValueError, match=rf"^{tmp_path}/in: nothing in it"), named_errors(tmp_path / "in"):
+            raise ValueError("nothing in it")
+
     @pytest.mark.parametrize("beside", [None, "SCB"])
     def test_codes_of_another_method(self, tmp_path, beside):
         """A layer that is not ternary is kept as it is stored, which would make weights of LLM.int8()'s codes."""
