@@ -64,7 +64,7 @@ class Sprites:
 
 def corner(place: int, extent: int, rng: random.Random) -> int:
     """Where an object of ``extent`` pixels begins in row or column ``place`` of the grid, about the middle of it."""
-    slack = min(JITTER, (CELL - int(extent)) // 2)
+    slack = max(0, min(JITTER, (CELL - int(extent) - 1) // 2))  # a pixel is left between neighbors
     return int((place + 0.5) * CANVAS / GRID - extent / 2 + rng.randint(-slack, slack))
 
 

@@ -217,7 +217,7 @@ def test_running_out_of_memory_names_the_options(monkeypatch):
         ({"batch_size": 0}, ValueError, "batch_size=0"),
         ({"seed": "x"}, TypeError, "seed='x'"),
         ({"accumulate": "float16"}, ValueError, "float32, float64"),
-        ({"memory_limit": "lots"}, ValueError, "'8GB'"),
+        ({"memory_limit": "lots"}, ValueError, "memory_limit='lots' is not a positive size such as '400MB'"),
         ({"memory_limit": 0}, ValueError, "positive size"),
     ],
 )

@@ -179,6 +179,7 @@ def test_json_is_strict_and_complete(result: EvaluationResult, tmp_path) -> None
         "unavailable",
         "velocity_nmse",
         "velocity",
+        "benchmark",
         "scores",
         "seconds",
         "versions",
