@@ -234,6 +234,17 @@ def recover_folder(target: PathLike) -> None:
             found.unlink(missing_ok=True)
 
 
+def remove_folder(path: PathLike) -> None:
+    """Deletes a folder of this package's own; a kill on the way leaves no part of it under its name.
+
+    What is then left under another name goes with the next [`recover_folder`].
+    """
+    folder = pathlib.Path(path)
+    removed = _beside(folder, _PARTIAL)
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
 def is_leftover(path: pathlib.Path) -> bool:
     """Whether a name is that of a result that was being written, or replaced, when its process was killed."""
     return _LEFTOVER.fullmatch(path.name) is not None

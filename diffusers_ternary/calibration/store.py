@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..files import lock, new_file, parse_json_object, read_json, recover_contents, write_json
+from ..files import lock, new_file, parse_json_object, read_json, recover_contents, recover_folder, write_json
 from ..format import TernarySpec
 from ..seals import is_sealed, seal
 from ..ternarize import LowRank, TernaryWeight
@@ -52,6 +52,7 @@ def work_folder(folder: str | os.PathLike[str] | None) -> Iterator[None]:
         return
     with lock(folder, "another calibration"):
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        recover_folder(folder)
         recover_contents(folder)
         yield
 

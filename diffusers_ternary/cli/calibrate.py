@@ -2,7 +2,6 @@
 """`diffusers-ternary calibrate`."""
 
 import pathlib
-import shutil
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ import typer
 from ..config import TernaryConfig
 from ..destinations import output_folder
 from ..extras import MissingExtraError, check_extra
-from ..files import parse_size
+from ..files import parse_size, remove_folder
 from ..inspection import inspect_path
 from ..sources import store_in_16_bits
 from .console import ExitCode, console, escape, explained_errors, format_bytes
@@ -151,7 +150,7 @@ def calibrate_command(
             if plotted:
                 report.plot(folder / PLOT)
         if work_dir is None:
-            shutil.rmtree(kept)
+            remove_folder(kept)
         components = [part for part in inspect_path(destination) if part.format_version is not None]
     for part in components:
         console.print(

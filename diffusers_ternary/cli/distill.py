@@ -11,7 +11,7 @@ import typer
 
 from ..config import TernaryConfig
 from ..destinations import check_folder, output_folder
-from ..files import parse_size, read_json
+from ..files import parse_size, read_json, remove_folder
 from ..inspection import inspect_path
 from ..sources import store_in_16_bits
 from .console import ExitCode, console, escape, explained_errors, format_bytes
@@ -214,7 +214,7 @@ def distill_command(
                 shutil.copyfile(run / REPORT, folder / REPORT)
         if state.is_main_process:
             if work_dir is None:
-                shutil.rmtree(run)
+                remove_folder(run)
             _summarize(destination)
         state.wait_for_everyone()
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..files import is_leftover, lock, read_json, recover_contents, write_json
+from ..files import is_leftover, lock, read_json, recover_contents, recover_folder, write_json
 
 
 _IDENTITY = "run.json"
@@ -54,6 +54,7 @@ def own_run(folder: pathlib.Path, *, main_process: bool) -> Iterator[None]:
 
 def recover_run(folder: pathlib.Path) -> None:
     """Removes what a killed run of this folder was writing, and puts back what it was replacing."""
+    recover_folder(folder)
     for part in ("", "checkpoints", "phases"):
         recover_contents(folder / part)
 

@@ -129,6 +129,8 @@ def in_child(
         os.dup2(silent, 1)
         os.dup2(silent, 2)
         sys.addaudithook(observe)
+        # torch's pool does not survive a fork; remade here, before two threads race to do it.
+        torch.set_num_threads(1)
         action()
         status = 0
     except SystemExit as error:
@@ -210,6 +212,7 @@ def trial(root: pathlib.Path, name: str, generator: random.Random, kills: int) -
     for number in range(kills):
         signal_name, moment = SIGNALS[number % len(SIGNALS)], generator.randrange(changes)
         reset()
+        before_it = set(leftovers(place))  # of the kill before
         status, _ = in_child(main, place, stop_at=moment, name=signal_name)
         now = state()
         found.append(
@@ -218,7 +221,7 @@ def trial(root: pathlib.Path, name: str, generator: random.Random, kills: int) -
                 "moment": f"{moment} of {changes}",
                 "status": status,
                 "state": "old" if now == old else "new" if now == new else "broken",
-                "left": leftovers(place),
+                "left": [name for name in leftovers(place) if name not in before_it],
             }
         )
     status, _ = in_child(main, place)
@@ -226,6 +229,7 @@ def trial(root: pathlib.Path, name: str, generator: random.Random, kills: int) -
         "full": full,
         "kills": found,
         "status": status,
+        "says": (place / "output.txt").read_text()[-2000:],
         "complete": state() == new,
         "left": leftovers(place),
         "names": sorted(path.name for path in place.iterdir()),

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from support.fresh_process import run_python
 
+from diffusers_ternary import files
 from diffusers_ternary.files import (
     lock,
     new_file,
@@ -186,6 +187,23 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
     recover_contents(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [*mine, ".a.mine.partial", ".a.notes", "a", "b"]
     assert (tmp_path / "b").read_text() == ".b.0a1b2c3d.old"
+
+
+def test_a_folder_that_was_being_removed_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a").touch()
+
+    def killed(*arguments, **options):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", killed)
+        with pytest.raises(SystemExit):
+            files.remove_folder(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    recover_folder(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_where_nothing_can_be_written_is_named(tmp_path):

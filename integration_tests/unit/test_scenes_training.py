@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, FluxPipeline, SanaPipeline
 from safetensors.torch import load_file
 from support.scenes import examples
@@ -20,6 +21,14 @@ train_vae = examples("train_vae")
 TINY = train_teacher.Recipe(
     width=64, num_layers=1, num_single_layers=1, steps=4, decay_steps=2, warmup_steps=2, batch_size=2, ema_decay=0.5
 )
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator():
+    """accelerate keeps the precision of the first training of a process; other tests train in another one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
