@@ -51,7 +51,9 @@ def evaluate_command(
     vqa: Annotated[
         str | None, typer.Option(help="BLIP that answers questions for t2i-compbench.", metavar="MODEL")
     ] = None,
-    judge: Annotated[str | None, typer.Option(help="Weights of the detector of scenes.", metavar="FILE")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Weights of the detector of scenes. Default: the repository's.", metavar="FILE")
+    ] = None,
     report: Annotated[
         pathlib.Path | None, typer.Option(help="Folder to write: HTML page, JSON, images.", metavar="DIR")
     ] = None,

@@ -17,6 +17,7 @@ from .blip_vqa import BlipVqa
 from .clip_colors import ClipColors
 from .detectors import Detector, load_detector
 from .geneval_prompts import COLORS, geneval_tasks
+from .scenes.files import JUDGE, scenes_file
 from .scenes.prompts import benchmark_tasks, read_task
 
 
@@ -239,7 +240,8 @@ class Scenes:
     """GenEval's rules over pictures of the Scenes models, whose objects a small detector finds.
 
     Args:
-        judge (`str` or `os.PathLike`): the detector's weights, as `examples/scenes/train_judge.py` writes them.
+        judge (`str` or `os.PathLike`, *optional*): the detector's weights, as `examples/scenes/train_judge.py` writes
+            them; default: those of the repository, see [`scenes_file`].
         prompts (`Sequence[str]`, *optional*): of the Scenes grammar; prompts outside of it are drawn, but their
             pictures cannot be judged and count as missed.
         count (`int`, *optional*, defaults to 553): held-out prompts to draw when no prompts are given.
@@ -249,6 +251,7 @@ class Scenes:
 
     Raises:
         ValueError: if there is no such file, or it holds something else.
+        FileNotFoundError: without `judge`, if the repository's is not on this machine; says how to get it.
     """
 
     name = "Scenes"
@@ -256,7 +259,7 @@ class Scenes:
     def __init__(
         self,
         *,
-        judge: str | os.PathLike[str],
+        judge: str | os.PathLike[str] | None = None,
         prompts: Sequence[str] | None = None,
         count: int = 553,
         seed: int = 0,
@@ -265,6 +268,7 @@ class Scenes:
     ) -> None:
         from .scenes.detector import Detector as SceneDetector
 
+        judge = scenes_file(JUDGE) if judge is None else judge
         try:
             self.detector = SceneDetector.from_file(os.fspath(judge))
         except (OSError, KeyError, RuntimeError, SafetensorError) as error:

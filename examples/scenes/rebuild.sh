@@ -17,6 +17,8 @@ python "$here/train_teacher.py" --vae "$work/vae-refined" --work "$work/flux" --
 python "$here/train_teacher.py" --vae "$work/vae-refined" --work "$work/sana" --architecture sana --num-layers 12 --compile
 
 mkdir -p "$models"
+rm -rf "${models:?}/vae"
+cp -r "$work/vae-refined" "$models/vae"
 cp "$work/judge/judge.safetensors" "$work/judge/judge_scores.json" "$models/"
 for name in flux sana; do
   rm -rf "${models:?}/$name"

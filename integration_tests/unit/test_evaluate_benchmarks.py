@@ -329,7 +329,7 @@ def test_compbench_multiplies_the_answers(folder, image) -> None:
             "The color classifier '.*nothing' cannot be loaded",
         ),
         (lambda folder: make_benchmark("geneval", vqa="x"), "geneval has no vqa. Its options are detector, clip,"),
-        (lambda folder: make_benchmark("scenes"), "scenes needs judge. Its options are judge, prompts,"),
+        (lambda folder: make_benchmark("scenes", clip="x"), "scenes has no clip. Its options are judge, prompts,"),
         (lambda folder: make_benchmark("scenes", judge=folder / "none"), "The judge '.*none' cannot be loaded"),
     ],
 )
@@ -403,7 +403,7 @@ def test_benchmark_arguments_are_checked_before_anything_is_drawn(options, messa
         evaluate(pipeline, pipeline, **options)
 
 
-def test_scenes_judges_its_grammar_and_warns_of_other_prompts(tmp_path, caplog) -> None:
+def test_scenes_judges_its_grammar_and_warns_of_other_prompts(tmp_path, caplog, monkeypatch) -> None:
     torch.manual_seed(0)
     detector = SceneDetector(width=16)
     save_file(detector.state_dict(), tmp_path / "judge.safetensors")
@@ -414,7 +414,10 @@ def test_scenes_judges_its_grammar_and_warns_of_other_prompts(tmp_path, caplog) 
     scores = judge_all(benchmark, [Image.new("RGB", (64, 64))] * 3)
     assert scores.per_task == {"single_object": 0.0, "counting": 0.0, "unknown": 0.0}
     assert scores.judgements[2].reason == "the prompt is outside the grammar"
-    assert len(make_benchmark("scenes", judge=tmp_path / "judge.safetensors").prompts) == 553
+    assert len(make_benchmark("scenes").prompts) == 553  # with the judge of the repository
+    monkeypatch.setenv("DIFFUSERS_TERNARY_SCENES", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="clone the diffusers-ternary repository"):
+        make_benchmark("scenes")
     with pytest.raises(ValueError, match="64 x 64"):
         benchmark.judge(0, Image.new("RGB", (32, 32)))
 
@@ -446,7 +449,7 @@ def test_command_line_draws_a_benchmark(tmp_path) -> None:
     [
         ([], "Give --prompts FILE or --benchmark NAME", 2),
         (["--benchmark", "geneval", "--prompts", "-"], "Give --prompts FILE or --benchmark NAME", 2),
-        (["--benchmark", "scenes"], "scenes needs judge", 3),
+        (["--benchmark", "scenes", "--vqa", "x"], "scenes has no vqa", 3),
         (["--benchmark", "coco"], "is not one of scenes, geneval", 3),
         (["--prompts", "-", "--vqa", "x"], "need --benchmark", 2),
     ],
