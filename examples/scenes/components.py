@@ -129,11 +129,41 @@ def build_flux(vae: AutoencoderTiny, *, width: int, num_layers: int, num_single_
     )
 
 
+class ContentHead(nn.Module):
+    """Reads from a block in the first half of a transformer what each image token shows; for training alone.
+
+    Diffusion transformers learn several times faster when an early block is made to know what is in the picture
+    (REPA, arXiv:2410.06940). There the knowledge comes from an image encoder; here from the exact labels.
+
+    Args:
+        block: The block to read, which returns its image tokens [B, tokens, ``width``], alone or last in a tuple.
+        width: Channels of an image token.
+    """
+
+    def __init__(self, block: nn.Module, width: int) -> None:
+        super().__init__()
+        self.classes = nn.Linear(width, len(CLASSES) + 1)
+        self.colors = nn.Linear(width, len(COLORS) + 1)
+        self.tokens: list[torch.Tensor] = []  # of the forward pass that is under way
+        block.register_forward_hook(self.keep)
+
+    def keep(self, _block: nn.Module, _arguments: tuple, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        """Forward hook: hold the image tokens until ``forward`` reads them."""
+        if self.training:
+            self.tokens.append(output if isinstance(output, torch.Tensor) else output[-1])
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of class [B, tokens, classes + 1] and color [B, tokens, colors + 1]; background is the last."""
+        tokens = self.tokens.pop()
+        return self.classes(tokens), self.colors(tokens)
+
+
 class FluxTrainee(nn.Module):
     """The trained parts of a FluxPipeline in one module: noisy latents and token ids in, velocity out."""
 
     def __init__(self, pipeline: FluxPipeline) -> None:
         super().__init__()
+        self.content = ContentHead(pipeline.transformer.transformer_blocks[-1], pipeline.transformer.inner_dim)
         self.transformer = pipeline.transformer
         self.text_encoder = pipeline.text_encoder
         self.text_encoder_2 = pipeline.text_encoder_2
@@ -218,6 +248,8 @@ class SanaTrainee(nn.Module):
 
     def __init__(self, pipeline: SanaPipeline) -> None:
         super().__init__()
+        blocks = pipeline.transformer.transformer_blocks
+        self.content = ContentHead(blocks[len(blocks) // 3], pipeline.transformer.inner_dim)
         self.transformer = pipeline.transformer
         self.text_encoder = pipeline.text_encoder
         self.tokenizers = (pipeline.tokenizer,)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from diffusers_ternary.evaluation.geneval import Task, relative_position
 from diffusers_ternary.evaluation.scenes.prompts import MAX_OBJECTS, held_out_combination
@@ -126,7 +127,7 @@ class Renderer:
 
     def __init__(self, sprites: Sprites, device: torch.device | str = "cpu") -> None:
         # A frame of transparent pixels around the masks is what indices outside of them are clamped to.
-        self.masks = torch.nn.functional.pad(sprites.masks, (1, 1, 1, 1)).to(device).float() / 255.0
+        self.masks = nn.functional.pad(sprites.masks, (1, 1, 1, 1)).to(device).float() / 255.0
         self.colors = torch.tensor(list(COLORS.values()), device=device) / 127.5 - 1.0
         shades = torch.linspace(1.0 + _SHADING, 1.0 - _SHADING, CANVAS, device=device)
         plain = torch.tensor(BACKGROUNDS, device=device)
@@ -146,6 +147,21 @@ class Renderer:
             column[..., None, :],
         ]
         return masks * (kind != NOTHING)[..., None, None]
+
+    def content(self, layout: Layout, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much of each of ``side`` x ``side`` patches each class and each color covers.
+
+        Returns:
+            float32 [batch, side * side, classes + 1] and [batch, side * side, colors + 1]; the background's part is
+            the last, and the parts of a patch sum to 1.
+        """
+        cover = nn.functional.adaptive_avg_pool2d(self.coverage(layout), side).flatten(2).mT  # [batch, patches, objects]
+        shares = []
+        for field, number in ((0, len(CLASSES)), (1, len(COLORS))):
+            kinds = layout.objects[..., field].clamp(min=0)[:, None].expand(cover.shape)
+            share = cover.new_zeros(*cover.shape[:2], number).scatter_add_(-1, kinds, cover)
+            shares.append(torch.cat((share, 1.0 - share.sum(-1, keepdim=True)), -1))
+        return shares[0], shares[1]
 
     def draw(self, layout: Layout) -> torch.Tensor:
         """The pictures of a layout."""

@@ -57,6 +57,7 @@ class Recipe:
     ema_decay: float = 0.999
     no_caption: float = 0.1
     timestep_mean: float = 0.4
+    content_weight: float = 0.1
     seed: int = 0
 
 
@@ -134,6 +135,17 @@ def build_optimizers(trainee: nn.Module, recipe: Recipe) -> list[torch.optim.Opt
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+def content_loss(
+    classes: torch.Tensor, colors: torch.Tensor, content: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Cross-entropy of ``ContentHead``'s logits against what each token shows in truth, mean over tokens."""
+    terms = (
+        -(truth * named.float().log_softmax(-1)).sum(-1).mean()
+        for named, truth in zip((classes, colors), content, strict=True)
+    )
+    return torch.stack(tuple(terms)).sum()
 
 
 def export(pipeline: DiffusionPipeline, trainee: nn.Module, ema: EMAModel, folder: Path) -> None:
@@ -261,12 +273,15 @@ def train(
         for step, host in enumerate(batches, first):
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in host.items()}
             t = batch["timestep"][:, None, None, None]
+            layout = Layout(batch["objects"], batch["background"])
             with accelerator.autocast():
-                clean = encoder.encode(Layout(batch["objects"], batch["background"]))
+                clean = encoder.encode(layout)
                 noisy = (1.0 - t) * clean + t * batch["noise"]
                 velocity = model(noisy, batch["timestep"], batch["ids"])
+                named = trainee.content()
             loss = nn.functional.mse_loss(velocity.float(), batch["noise"] - clean)
-            accelerator.backward(loss)
+            shown = content_loss(*named, encoder.renderer.content(layout, LATENT_SIDE // 2))
+            accelerator.backward(loss + recipe.content_weight * shown)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             for part in (*optimizers, *schedules):
                 part.step()
