@@ -7,21 +7,23 @@ Importing this package registers the quantization backend `diffusers_ternary` wi
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .config import TernaryConfig
+from .backend import quantize, register
+from .backend.config import TernaryConfig
 from .layers import Int8Conv2d, Int8Linear, TernaryConv2d, TernaryLinear, keep_unpacked
 from .lora import register as register_adapters
-from .quantizers import quantize, register
 
 
 if TYPE_CHECKING:
     from .calibration import CalibrationConfig, CalibrationReport, SensitivityConfig, SolverConfig, calibrate
+    from .calibration.merge_lora import MergeReport, merge_lora
     from .demo.pipeline import demo_folder, demo_pipeline
-    from .distillation import DistillConfig, DistillReport, distill, read_prompts, template_prompts
+    from .distillation import DistillConfig, DistillReport, distill
     from .evaluation import EvaluationResult, evaluate
     from .hub import push_to_hub
     from .interop import export_gguf
     from .interop.convert import convert
-    from .lora import MergeReport, merge_lora
+    from .rollouts.prompt_templates import template_prompts
+    from .rollouts.prompts import read_prompts
 
 __version__ = "0.1.0"
 __all__ = [
@@ -60,7 +62,7 @@ _LAZY = {
     "DistillConfig": ".distillation",
     "DistillReport": ".distillation",
     "EvaluationResult": ".evaluation",
-    "MergeReport": ".lora",
+    "MergeReport": ".calibration.merge_lora",
     "SensitivityConfig": ".calibration",
     "SolverConfig": ".calibration",
     "calibrate": ".calibration",
@@ -70,10 +72,10 @@ _LAZY = {
     "distill": ".distillation",
     "evaluate": ".evaluation",
     "export_gguf": ".interop",
-    "merge_lora": ".lora",
+    "merge_lora": ".calibration.merge_lora",
     "push_to_hub": ".hub",
-    "read_prompts": ".distillation",
-    "template_prompts": ".distillation",
+    "read_prompts": ".rollouts.prompts",
+    "template_prompts": ".rollouts.prompt_templates",
 }
 
 

@@ -19,7 +19,7 @@ from diffusers import FluxPipeline
 from diffusers_ternary import TernaryConfig
 from diffusers_ternary.distillation import DistillConfig, distill
 from diffusers_ternary.distillation.config import MODES
-from diffusers_ternary.distillation.prompts import read_prompts, split_held_out
+from diffusers_ternary.rollouts.prompts import read_prompts, split_held_out
 
 
 def parse() -> argparse.Namespace:

@@ -20,7 +20,7 @@ from diffusers_ternary.calibration import CalibrationConfig
 from diffusers_ternary.distillation import DistillConfig, distill
 from diffusers_ternary.distillation.config import MODES
 from diffusers_ternary.distillation.memory import estimate_memory
-from diffusers_ternary.distillation.prompts import read_prompts, split_held_out
+from diffusers_ternary.rollouts.prompts import read_prompts, split_held_out
 
 
 MODEL = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"

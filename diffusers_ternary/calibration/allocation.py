@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from ..config import TernaryConfig
-from ..quantizers import ConversionPlan
+from ..backend import ConversionPlan
+from ..backend.config import TernaryConfig
 from .budget import Offer, SizeBudget, choose
 from .candidates import Candidate
 from .report import LayerSensitivity

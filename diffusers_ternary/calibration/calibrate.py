@@ -10,9 +10,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..config import TernaryConfig
-from ..format import TernarySpec
-from ..quantizers import (
+from ..backend import (
     ConversionPlan,
     below_compiled_wrappers,
     bits_per_weight,
@@ -20,6 +18,8 @@ from ..quantizers import (
     replace_layers,
     with_separate_projections,
 )
+from ..backend.config import TernaryConfig
+from ..format import TernarySpec
 from ..rollouts import Rollouts, fingerprint, make_rollouts, weights_sha256
 from .allocation import Allocation, apply_choices, layer_sensitivities
 from .budget import SizeBudget

@@ -5,9 +5,9 @@ import dataclasses
 
 import torch
 
-from ..config import TernaryConfig
+from ..backend import file_bytes
+from ..backend.config import TernaryConfig
 from ..format import Int8Spec, LayerSpec, TernarySpec, normalize_group_size
-from ..quantizers import file_bytes
 from ..ternarize.weight import scale_layout
 from .config import CalibrationConfig
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from ..config import TernaryConfig
+from ..backend import placeholder_for
+from ..backend.config import TernaryConfig
 from ..layers import FLOAT_TYPES, TernaryLayer
-from ..quantizers import placeholder_for
 from .solver import SolvedLayer
 from .statistics import InputGroup
 

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.logging import tqdm
 from torch import nn
 
-from ..config import TernaryConfig
+from ..backend.config import TernaryConfig
 from ..rollouts import Rollouts
 from .candidates import Candidate, base_candidate
 from .config import CalibrationConfig

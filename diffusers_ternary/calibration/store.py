@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..files import lock, new_file, parse_json_object, read_json, recover_contents, recover_folder, write_json
+from ..files.seals import is_sealed, seal
 from ..format import TernarySpec
-from ..seals import is_sealed, seal
 from ..ternarize import LowRank, TernaryWeight
 from .solver import OutputErrors, SolvedLayer
 

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from ..config import TernaryConfig
-from ..destinations import output_folder
+from ..backend.config import TernaryConfig
+from ..backend.sources import store_in_16_bits
 from ..extras import MissingExtraError, check_extra
 from ..files import parse_size, remove_folder
-from ..inspection import inspect_path
-from ..sources import store_in_16_bits
+from ..files.destinations import output_folder
+from ..interop.inspection import inspect_path
 from .console import ExitCode, console, escape, explained_errors, format_bytes
 from .options import (
     demo_settings,

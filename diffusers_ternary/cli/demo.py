@@ -9,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from ..destinations import output_file
+from ..files.destinations import output_file
 from .console import console, explained_errors, format_bytes
 
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import TernaryConfig
-from ..destinations import check_folder, output_folder
+from ..backend.config import TernaryConfig
+from ..backend.sources import store_in_16_bits
 from ..files import parse_size, read_json, remove_folder
-from ..inspection import inspect_path
-from ..sources import store_in_16_bits
+from ..files.destinations import check_folder, output_folder
+from ..interop.inspection import inspect_path
 from .console import ExitCode, console, escape, explained_errors, format_bytes
 from .options import (
     demo_settings,

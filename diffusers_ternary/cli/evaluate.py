@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from ..destinations import output_folder
+from ..backend.sources import check_weights
 from ..extras import check_extra
-from ..sources import check_weights
+from ..files.destinations import output_folder
 from .console import ExitCode, console, explained_errors
 from .options import (
     demo_scorers,

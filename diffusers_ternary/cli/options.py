@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config.ternary_config import COMPUTE_DTYPES
-from ..model_folder import check_pipeline, explained_loading, pipeline_parts
-from ..sources import check_weights, read_source_json
+from ..backend.config import COMPUTE_DTYPES
+from ..backend.folder import check_pipeline, explained_loading, pipeline_parts
+from ..backend.sources import check_weights, read_source_json
 from .console import console
 
 
@@ -22,7 +22,7 @@ DEMO = "demo"
 
 def read_prompts(source: str, limit: int | None = None) -> list[str]:
     """`--prompts`: a file, - for stdin, `template:N` or `datasets:NAME`; see `distillation.prompts.read_prompts`."""
-    from ..distillation import prompts
+    from ..rollouts import prompts
 
     return prompts.read_prompts(source, limit=limit)
 

@@ -7,12 +7,11 @@ from typing import Annotated
 import torch
 import typer
 
-from ..config import TernaryConfig
-from ..config.ternary_config import COMPUTE_DTYPES
-from ..destinations import output_folder
+from ..backend.config import COMPUTE_DTYPES, TernaryConfig
+from ..backend.sources import load_quantized
 from ..files import parse_size
-from ..inspection import inspect_path
-from ..sources import load_quantized
+from ..files.destinations import output_folder
+from ..interop.inspection import inspect_path
 from .console import ExitCode, console, escape, explained_errors, format_bytes
 from .options import is_demo, parse_overrides
 

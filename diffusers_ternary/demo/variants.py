@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
-from ..config import TernaryConfig
-from ..quantizers import bits_per_weight, file_bytes, packed_layers, quantize
+from ..backend import bits_per_weight, file_bytes, packed_layers, quantize
+from ..backend.config import TernaryConfig
 from .pipeline import DATA, demo_pipeline
 
 

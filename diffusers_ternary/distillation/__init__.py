@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distillation: a ternary student learns from its own teacher, with prompts only."""
 
+from ..rollouts.prompt_templates import template_prompts
+from ..rollouts.prompts import read_prompts
 from .batch import TeacherBatch
 from .config import DistillConfig
 from .distill import distill
-from .prompt_templates import template_prompts
-from .prompts import read_prompts
 from .report import DistillReport
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..files import file_sha256, new_folder, read_json, write_json
-from ..seals import is_sealed, seal
+from ..files.seals import is_sealed, seal
 from .trainable import whole
 
 

@@ -16,11 +16,12 @@ from accelerate.utils import LoggerType
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..config import TernaryConfig
+from ..backend import below_compiled_wrappers, bits_per_weight, packed_layers, with_separate_projections
+from ..backend.config import TernaryConfig
 from ..extras import check_extra
 from ..files import new_folder
-from ..quantizers import below_compiled_wrappers, bits_per_weight, packed_layers, with_separate_projections
 from ..rollouts import Rollouts, check_prompts, evaluation_mode, make_rollouts, weights_sha256
+from ..rollouts.prompts import check_disjoint, split_held_out
 from .cache import TeacherCache
 from .config import DistillConfig
 from .engine import Trainer
@@ -30,7 +31,6 @@ from .memory import available_memory, check_memory, observed_tokens
 from .noise import observe_noise
 from .online import TeacherPool
 from .progress import Progress
-from .prompts import check_disjoint, split_held_out
 from .report import DistillReport
 from .run_folder import check_run, flat, own_run, recover_run, start_run
 from .start import StudentSource, given_student, make_student, teacher_component, with_denoiser

@@ -10,10 +10,10 @@ import psutil
 import torch
 from torch import nn
 
-from ..config import TernaryConfig
+from ..backend import plan_conversion
+from ..backend.config import TernaryConfig
 from ..extras import has_extra
 from ..format import normalize_group_size
-from ..quantizers import plan_conversion
 from .blocks import block_names
 from .config import MODES, DistillConfig
 

@@ -11,8 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..files import write_bytes
+from ..files.seals import is_sealed, seal
 from ..rollouts import RolloutBatch, make_rollouts, prepared
-from ..seals import is_sealed, seal
 from .batch import TeacherBatch
 from .layout import InputLayout, Path, TeacherRow, assemble
 from .recording import TeacherRecorder

@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..backend import packed_layers, quantize
+from ..backend.config import TernaryConfig
 from ..calibration import calibrate
-from ..config import TernaryConfig
-from ..quantizers import packed_layers, quantize
 from .config import DistillConfig
 from .trainee import ternary_layers
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from ..backend import packed_layers
 from ..layers import TernaryLayer
-from ..quantizers import packed_layers
 from .trainable import LayerTraining, TrainableTernaryLayer, whole
 
 

@@ -2,6 +2,7 @@
 """Compares a student pipeline with its teacher: the same prompts, the same seeds, and numbers that say how far off."""
 
 from ..extras import MissingExtraError
+from ..rollouts.velocity import VelocityError
 from .benchmarks import Benchmark, GenEval, Scenes, T2ICompBench
 from .clip import ClipScore
 from .contact_sheet import contact_sheet
@@ -9,7 +10,6 @@ from .evaluation import Scorer, TeacherRun, compare, evaluate, observe_teacher
 from .report import write_report
 from .result import EvaluationResult
 from .sampling import Sampling
-from .velocity import VelocityError
 
 
 __all__ = [

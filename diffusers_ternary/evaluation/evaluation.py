@@ -14,14 +14,14 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from ..quantizers import below_compiled_wrappers
+from ..backend import below_compiled_wrappers
 from ..rollouts import DenoiserCall, RolloutBatch, prepared, recorded_calls
+from ..rollouts.velocity import VelocityError, velocity_error
 from .benchmarks import Benchmark, BenchmarkScores, judge_all, make_benchmark
 from .comparable import check_comparable, denoiser_of
 from .metrics import check_same_size, image_distance
 from .result import BenchmarkPair, EvaluationResult, ScorePair
 from .sampling import Sampling, draw_images, make_sampling
-from .velocity import VelocityError, velocity_error
 
 
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], "float | Mapping[str, float]"]

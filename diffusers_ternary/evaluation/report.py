@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..destinations import output_folder
+from ..files.destinations import output_folder
 from .benchmarks import BenchmarkScores
 from .plot import plot_velocity_error
 from .result import EvaluationResult

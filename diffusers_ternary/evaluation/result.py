@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import new_file, write_json
+from ..rollouts.velocity import VelocityError
 from .benchmarks import BenchmarkScores
 from .contact_sheet import contact_sheet
 from .plot import plot_velocity_error
-from .velocity import VelocityError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..compat import HubTransportError
+from ..backend.compat import HubTransportError
 
 
 logger = logging.getLogger(__name__)

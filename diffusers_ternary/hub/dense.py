@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from safetensors.torch import save_file
 
+from ..backend.checkpoint import load_tensor, owner, to_memory
 from ..files import read_json
 from ..format import Int8Spec
 from ..interop.source import empty_model
 from ..layers import Int8Linear, TernaryLinear
-from ..quantizers.checkpoint import load_tensor, owner, to_memory
 from .source import PackedModel
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-from ..compat import HubTransportError
+from ..backend.compat import HubTransportError
 
 
 _NOTHING_COMMITTED = "Nothing was committed."

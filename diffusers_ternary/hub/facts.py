@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from ..quantizers.checkpoint import owner
+from ..backend.checkpoint import owner
 from .base_card import HUB, BaseCard, Terms
 from .dense import dense_bytes
 from .loader import has_loader

@@ -14,9 +14,9 @@ from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..destinations import is_local_path
+from ..backend import below_compiled_wrappers
 from ..files import read_json, temporary_folder
-from ..quantizers import below_compiled_wrappers
+from ..files.destinations import is_local_path
 from .base_card import BaseCard, read_base_card
 from .card import card_data, render_card
 from .consistency import check_reports, is_generated, merge_own_card

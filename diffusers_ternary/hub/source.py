@@ -9,13 +9,13 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..config import QUANT_METHOD
+from ..backend import StoredTensor, bits_per_weight, check_headers, read_headers
+from ..backend.checkpoint import check_values
+from ..backend.config import QUANT_METHOD
+from ..backend.folder import default_files, pipeline_parts, quant_method, refuse_links, shard_names
 from ..files import read_json
 from ..format import FileLayout, TernarySpec
-from ..inspection import Component, inspect_path
-from ..model_folder import default_files, pipeline_parts, quant_method, refuse_links, shard_names
-from ..quantizers import StoredTensor, bits_per_weight, check_headers, read_headers
-from ..quantizers.checkpoint import check_values
+from ..interop.inspection import Component, inspect_path
 
 
 CARD = "README.md"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..quantizers import packed_layers
+from ..backend import packed_layers
 
 
 def stage(pipeline_or_model: Any, destination: pathlib.Path) -> pathlib.Path:

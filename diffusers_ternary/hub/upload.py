@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from ..compat import HubTransportError
+from ..backend.compat import HubTransportError
 from .errors import explained_hub_errors
 from .loader import LOADER
 from .recipes import CALIBRATION, DISTILLATION

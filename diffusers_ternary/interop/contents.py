@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..quantizers import StoredTensor
+from ..backend import StoredTensor
 from ..ternarize import looks_ternary
 from .clark import CODES, is_clark
 from .gguf_import import architecture_field, open_reader

@@ -18,15 +18,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import nn
 
-from ..config import RECOVER, TernaryConfig
-from ..destinations import check_folder, output_folder
+from ..backend import read_headers
+from ..backend.checkpoint import load_tensor
+from ..backend.config import RECOVER, TernaryConfig
+from ..backend.folder import refuse_links
+from ..backend.plan import float_layers
+from ..backend.sources import source_error
+from ..files.destinations import check_folder, output_folder
 from ..format import LayerSpec, TernarySpec, expand_scales, unpack_base3
 from ..layers import reason_not_to_pack
-from ..model_folder import refuse_links
-from ..quantizers import read_headers
-from ..quantizers.checkpoint import load_tensor
-from ..quantizers.plan import float_layers
-from ..sources import source_error
 from ..ternarize import TernaryFit, looks_ternary, recover, ternary_fit
 from .gguf_export import GgufReport, check_gguf_options, export_gguf
 from .mflux_export import MfluxReport, export_mflux

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from diffusers.utils.logging import tqdm
 
-from ..compat_gguf import TwoBitType, open_reader, writable_type
-from ..destinations import output_file
 from ..extras import import_extra
+from ..files.destinations import output_file
 from ..format import TernarySpec
+from .compat import TwoBitType, open_reader, writable_type
 from .gguf_blocks import BLOCK, ENCODERS, FALLBACKS, RUNTIMES, TERNARY_TYPES, block_scales, choose_type
 from .gguf_names import ARCHITECTURES, GgufTensor, gguf_tensors
 from .gguf_two_bit import dequantize_two_bit

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..compat_gguf import TwoBitType
-from ..compat_gguf import open_reader as open_any_reader
 from ..extras import import_extra
 from ..files import parse_json_object
+from .compat import TwoBitType
+from .compat import open_reader as open_any_reader
 from .gguf_config import config_of_shapes
 from .gguf_export import CONFIG_KEY
 from .gguf_header import check_header

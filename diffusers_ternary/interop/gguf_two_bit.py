@@ -12,7 +12,7 @@ It shares nothing with the writer of Q2_0 (`gguf_blocks.py`), so that reading ba
 
 import numpy as np
 
-from ..compat_gguf import TwoBitType
+from .compat import TwoBitType
 
 
 # Weights of a PTQ1_0 block by the bytes that hold them: (first byte, bytes, trits in each), weight n * bytes + i in

@@ -16,10 +16,10 @@ from diffusers.utils.logging import tqdm
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..destinations import output_folder
+from ..backend.folder import refuse_links
 from ..files import write_json
+from ..files.destinations import output_folder
 from ..format import Int8Spec, TernarySpec
-from ..model_folder import refuse_links
 from .gguf_blocks import block_scales
 from .mflux_names import mflux_module
 from .mlx_affine import AffineWeight, affine_group_size, encode_affine

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..config import TernaryConfig
+from ..backend.config import TernaryConfig
+from ..backend.folder import explained_loading, pipeline_parts, quant_method, weight_files, weights_name
+from ..backend.foreign import refuse_quantized_headers
 from ..files import read_json
-from ..model_folder import explained_loading, pipeline_parts, quant_method, weight_files, weights_name
-from ..quantizers.foreign import refuse_quantized_headers
 from .clark import is_clark, read_clark
 from .source import ForeignModel, Item
 from .tensor_files import SafetensorsFiles, StateDictFile

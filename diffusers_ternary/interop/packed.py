@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from ..backend import StoredTensor, check_headers, read_headers
+from ..backend.checkpoint import check_crc, check_tensor, load_tensor
+from ..backend.folder import default_files
 from ..files import read_json
 from ..format import LOW_RANK_NAMES, FileLayout, LayerSpec, TernarySpec, expand_scales, group_scales, unpack_base3
-from ..model_folder import default_files
-from ..quantizers import StoredTensor, check_headers, read_headers
-from ..quantizers.checkpoint import check_crc, check_tensor, load_tensor
 from ..ternarize import rotate
 from .open import pipeline_components
 

@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from ..model_folder import explained_loading, model_class
+from ..backend.folder import explained_loading, model_class
 
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..quantizers import read_headers
-from ..quantizers.checkpoint import load_tensor
-from ..quantizers.float8 import find_float8_scales
+from ..backend import read_headers
+from ..backend.checkpoint import load_tensor
+from ..backend.float8 import find_float8_scales
 
 
 _MAX_DEPTH = 16

@@ -9,10 +9,10 @@ from typing import IO, Any
 
 import torch
 
-from ..config import TernaryConfig
+from ..backend.checkpoint import to_file
+from ..backend.config import TernaryConfig
 from ..format import LOW_RANK_NAMES, FileLayout, LayerSpec, TensorHeader, crc32, dtype_name
 from ..layers.base import scale_to_bits
-from ..quantizers.checkpoint import to_file
 from ..ternarize import TernaryWeight
 
 

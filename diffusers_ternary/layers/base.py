@@ -8,9 +8,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from ..compat_torch import is_autocast
 from ..format import LOW_RANK_NAMES, LayerSpec, layer_spec_from_json
-from ..ops import check_float
+from ..kernels.compat import is_autocast
+from ..kernels.ops import check_float
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..format import LayerSpec
-from ..ops import check_devices, check_float
+from ..kernels.ops import check_devices, check_float
 from .base import QuantizedLayer
 
 

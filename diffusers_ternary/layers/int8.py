@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ..format import Int8Spec
-from ..ops import check_devices, check_float, int8_product
+from ..kernels.ops import check_devices, check_float, int8_product
 from ..ternarize import Int8Weight, quantize_int8
 from .base import QuantizedLayer
 from .conv import QuantizedConv2d

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..compat_torch import is_plain
 from ..format import LOW_RANK_DTYPE, TernarySpec
+from ..kernels.compat import is_plain
 from ..kernels.operands import Layout
-from ..ops import (
+from ..kernels.ops import (
     PreparedProducts,
     ResidentWeight,
     check_devices,

@@ -16,25 +16,18 @@ if TYPE_CHECKING:
         TernaryLoraConv2d,
         TernaryLoraLinear,
     )
-    from .merge import MergedLayer, MergeReport, merge_lora
 
 __all__ = [
-    "MergeReport",
-    "MergedLayer",
     "TernaryLoHaConv2d",
     "TernaryLoHaLinear",
     "TernaryLoKrConv2d",
     "TernaryLoKrLinear",
     "TernaryLoraConv2d",
     "TernaryLoraLinear",
-    "merge_lora",
     "register",
 ]
 
 _LAZY = {
-    "MergeReport": ".merge",
-    "MergedLayer": ".merge",
-    "merge_lora": ".merge",
     "TernaryLoHaConv2d": ".layers",
     "TernaryLoHaLinear": ".layers",
     "TernaryLoKrConv2d": ".layers",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compat_peft import LoHaConv2d, LoHaLinear, LoKrConv2d, LoKrLinear, LoraConv2d, LoraLinear
+from .compat import LoHaConv2d, LoHaLinear, LoKrConv2d, LoKrLinear, LoraConv2d, LoraLinear
 from .packed_base import PackedBaseMixin
 
 

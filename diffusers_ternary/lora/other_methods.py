@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compat_peft import (
+from ..backend.config import QUANT_METHOD
+from ..layers import QuantizedConv2d, QuantizedLayer
+from .compat import (
     BaseTunerLayer,
     BOFTConv2d,
     BOFTLinear,
@@ -26,8 +28,6 @@ from ..compat_peft import (
     ShiraLinear,
     VeraLinear,
 )
-from ..config import QUANT_METHOD
-from ..layers import QuantizedConv2d, QuantizedLayer
 from .packed_base import PackedBaseMixin
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..compat_peft import check_adapters_to_merge
 from ..layers import QuantizedLayer
+from .compat import check_adapters_to_merge
 
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 if TYPE_CHECKING:
     # At run time the mixin stands before one of PEFT's layers.
-    from ..compat_peft import BaseTunerLayer as _TunerLayer
+    from .compat import BaseTunerLayer as _TunerLayer
 else:
     _TunerLayer = object
 

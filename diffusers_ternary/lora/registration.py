@@ -5,10 +5,10 @@ from functools import partial
 
 from torch import nn
 
-from ..after_import import after_import
-from ..compat import patch_flux_expansion, patch_lora_mixin
+from ..backend.after_import import after_import
+from ..backend.compat import patch_flux_expansion, patch_lora_mixin
+from ..backend.summary import count_parameters
 from ..layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
-from ..quantizers.summary import count_parameters
 
 
 def register() -> None:
@@ -19,7 +19,8 @@ def register() -> None:
 
 
 def _register_with_peft() -> None:
-    from ..compat_peft import (
+    from . import layers, other_methods
+    from .compat import (
         DEQUANTIZE_MARK,
         add_custom_modules,
         add_lycoris_modules,
@@ -27,7 +28,6 @@ def _register_with_peft() -> None:
         count_whole_parameters,
         watch_injection,
     )
-    from . import layers, other_methods
     from .saved_modules import has_packed_layers, trainable_copy
 
     setattr(QuantizedLayer, DEQUANTIZE_MARK, property(lambda layer: layer.weight))

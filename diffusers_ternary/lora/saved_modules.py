@@ -5,8 +5,8 @@ import copy
 
 from torch import nn
 
+from ..backend.dequantize import dequantize_layers
 from ..layers import QuantizedLayer
-from ..quantizers.dequantize import dequantize_layers
 from .packed_base import PackedBaseMixin
 
 

@@ -155,7 +155,9 @@ class Renderer:
             float32 [batch, side * side, classes + 1] and [batch, side * side, colors + 1]; the background's part is
             the last, and the parts of a patch sum to 1.
         """
-        cover = nn.functional.adaptive_avg_pool2d(self.coverage(layout), side).flatten(2).mT  # [batch, patches, objects]
+        cover = (
+            nn.functional.adaptive_avg_pool2d(self.coverage(layout), side).flatten(2).mT
+        )  # [batch, patches, objects]
         shares = []
         for field, number in ((0, len(CLASSES)), (1, len(COLORS))):
             kinds = layout.objects[..., field].clamp(min=0)[:, None].expand(cover.shape)

@@ -26,7 +26,7 @@ import diffusers_ternary
 from diffusers_ternary.format import expand_scales, group_scales, pack_planes
 from diffusers_ternary.kernels import cpu
 from diffusers_ternary.kernels.cpu import fallback, native
-from diffusers_ternary.ops import ternary_linear
+from diffusers_ternary.kernels.ops import ternary_linear
 
 
 RESULTS = Path(__file__).parent / "results"

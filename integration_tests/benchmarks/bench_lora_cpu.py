@@ -22,11 +22,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 import diffusers_ternary
+from diffusers_ternary.backend.dequantize import dequantize_layers
 from diffusers_ternary.kernels import cpu
 from diffusers_ternary.kernels.cpu import call as cpu_call
 from diffusers_ternary.kernels.cpu import linear as cpu_linear
 from diffusers_ternary.kernels.cpu import native
-from diffusers_ternary.quantizers.dequantize import dequantize_layers
 
 
 RANK = 16

@@ -24,11 +24,11 @@ from torch import nn
 
 import diffusers_ternary
 from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary.backend.dequantize import dequantize_layers as dense_layers
 from diffusers_ternary.kernels import cpu
 from diffusers_ternary.kernels.cpu import call as cpu_call
 from diffusers_ternary.kernels.cpu import linear as cpu_linear
 from diffusers_ternary.kernels.cpu import native
-from diffusers_ternary.quantizers.dequantize import dequantize_layers as dense_layers
 
 
 RESULTS = Path(__file__).parent / "results"

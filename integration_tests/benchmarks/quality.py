@@ -29,13 +29,13 @@ from quality_peers import PEERS, apply_peer
 from quality_table import SHOWN, Row, Table, load_strip, save_strip
 
 from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary.backend import plan_pipeline
 from diffusers_ternary.calibration import CalibrationConfig, SensitivityConfig, SolverConfig, calibrate
 from diffusers_ternary.demo.grammar import held_out_prompts, training_prompts
 from diffusers_ternary.demo.pipeline import DEMO_CALL, demo_pipeline
 from diffusers_ternary.demo.run import judge_scorer
 from diffusers_ternary.demo.variants import stored_size
 from diffusers_ternary.evaluation import Sampling, TeacherRun, compare, contact_sheet, observe_teacher
-from diffusers_ternary.quantizers import plan_pipeline
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -16,7 +16,7 @@ from support.pipelines import PIPELINES, draw
 from transformers import CLIPTextModel
 
 from diffusers_ternary import TernaryConfig, quantize
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary.backend import packed_layers
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from support import text_encoders
 from support.pipelines import PIPELINES, draw
 
 from diffusers_ternary import Int8Linear, TernaryConfig, TernaryLinear, quantize
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary.backend import packed_layers
 
 
 CONFIG = TernaryConfig(components={"transformer": "ternary", "text_encoder": "int8", "text_encoder_2": "int8"})

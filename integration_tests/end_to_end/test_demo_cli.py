@@ -98,7 +98,7 @@ def test_files_of_others_are_kept(tmp_path) -> None:
 
 def test_stored_size_is_that_of_the_saved_file(tmp_path) -> None:
     """The bytes of all tensors in the file, from its own header."""
-    from diffusers_ternary.inspection import inspect_path
+    from diffusers_ternary.interop.inspection import inspect_path
 
     for variant in (TEACHER, *STUDENTS):
         denoiser = variant.load(torch.bfloat16).transformer

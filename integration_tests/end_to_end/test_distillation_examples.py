@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from support.pipelines import PIPELINES
 
 import diffusers_ternary  # noqa: F401 - registers the backend
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary.backend import packed_layers
 
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"

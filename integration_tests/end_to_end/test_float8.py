@@ -14,8 +14,8 @@ from support.checkpoints import to_original_z_image
 from torch import nn
 
 from diffusers_ternary import TernaryConfig, convert, quantize
-from diffusers_ternary.quantizers import packed_layers
-from diffusers_ternary.quantizers.float8 import find_float8_scales, headers_of
+from diffusers_ternary.backend import packed_layers
+from diffusers_ternary.backend.float8 import find_float8_scales, headers_of
 
 
 CONFIG = TernaryConfig(group_size=16)

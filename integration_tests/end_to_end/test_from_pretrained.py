@@ -13,7 +13,7 @@ from support import denoisers
 from support.checkpoints import read_file, to_original_z_image
 
 from diffusers_ternary import Int8Linear, TernaryConfig, TernaryLinear, quantize
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary.backend import packed_layers
 
 
 CONFIG = TernaryConfig(overrides={"*.norm1.linear": "int8"})

@@ -10,8 +10,8 @@ from support.more_pipelines import MORE_PIPELINES
 from support.pipelines import PIPELINES, quiet
 
 from diffusers_ternary import CalibrationConfig, TernaryConfig, calibrate, quantize
+from diffusers_ternary.backend import packed_layers, plan_conversion
 from diffusers_ternary.calibration import SolverConfig
-from diffusers_ternary.quantizers import packed_layers, plan_conversion
 
 
 EXACT = TernaryConfig(activation_dtype="none")

@@ -8,7 +8,7 @@ from support.more_pipelines import MORE_PIPELINES, draw_more
 from support.pipelines import PIPELINES
 
 from diffusers_ternary import TernaryConfig, quantize
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary.backend import packed_layers
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -23,7 +23,7 @@ from support import architectures
 from support.pipelines import PIPELINES, draw
 
 from diffusers_ternary import TernaryConfig, quantize
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary.backend import packed_layers
 
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from support.fresh_process import run_python
 from transformers import AutoModel, PreTrainedModel
 
 from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary.backend import packed_layers
 
 
 ENCODERS = {

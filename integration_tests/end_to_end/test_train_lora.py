@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffusers_ternary.backend import packed_layers
+from diffusers_ternary.calibration.merge_lora import merge_lora
 from diffusers_ternary.demo import generate, held_out_prompts
 from diffusers_ternary.demo.variants import find_variant
-from diffusers_ternary.lora import merge_lora
-from diffusers_ternary.quantizers import packed_layers
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_lora.py"

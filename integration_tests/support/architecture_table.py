@@ -17,9 +17,9 @@ from diffusers import ModelMixin
 
 import diffusers_ternary
 from diffusers_ternary import TernaryConfig
+from diffusers_ternary.backend import bits_per_weight, packed_layers, plan_conversion
+from diffusers_ternary.backend.plan import layer_spec
 from diffusers_ternary.format import TernarySpec
-from diffusers_ternary.quantizers import bits_per_weight, packed_layers, plan_conversion
-from diffusers_ternary.quantizers.plan import layer_spec
 from diffusers_ternary.ternarize.weight import scale_layout
 
 from . import architectures

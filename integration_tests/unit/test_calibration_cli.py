@@ -12,7 +12,7 @@ from diffusers_ternary.calibration.store import LayerStore
 from diffusers_ternary.cli.calibrate import calibrate_command
 from diffusers_ternary.cli.console import ExitCode
 from diffusers_ternary.files import lock
-from diffusers_ternary.inspection import inspect_path
+from diffusers_ternary.interop.inspection import inspect_path
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from support.pipelines import PIPELINES, draw
 from torch import nn
 
 from diffusers_ternary import TernaryConfig, TernaryLinear
+from diffusers_ternary.backend import file_bytes, packed_layers
 from diffusers_ternary.calibration import (
     CalibrationConfig,
     SensitivityConfig,
@@ -20,7 +21,6 @@ from diffusers_ternary.calibration import (
     sensitivity,
 )
 from diffusers_ternary.layers import Int8Linear
-from diffusers_ternary.quantizers import file_bytes, packed_layers
 from diffusers_ternary.rollouts import Rollouts, make_rollouts, recorded_calls
 
 

@@ -8,8 +8,8 @@ from support.pipelines import PIPELINES, TinyPipeline
 from torch import nn
 
 from diffusers_ternary import TernaryConfig
+from diffusers_ternary.backend import plan_conversion
 from diffusers_ternary.calibration.statistics import GroupFinder, InputGroup, MomentCollector, split_passes
-from diffusers_ternary.quantizers import plan_conversion
 from diffusers_ternary.rollouts import Rollouts, make_rollouts
 
 

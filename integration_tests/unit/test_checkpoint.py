@@ -7,10 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusers_ternary.format import FileLayout, Int8Spec, TernarySpec, crc32
-from diffusers_ternary.layers import Int8Linear, LayerRecord, TernaryLinear
-from diffusers_ternary.quantizers import check_headers, read_headers
-from diffusers_ternary.quantizers.checkpoint import (
+from diffusers_ternary.backend import check_headers, read_headers
+from diffusers_ternary.backend.checkpoint import (
     PackedCheckpoint,
     check_crc,
     check_values,
@@ -18,6 +16,8 @@ from diffusers_ternary.quantizers.checkpoint import (
     state_dict_to_file,
     to_memory,
 )
+from diffusers_ternary.format import FileLayout, Int8Spec, TernarySpec, crc32
+from diffusers_ternary.layers import Int8Linear, LayerRecord, TernaryLinear
 
 
 class Model(torch.nn.Module):

@@ -18,9 +18,10 @@ from diffusers.models import modeling_utils as diffusers_modeling
 from support import denoisers, text_encoders
 from transformers import modeling_utils as transformers_modeling
 
-from diffusers_ternary import compat, quantizers
-from diffusers_ternary.config import QUANT_METHOD
-from diffusers_ternary.quantizers.transformers_backend import UnpackOnLoad
+from diffusers_ternary import backend as quantizers
+from diffusers_ternary.backend import compat
+from diffusers_ternary.backend.config import QUANT_METHOD
+from diffusers_ternary.backend.transformers import UnpackOnLoad
 
 
 VERSIONS = f"(diffusers {diffusers.__version__}, transformers {transformers.__version__})"

@@ -13,8 +13,8 @@ from support import denoisers, text_encoders
 from support.adapters import lora_state
 from torch import nn
 
-from diffusers_ternary import TernaryConfig, compat_offload, quantize
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary.backend import compat_offload, packed_layers
 
 
 CPU = torch.device("cpu")

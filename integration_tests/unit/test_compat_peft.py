@@ -18,9 +18,8 @@ from peft.tuners import tuners_utils
 from peft.tuners.lora import dora, layer, model, variants
 from peft.utils import hotswap, integrations, quantization_utils
 
-from diffusers_ternary import compat_peft
 from diffusers_ternary.layers import QuantizedLayer
-from diffusers_ternary.lora import layers
+from diffusers_ternary.lora import compat, layers
 
 
 VERSIONS = f"(peft {peft.__version__}, diffusers {diffusers.__version__})"
@@ -30,9 +29,9 @@ def source(what: object) -> str:
     return inspect.getsource(inspect.unwrap(what) if callable(what) else what)
 
 
-def test_every_name_of_compat_peft_is_there():
-    for name in compat_peft.__all__:
-        assert getattr(compat_peft, name, None) is not None, f"compat_peft.{name} is gone {VERSIONS}"
+def test_every_name_of_compat_is_there():
+    for name in compat.__all__:
+        assert getattr(compat, name, None) is not None, f"compat.{name} is gone {VERSIONS}"
 
 
 class TestPeft:
@@ -44,7 +43,7 @@ class TestPeft:
         config = peft.LoraConfig(target_modules=["x"])
         assert layers.TernaryLoraLinear in config._custom_modules.values(), f"not registered {VERSIONS}"
 
-    @pytest.mark.parametrize("tuner", [compat_peft.LoHaModel, compat_peft.LoKrModel])
+    @pytest.mark.parametrize("tuner", [compat.LoHaModel, compat.LoKrModel])
     def test_lycoris_takes_the_first_class_that_fits(self, tuner):
         assert "layers_mapping.items()" in source(tuner._create_new_module), f"found otherwise {VERSIONS}"
         classes = list(tuner.layers_mapping)
@@ -53,7 +52,7 @@ class TestPeft:
 
     def test_dequantize_is_called_where_the_float_weight_is_needed(self):
         text = source(integrations.dequantize_module_weight)
-        mark = f'hasattr(module, "{compat_peft.DEQUANTIZE_MARK}")'
+        mark = f'hasattr(module, "{compat.DEQUANTIZE_MARK}")'
         assert mark in text, f"the mark of dequantizable layers is another one {VERSIONS}"
         assert "module.dequantize()" in text
         for user in (dora.DoraLinearLayer.forward, dora.DoraLinearLayer.update_layer):
@@ -73,8 +72,8 @@ class TestPeft:
             (tuners_utils.BaseTunerLayer, "get_base_layer", ["self"]),
             (tuners_utils.BaseTunerLayer, "_get_base_layer_device_and_dtype", ["self", "base_layer"]),
             (tuners_utils.BaseTunerLayer, "_get_available_adapters", ["self"]),
-            (compat_peft.LoHaLinear, "get_delta_weight", ["self", "adapter_name", "apply_rank_dropout"]),
-            (compat_peft.LoKrLinear, "get_delta_weight", ["self", "adapter_name", "apply_rank_dropout"]),
+            (compat.LoHaLinear, "get_delta_weight", ["self", "adapter_name", "apply_rank_dropout"]),
+            (compat.LoKrLinear, "get_delta_weight", ["self", "adapter_name", "apply_rank_dropout"]),
         ],
     )
     def test_methods_that_ours_override(self, cls, name, parameters):
@@ -125,14 +124,14 @@ class TestPeft:
         assert "self.quantization_backend.get_base_weight(self.get_base_layer())" in source(base.get_base_weight)
         assert base.quantization_backend is None, f"layers know their backend otherwise {VERSIONS}"
         for method in (
-            compat_peft.BOFTConv2d.forward,
-            compat_peft.MissLinear.forward,
-            compat_peft.ShiraLinear.forward,
+            compat.BOFTConv2d.forward,
+            compat.MissLinear.forward,
+            compat.ShiraLinear.forward,
         ):
             assert "self.get_base_weight()" in source(method), f"{method.__qualname__} reads otherwise {VERSIONS}"
-        text = source(compat_peft.IA3Conv2d.forward)
+        text = source(compat.IA3Conv2d.forward)
         assert ".to(self.get_base_layer().weight.dtype)" in text, f"PackedIA3Conv2d.forward can go {VERSIONS}"
-        assert "self._kernel_dim = base_layer.weight.dim()" in source(compat_peft.IA3Conv2d.__mro__[1].__init__)
+        assert "self._kernel_dim = base_layer.weight.dim()" in source(compat.IA3Conv2d.__mro__[1].__init__)
 
     def test_the_dtype_of_new_adapters_is_asked_of_two_attributes(self):
         text = source(tuners_utils.BaseTunerLayer._get_base_layer_device_and_dtype)
@@ -140,7 +139,7 @@ class TestPeft:
         assert "base_layer.compute_dtype" in text
 
     def test_modules_to_save_copies_the_original_module(self):
-        text = source(compat_peft.ModulesToSaveWrapper.update)
+        text = source(compat.ModulesToSaveWrapper.update)
         assert "copy.deepcopy(self.original_module)" in text, f"copied otherwise {VERSIONS}"
 
     def test_parameters_are_counted_in_one_method(self):
@@ -150,7 +149,7 @@ class TestPeft:
 
     def test_hotswap_pads_ours(self):
         assert "isinstance(module, Linear)" in source(hotswap._pad_lora_weights), f"chosen otherwise {VERSIONS}"
-        assert hotswap.Linear is compat_peft.LoraLinear
+        assert hotswap.Linear is compat.LoraLinear
         assert issubclass(layers.TernaryLoraLinear, hotswap.Linear)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Canaries of what `compat_torch` uses of torch: each fails readably when a new version moves it."""
+"""Canaries of what `compat` uses of torch: each fails readably when a new version moves it."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_ternary.compat_torch import is_autocast, is_plain, returns_no_view
+from diffusers_ternary.kernels.compat import is_autocast, is_plain, returns_no_view
 
 
 X = torch.ones(2)

@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 
-from diffusers_ternary import destinations, files
-from diffusers_ternary.destinations import check_folder, output_file, output_folder
+from diffusers_ternary import files
+from diffusers_ternary.files import destinations
+from diffusers_ternary.files.destinations import check_folder, output_file, output_folder
 
 
 INDEX = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from diffusers_ternary.cli.app import app
 from diffusers_ternary.cli.console import ExitCode
-from diffusers_ternary.distillation.prompts import read_prompts, split_held_out
-from diffusers_ternary.inspection import inspect_path
+from diffusers_ternary.interop.inspection import inspect_path
 from diffusers_ternary.rollouts import Rollouts
+from diffusers_ternary.rollouts.prompts import read_prompts, split_held_out
 
 
 CALL = ["--inference-steps", "2", "--height", "16", "--width", "16", "--set", "max_sequence_length=16"]

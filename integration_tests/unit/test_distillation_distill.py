@@ -16,11 +16,11 @@ from support.fresh_process import ROOT, run_python
 
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.distillation import DistillConfig, DistillReport, distill
-from diffusers_ternary.distillation.prompts import split_held_out
 from diffusers_ternary.distillation.trainee import ternary_layers
 from diffusers_ternary.extras import MissingExtraError
 from diffusers_ternary.files import lock, recover_folder
 from diffusers_ternary.rollouts import Rollouts
+from diffusers_ternary.rollouts.prompts import split_held_out
 
 
 RUN = "import json, sys; from support import distillation as d; "

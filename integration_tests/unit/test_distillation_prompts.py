@@ -10,14 +10,8 @@ import sys
 
 import pytest
 
-from diffusers_ternary.distillation.prompt_templates import plural, template_prompts, with_article
-from diffusers_ternary.distillation.prompts import (
-    check_disjoint,
-    choose_column,
-    prompt_key,
-    read_prompts,
-    split_held_out,
-)
+from diffusers_ternary.rollouts.prompt_templates import plural, template_prompts, with_article
+from diffusers_ternary.rollouts.prompts import check_disjoint, choose_column, prompt_key, read_prompts, split_held_out
 
 
 PROMPTS = ["ein Hund", 'fünf Kühe, "groß"', "猫\u2028犬"]

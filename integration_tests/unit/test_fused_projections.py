@@ -10,9 +10,9 @@ from support import architectures
 from support.pipelines import PIPELINES, draw
 
 from diffusers_ternary import CalibrationConfig, TernaryConfig, calibrate, quantize
+from diffusers_ternary.backend import packed_layers, plan_conversion
 from diffusers_ternary.calibration import SolverConfig
-from diffusers_ternary.lora import merge_lora
-from diffusers_ternary.quantizers import packed_layers, plan_conversion
+from diffusers_ternary.calibration.merge_lora import merge_lora
 
 
 EXACT = TernaryConfig(activation_dtype="none")

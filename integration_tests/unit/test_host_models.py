@@ -21,8 +21,8 @@ from support import denoisers, text_encoders
 from support.pipelines import PIPELINES, draw
 from torch import nn
 
-from diffusers_ternary import TernaryConfig, compat_models, quantize
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary.backend import compat_models, packed_layers
 
 
 VERSION = f"(diffusers {diffusers.__version__})"

@@ -18,19 +18,19 @@ from support.checkpoints import edit_json
 from typer.testing import CliRunner
 
 from diffusers_ternary import TernaryConfig, convert, quantize
+from diffusers_ternary.backend.folder import explained_loading, model_class, pipeline_parts
+from diffusers_ternary.backend.sources import load_quantized
 from diffusers_ternary.cli.app import app
 from diffusers_ternary.cli.console import escape
-from diffusers_ternary.destinations import forget_local_paths, is_local_path
 from diffusers_ternary.files import parse_size
+from diffusers_ternary.files.destinations import forget_local_paths, is_local_path
 from diffusers_ternary.hub.source import read_source
-from diffusers_ternary.inspection import inspect_path
 from diffusers_ternary.interop.gguf_header import check_header
+from diffusers_ternary.interop.inspection import inspect_path
 from diffusers_ternary.interop.packed import open_packed
 from diffusers_ternary.interop.source import empty_model
 from diffusers_ternary.interop.tensor_files import StateDictFile
 from diffusers_ternary.interop.writer import PackedFolderWriter
-from diffusers_ternary.model_folder import explained_loading, model_class, pipeline_parts
-from diffusers_ternary.sources import load_quantized
 from diffusers_ternary.ternarize import ternarize
 
 

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffusers_ternary.evaluation.result import EvaluationResult, ScorePair
-from diffusers_ternary.evaluation.velocity import VelocityError
 from diffusers_ternary.format import FileLayout, Int8Spec, TernarySpec, crc32, pack_base3
 from diffusers_ternary.hub.base_card import BaseCard, Licence, Terms, read_base_card
 from diffusers_ternary.hub.push import check_target, prepare
 from diffusers_ternary.rollouts.rollouts import Rollouts
+from diffusers_ternary.rollouts.velocity import VelocityError
 
 
 GOLDEN = pathlib.Path(__file__).with_name("golden_model_card.md")

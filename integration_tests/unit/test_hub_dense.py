@@ -13,9 +13,9 @@ from support.fresh_process import run_python
 
 import diffusers_ternary
 from diffusers_ternary import TernaryConfig
+from diffusers_ternary.backend.dequantize import dequantize_layers
 from diffusers_ternary.hub.dense import dense_bytes, write_dense_copy
 from diffusers_ternary.hub.source import read_source
-from diffusers_ternary.quantizers.dequantize import dequantize_layers
 
 
 CONFIGS = {

@@ -22,7 +22,7 @@ def imported():
             warnings.simplefilter("always")
             import diffusers_ternary
         new = set(sys.modules) - before
-        diffusers_ternary.quantizers.register()
+        diffusers_ternary.backend.register()
         print(json.dumps({
             "new": sorted(new),
             "cuda": torch.cuda.is_initialized(),

@@ -10,7 +10,7 @@ from support.pipelines import PIPELINES
 from torch import nn
 
 from diffusers_ternary import Int8Linear, TernaryConfig, TernaryLinear, quantize
-from diffusers_ternary.quantizers import bits_per_weight, packed_layers
+from diffusers_ternary.backend import bits_per_weight, packed_layers
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

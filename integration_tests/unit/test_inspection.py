@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from support import denoisers
 
 from diffusers_ternary import TernaryConfig, quantize
-from diffusers_ternary.inspection import inspect_path
+from diffusers_ternary.interop.inspection import inspect_path
 
 
 @pytest.fixture(scope="module")

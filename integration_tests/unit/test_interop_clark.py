@@ -10,11 +10,11 @@ from diffusers import SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
 from support import denoisers, foreign
 
-from diffusers_ternary.inspection import inspect_path
+from diffusers_ternary.backend import packed_layers
 from diffusers_ternary.interop import convert
+from diffusers_ternary.interop.inspection import inspect_path
 from diffusers_ternary.interop.sana_names import sana_config
 from diffusers_ternary.layers import TernaryConv2d
-from diffusers_ternary.quantizers import packed_layers
 
 
 def original_names(blocks: int) -> dict[str, tuple[str, ...]]:

@@ -18,13 +18,13 @@ from diffusers.loaders.single_file_utils import (
 from support import denoisers, foreign
 
 from diffusers_ternary import TernaryConfig, quantize
-from diffusers_ternary.compat_gguf import TwoBitType, open_reader
-from diffusers_ternary.inspection import inspect_path
+from diffusers_ternary.backend import packed_layers
 from diffusers_ternary.interop import GgufReport, convert, export_gguf
+from diffusers_ternary.interop.compat import TwoBitType, open_reader
 from diffusers_ternary.interop.gguf_blocks import encode_q2_0
 from diffusers_ternary.interop.gguf_names import gguf_tensors
 from diffusers_ternary.interop.gguf_two_bit import dequantize_two_bit
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary.interop.inspection import inspect_path
 
 
 gguf = pytest.importorskip("gguf")

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from support import denoisers, foreign
 from torch import nn
 
-from diffusers_ternary.inspection import inspect_path
+from diffusers_ternary.backend import packed_layers
 from diffusers_ternary.interop import convert
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary.interop.inspection import inspect_path
 
 
 LAYERS = 25  # linear layers in the blocks of the small denoiser

@@ -12,9 +12,9 @@ from support import denoisers, foreign, text_encoders
 from torch import nn
 
 from diffusers_ternary import TernaryConfig, quantize
-from diffusers_ternary.inspection import inspect_path
+from diffusers_ternary.backend import packed_layers
 from diffusers_ternary.interop import convert
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary.interop.inspection import inspect_path
 
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -205,7 +205,7 @@ def test_row_bucket(rows, bucket):
 def test_importing_the_package_imports_no_kernel():
     """Triton itself is imported by torch._dynamo, and so by diffusers, where it is installed."""
     code = (
-        "import sys, diffusers_ternary, diffusers_ternary.ops, diffusers_ternary.kernels.triton as k;"
+        "import sys, diffusers_ternary, diffusers_ternary.kernels.ops, diffusers_ternary.kernels.triton as k;"
         "assert k.linear;"
         "loaded = {name.removeprefix('diffusers_ternary.kernels.triton.') for name in sys.modules};"
         "assert not loaded & {'devices', 'launch', 'product', 'tuning', 'fused'}, loaded"

@@ -27,11 +27,11 @@ elif not torch.cuda.is_available():
     pytest.skip("no GPU: run by test_kernels_triton_interpreted.py", allow_module_level=True)
 
 from diffusers_ternary.kernels import triton as kernels  # noqa: E402
+from diffusers_ternary.kernels.ops import int8 as int8_ops  # noqa: E402
+from diffusers_ternary.kernels.ops import resident as resident_ops  # noqa: E402
 from diffusers_ternary.kernels.triton import devices, eight_bit, launch, plain, product  # noqa: E402
 from diffusers_ternary.kernels.triton.dispatch import Plan  # noqa: E402
 from diffusers_ternary.kernels.triton.trial import problem_of  # noqa: E402
-from diffusers_ternary.ops import int8 as int8_ops  # noqa: E402
-from diffusers_ternary.ops import resident as resident_ops  # noqa: E402
 
 
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -13,7 +13,7 @@ from support.fresh_process import run_python
 
 from diffusers_ternary import TernaryLinear
 from diffusers_ternary.kernels import triton as kernels
-from diffusers_ternary.ops import prepared as prepared_ops
+from diffusers_ternary.kernels.ops import prepared as prepared_ops
 from diffusers_ternary.ternarize import ternarize
 
 

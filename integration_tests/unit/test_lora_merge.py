@@ -12,11 +12,11 @@ from support.pipelines import PIPELINES, draw
 from torch import nn
 
 from diffusers_ternary import CalibrationConfig, TernaryConfig, quantize
+from diffusers_ternary.backend import packed_layers
 from diffusers_ternary.calibration import SolverConfig
+from diffusers_ternary.calibration.merge_lora import merge_lora
 from diffusers_ternary.format import Int8Spec, TernarySpec
 from diffusers_ternary.layers import Int8Linear, TernaryLinear
-from diffusers_ternary.lora import merge_lora
-from diffusers_ternary.quantizers import packed_layers
 
 
 EXACT = TernaryConfig(group_size=8, activation_dtype="none")

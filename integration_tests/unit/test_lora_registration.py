@@ -7,7 +7,7 @@ import sys
 import pytest
 from support.fresh_process import run_python
 
-from diffusers_ternary.after_import import after_import
+from diffusers_ternary.backend.after_import import after_import
 
 
 PROBE = """

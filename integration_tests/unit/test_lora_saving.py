@@ -19,10 +19,11 @@ from torch import nn
 from transformers import T5EncoderModel
 
 from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary.backend import packed_layers
+from diffusers_ternary.backend.adapters import settle_merged
+from diffusers_ternary.calibration.merge_lora import merge_lora
 from diffusers_ternary.layers import QuantizedLayer, read_records
-from diffusers_ternary.lora import TernaryLoraLinear, merge_lora
-from diffusers_ternary.quantizers import packed_layers
-from diffusers_ternary.quantizers.adapters import settle_merged
+from diffusers_ternary.lora import TernaryLoraLinear
 
 
 LORA = LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_k"])

@@ -21,11 +21,11 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary.backend import packed_layers
+from diffusers_ternary.backend.checkpoint import LayerRecord, state_dict_to_file
 from diffusers_ternary.hub.source import read_source
-from diffusers_ternary.inspection import inspect_path
+from diffusers_ternary.interop.inspection import inspect_path
 from diffusers_ternary.interop.packed import open_packed
-from diffusers_ternary.quantizers import packed_layers
-from diffusers_ternary.quantizers.checkpoint import LayerRecord, state_dict_to_file
 
 
 SEED = int(os.environ.get("DIFFUSERS_TERNARY_SEED", random.SystemRandom().randrange(1 << 32)))

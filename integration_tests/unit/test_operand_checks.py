@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary.kernels.ops import ternary_dequantize, ternary_linear
 from diffusers_ternary.layers import QuantizedLayer
-from diffusers_ternary.ops import ternary_dequantize, ternary_linear
 from diffusers_ternary.ternarize import ternarize
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from diffusers_ternary.ops import ternary_dequantize, ternary_linear
+from diffusers_ternary.kernels.ops import ternary_dequantize, ternary_linear
 from diffusers_ternary.ternarize import TernaryWeight, ternarize
 
 

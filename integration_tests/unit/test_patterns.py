@@ -3,7 +3,7 @@
 
 import pytest
 
-from diffusers_ternary.config import matches, matches_any
+from diffusers_ternary.backend.patterns import matches, matches_any
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from support import denoisers
 from torch import nn
 
 from diffusers_ternary import TernaryConfig
+from diffusers_ternary.backend import plan_conversion
+from diffusers_ternary.backend.plan import layer_spec
 from diffusers_ternary.format import Int8Spec, TernarySpec
-from diffusers_ternary.quantizers import plan_conversion
-from diffusers_ternary.quantizers.plan import layer_spec
 
 
 @pytest.fixture(scope="module")

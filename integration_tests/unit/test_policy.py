@@ -10,8 +10,8 @@ from support import denoisers, text_encoders
 from torch import nn
 
 from diffusers_ternary import TernaryConfig
-from diffusers_ternary.config import ARCHITECTURE_POLICIES, policy_for
-from diffusers_ternary.quantizers import plan_conversion
+from diffusers_ternary.backend import plan_conversion
+from diffusers_ternary.backend.policy import ARCHITECTURE_POLICIES, policy_for
 
 
 def expand(text: str) -> set[str]:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusers_ternary import TernaryLinear
 from diffusers_ternary.kernels.cpu.native import load
 from diffusers_ternary.kernels.operands import Layout
-from diffusers_ternary.ops import prepared, prepared_products, ternary_linear
+from diffusers_ternary.kernels.ops import prepared, prepared_products, ternary_linear
 from diffusers_ternary.ternarize import ternarize
 
 
@@ -37,7 +37,7 @@ def by_operator(layer: TernaryLinear, x: torch.Tensor) -> torch.Tensor:
     spec = layer.spec
     tensors = (layer.weight, layer.scales, layer.weight_multiplier, layer.bias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffusers_ternary.ops.linear.quick_linear", lambda *_: None)
+        patch.setattr("diffusers_ternary.kernels.ops.linear.quick_linear", lambda *_: None)
         return ternary_linear(
             x, *tensors, spec.in_features, spec.group_size, layer.activation_dtype, spec.hadamard
         ).detach()

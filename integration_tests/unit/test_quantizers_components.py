@@ -12,9 +12,9 @@ from support.pipelines import PIPELINES, draw
 from torch import nn
 
 from diffusers_ternary import TernaryConfig, TernaryLinear, evaluate, quantize
+from diffusers_ternary.backend import TernaryDiffusersQuantizer, packed_layers, plan_pipeline
 from diffusers_ternary.calibration import CalibrationConfig, SolverConfig, calibrate
-from diffusers_ternary.inspection import inspect_path
-from diffusers_ternary.quantizers import TernaryDiffusersQuantizer, packed_layers, plan_pipeline
+from diffusers_ternary.interop.inspection import inspect_path
 
 
 def compiled(pipeline: DiffusionPipeline, name: str = "transformer") -> DiffusionPipeline:

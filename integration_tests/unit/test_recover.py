@@ -10,7 +10,7 @@ from support import denoisers, text_encoders
 from torch import nn
 
 from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary.backend import packed_layers
 from diffusers_ternary.ternarize import find_group_size, looks_ternary, recover, ternary_fit
 
 

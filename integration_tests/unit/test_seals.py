@@ -14,7 +14,7 @@ from diffusers_ternary.calibration.solver import OutputErrors, SolvedLayer
 from diffusers_ternary.calibration.store import FinishedLayer, LayerStore
 from diffusers_ternary.distillation.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_ternary.distillation.shards import find_fault, write_tensors
-from diffusers_ternary.seals import is_sealed, seal
+from diffusers_ternary.files.seals import is_sealed, seal
 from diffusers_ternary.ternarize import ternarize
 
 

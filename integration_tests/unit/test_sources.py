@@ -8,7 +8,7 @@ import torch
 from support.pipelines import PIPELINES
 
 from diffusers_ternary import TernaryConfig, quantize
-from diffusers_ternary.sources import load_quantized, store_in_16_bits
+from diffusers_ternary.backend.sources import load_quantized, store_in_16_bits
 
 
 @pytest.mark.parametrize(

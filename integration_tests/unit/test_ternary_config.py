@@ -12,8 +12,8 @@ from support import denoisers
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from diffusers_ternary import TernaryConfig, TernaryLinear
+from diffusers_ternary.backend import TernaryDiffusersQuantizer, TernaryTransformersQuantizer
 from diffusers_ternary.format import FORMAT_VERSION
-from diffusers_ternary.quantizers import TernaryDiffusersQuantizer, TernaryTransformersQuantizer
 
 
 FULL = {

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.integrations.accelerate import compute_module_sizes
 
 from diffusers_ternary import TernaryConfig, quantize
-from diffusers_ternary.quantizers import packed_layers
+from diffusers_ternary.backend import packed_layers
 
 
 IDS = torch.arange(8)[None]

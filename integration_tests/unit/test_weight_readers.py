@@ -11,8 +11,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from diffusers_ternary import TernaryConfig, quantize
-from diffusers_ternary.quantizers import packed_layers, plan_conversion
-from diffusers_ternary.quantizers.weight_readers import layers_read_by_model
+from diffusers_ternary.backend import packed_layers, plan_conversion
+from diffusers_ternary.backend.weight_readers import layers_read_by_model
 
 
 # Class → layers, as the sources of diffusers say.

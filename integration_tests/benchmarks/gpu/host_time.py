@@ -25,9 +25,9 @@ from support.gpu_compiler import TARGETS
 from support.stand_in_driver import standing_in
 
 from diffusers_ternary import TernaryLinear
+from diffusers_ternary.kernels.ops import prepared, ternary_linear
+from diffusers_ternary.kernels.ops import triton as registered
 from diffusers_ternary.kernels.triton import product
-from diffusers_ternary.ops import prepared, ternary_linear
-from diffusers_ternary.ops import triton as registered
 from diffusers_ternary.ternarize import ternarize
 
 

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The components of a pipeline: below the wrappers of `torch.compile`, and each module once."""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .compat_models import unwrap_compiled
+
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+def is_pipeline(value: Any) -> bool:
+    """Whether this is a pipeline of diffusers, modular ones included."""
+    from diffusers import DiffusionPipeline  # not at import: it loads half of diffusers
+
+    modular = sys.modules.get("diffusers.modular_pipelines.modular_pipeline")
+    return isinstance(value, DiffusionPipeline if modular is None else (DiffusionPipeline, modular.ModularPipeline))
+
+
+def modules_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline by component name, without the wrappers of `torch.compile`."""
+    parts = {name: unwrap_compiled(part) for name, part in pipeline.components.items()}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+@contextlib.contextmanager
+def uncompiled(pipeline: Any) -> Iterator[None]:
+    """Puts the modules below `pipe.transformer = torch.compile(...)` in place of the wrappers for a while.
+
+    What is recorded, replaced and saved are the modules themselves: names under a wrapper start with `_orig_mod`, and
+    hooks under one are compiled away. The wrappers come back as they were.
+    """
+    wrapped = {name: part for name, part in pipeline.components.items() if unwrap_compiled(part) is not part}
+    for name, part in wrapped.items():
+        setattr(pipeline, name, unwrap_compiled(part))
+    try:
+        yield
+    finally:
+        for name, part in wrapped.items():
+            setattr(pipeline, name, part)
+
+
+def below_compiled_wrappers(function: FunctionT) -> FunctionT:
+    """Makes a function of pipelines and models work on the modules below the wrappers of `torch.compile`.
+
+    Returned objects are those that came in, wrappers included.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        values = [*args, *kwargs.values()]
+        with contextlib.ExitStack() as stack:
+            for value in values:
+                if is_pipeline(value):
+                    stack.enter_context(uncompiled(value))
+            unwrapped = {name: unwrap_compiled(value) for name, value in kwargs.items()}
+            result = function(*map(unwrap_compiled, args), **unwrapped)
+        wrappers = {id(unwrap_compiled(value)): value for value in values if isinstance(value, nn.Module)}
+        return wrappers.get(id(result), result)
+
+    return wrapper  # type: ignore[return-value]

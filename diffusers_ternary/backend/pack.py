@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs one layer: exactly if its weight is ternary already, else by the rounding that the config asks for."""
+
+import dataclasses
+import logging
+
+import torch
+from torch import nn
+
+from ..layers import QuantizedConv2d, QuantizedLayer, TernaryLayer
+from ..ternarize import TernaryFit, looks_ternary, recover, ternary_fit
+from .config import RECOVER, TernaryConfig
+from .placeholders import pack_options
+
+
+logger = logging.getLogger(__name__)
+NOT_TERNARY = "not ternary, so not recovered"
+
+
+@dataclasses.dataclass
+class PackingRecord:
+    """What was found while the layers of one model were packed.
+
+    Args:
+        exact (`list[str]`): layers whose weights were ternary already.
+        almost (`dict[str, TernaryFit]`): layers that are ternary for the most part.
+        kept (`list[str]`): layers left in float by `rounding="recover"`.
+    """
+
+    exact: list[str] = dataclasses.field(default_factory=list)
+    almost: dict[str, TernaryFit] = dataclasses.field(default_factory=dict)
+    kept: list[str] = dataclasses.field(default_factory=list)
+
+    def report(self, model: nn.Module) -> None:
+        """Logs a line on the layers that were ternary, and one on those that almost are.
+
+        Raises:
+            ValueError: if only ternary layers were to be packed, and there is none.
+        """
+        if self.kept and not self.exact:
+            nearest = max(self.almost.items(), key=lambda item: item[1].fraction, default=None)
+            hint = f" The nearest is {nearest[0]}: {nearest[1]}." if nearest else ""
+            raise ValueError(
+                f"{type(model).__name__} has no layer whose weights are ternary ({len(self.kept)} looked at).{hint} "
+                f'rounding="{RECOVER}" never rounds: choose another rounding to quantize this model.'
+            )
+        if self.exact:
+            logger.warning(
+                "%s: the weights of %d layers are ternary already (%s ...); packed exactly, not rounded again.",
+                type(model).__name__,
+                len(self.exact),
+                self.exact[0],
+            )
+        for name, fit in self.almost.items():
+            logger.warning("%s is almost ternary (%s): %s.", name, fit, "kept" if name in self.kept else "rounded")
+
+
+def pack_layer(
+    layer: QuantizedLayer, weight: torch.Tensor, *, name: str, config: TernaryConfig, record: PackingRecord
+) -> bool:
+    """Fills a placeholder with the packed `weight`.
+
+    Args:
+        layer ([`QuantizedLayer`]): a placeholder.
+        weight (`torch.Tensor`): float, of the placeholder's shape, in the dtype of the checkpoint.
+        name (`str`): module name.
+        config ([`TernaryConfig`]): how to pack.
+        record ([`PackingRecord`]): takes note.
+
+    Returns:
+        `bool`: false if the layer is to stay in float (`rounding="recover"` and a weight that is not ternary).
+    """
+    if isinstance(layer, TernaryLayer):
+        matrix = weight.flatten(1)  # [N, K]; of a convolution [N, C * kh * kw]
+        exact = recover(matrix)
+        if exact is not None:
+            layer.install_weight(exact)
+            if bool(matrix.any()):  # zeros fit everything; they are no sign of a ternary model
+                record.exact.append(name)
+            return True
+        if looks_ternary(matrix):
+            record.almost[name] = ternary_fit(matrix)
+        if config.rounding == RECOVER:
+            record.kept.append(name)
+            return False
+    layer.pack(weight, name=name, **pack_options(config))
+    return True
+
+
+def float_layer(layer: QuantizedLayer, weight: torch.Tensor) -> nn.Module:
+    """The float module that takes the place of a placeholder which is not to be packed."""
+    module: nn.Linear | nn.Conv2d
+    if isinstance(layer, QuantizedConv2d):
+        module = nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type] # torch annotates what its constructor takes, not what it keeps
+            stride=layer.stride,  # type: ignore[arg-type]
+            padding=layer.padding,  # type: ignore[arg-type]
+            dilation=layer.dilation,  # type: ignore[arg-type]
+            bias=False,
+            device="meta",
+        )
+    else:
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.bias = layer.bias
+    module.train(layer.training)
+    return module

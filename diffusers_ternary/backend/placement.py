@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory a model takes once it is packed: what device maps and allocations are planned with."""
+
+import dataclasses
+import math
+
+import torch
+from torch import nn
+
+from ..format import LayerSpec, TernarySpec
+from ..layers import QuantizedLayer
+from .config import RECOVER, TernaryConfig
+from .summary import packed_layers
+
+
+def planned_bytes(layer: QuantizedLayer, config: TernaryConfig) -> int:
+    """Bytes of a layer's packed tensors in memory; of a placeholder, of those that `config` will make of it.
+
+    The bias is not counted. Layers that `rounding="recover"` may keep count as float.
+    """
+    if layer.is_packed:
+        return layer.stored_bytes()
+    if config.rounding == RECOVER:
+        return layer.weight.numel() * layer.weight.element_size()
+    return memory_bytes(_settled(layer.spec, config))
+
+
+def _settled(spec: LayerSpec, config: TernaryConfig) -> LayerSpec:
+    """The spec with what packing will decide; `"auto"` scales take the layout that needs no multipliers."""
+    if not isinstance(spec, TernarySpec):
+        return spec
+    scales = "double" if config.scales == "double" else "group"
+    return dataclasses.replace(spec, scales=scales, hadamard=0, rank=config.rank)
+
+
+def memory_bytes(spec: LayerSpec) -> int:
+    """Bytes of a layer's tensors in memory, with 16-bit scales."""
+    return sum(
+        math.prod(tensor.shape) * (2 if name == "weight_scale" else tensor.dtypes[0].itemsize)
+        for name, tensor in spec.memory_tensors().items()
+    )
+
+
+def bytes_per_weight(layer: QuantizedLayer, config: TernaryConfig) -> float:
+    """[`planned_bytes`] for each value of the placeholder's float weight."""
+    return planned_bytes(layer, config) / layer.weight.numel()
+
+
+def model_bytes(model: nn.Module, config: TernaryConfig) -> int:
+    """Bytes of a model's parameters and buffers once its placeholders are packed."""
+    placeholders = {f"{name}.weight": layer for name, layer in packed_layers(model).items() if not layer.is_packed}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return sum(
+        planned_bytes(placeholders[name], config) if name in placeholders else tensor.numel() * tensor.element_size()
+        for name, tensor in tensors.items()
+    )
+
+
+def warm_up_factor(model: nn.Module, config: TernaryConfig, dtype: torch.dtype) -> int:
+    """What diffusers divides the elements of a model by before it allocates as many values of `dtype` on a GPU.
+
+    The quotient is at most what the model takes once it is packed.
+    """
+    elements = sum(tensor.numel() for tensor in model.state_dict().values())
+    return max(1, math.ceil(elements * dtype.itemsize / max(1, model_bytes(model, config))))
