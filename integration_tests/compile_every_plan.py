@@ -7,7 +7,7 @@
 Requests are layers of FLUX, SANA and an odd size, in every layout of scales, dtype and bucket of rows; kernels
 that differ in nothing the compiler sees are compiled once. Prints the slowest ones and fails where one does not
 compile, spills registers or needs more shared memory than the target has. The test suite compiles a part of this
-(`unit/test_triton_compile.py`).
+(`kernels/triton/test_compile.py`).
 """
 
 import argparse
@@ -28,11 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "integration_tests")]
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from support.gpu_compiler import TARGETS, Compiled, launches_on  # noqa: E402
 
 from diffusers_ternary.kernels.triton import launch, product  # noqa: E402
 from diffusers_ternary.kernels.triton.dispatch import Plan, Request, candidates  # noqa: E402
 from diffusers_ternary.kernels.triton.weights import PackedWeight  # noqa: E402
+from integration_tests.support.gpu_compiler import TARGETS, Compiled, launches_on  # noqa: E402
 
 
 # N and K of layers: planes of whole blocks (FLUX, SD3.5), planes that end inside one (SANA), rows not aligned.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Set-up of the whole suite: no network, few threads; `support` is importable because this file is here."""
+"""Set-up of the whole suite: no network, few threads."""
 
 import os
 import sys

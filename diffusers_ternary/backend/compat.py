@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every name of another library that is not part of its documented API, in one place.
 
-Each has a canary in `integration_tests/unit/test_compat.py` (those of LoRA: `test_compat_peft.py`), which fails
+Each has a canary in `integration_tests/backend/test_compat.py` (those of LoRA: `test_compat.py`), which fails
 readably when a new version moves it.
 """
 

@@ -12,7 +12,7 @@ weights, and by far the most sensitive ones per weight (x_embedder 241, final pr
   more than a few percent. Where it is 2 % (Z-Image) it is kept: precision that costs nothing.
 - *embedders inside blocks* (time projections of UNet resnets, routers of mixtures of experts) are kept.
 
-The shares are asserted on the real architectures in `integration_tests/unit/test_policy.py`.
+The shares are asserted on the real architectures in `integration_tests/backend/test_policy.py`.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every name of torch that is not part of its documented API, as `compat` has them of other libraries.
 
-Each has a canary in `integration_tests/unit/test_compat_torch.py`.
+Each has a canary in `integration_tests/kernels/test_compat.py`.
 """
 
 import functools

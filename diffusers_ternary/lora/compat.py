@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names of PEFT that are not part of its documented API; apart from `compat`, because this imports PEFT.
 
-Each has a canary in `integration_tests/unit/test_compat_peft.py`, which fails readably when a new version moves it.
+Each has a canary in `integration_tests/lora/test_compat.py`, which fails readably when a new version moves it.
 """
 
 import functools

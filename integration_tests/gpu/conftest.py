@@ -2,7 +2,7 @@
 """Marks every test of this folder `gpu`.
 
 Without a GPU, the tests of what only a GPU has (its streams, graphs and memory) are skipped; the others run on the
-CPU with small shapes, so that they cannot rot. `integration_tests/unit/test_kernels_triton.py` tests the kernels one
+CPU with small shapes, so that they cannot rot. `integration_tests/kernels/triton/test_kernels.py` tests the kernels one
 by one, compiled where there is a GPU.
 """
 

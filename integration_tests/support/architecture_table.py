@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs every denoiser class of diffusers quantized, and writes diffusers_ternary/ARCHITECTURES.md from what happened.
 
-    PYTHONPATH=integration_tests python -m support.architecture_table
+    python -m integration_tests.support.architecture_table
 
-`end_to_end/test_architectures.py` runs the same checks, class by class, and compares with the lines of the file.
+`journeys/test_architectures.py` runs the same checks, class by class, and compares with the lines of the file.
 """
 
 import collections
@@ -43,7 +43,7 @@ HEAD = """\
 # Architectures
 
 Written by `integration_tests/support/architecture_table.py` from a run, and checked against a run by
-`integration_tests/end_to_end/test_architectures.py`. With diffusers {version}, every transformer, UNet and ControlNet
+`integration_tests/journeys/test_architectures.py`. With diffusers {version}, every transformer, UNet and ControlNet
 that it exports:
 
 - *weights*: parameters of the class with its default arguments, which are those of a released model for most classes.

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run_python(code: str, *arguments: object, **environment: str) -> Any:
     """Runs `code` with `arguments` in `sys.argv[1:]` and returns its last printed line, read as JSON.
 
-    `support` can be imported; one thread, so that sums are in the same order everywhere.
+    `integration_tests.support` can be imported; one thread, so that sums are in the same order everywhere.
     """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(

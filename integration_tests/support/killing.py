@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs every command that writes: on a full disk, and ended at random changes of the file system.
 
-Run as a program: `python -m support.killing FOLDER SEED KILLS`; prints what was found as JSON. A process is warmed up
-once and forked for every run. The moments are counted in changes below the folder (files opened for writing, renamed,
-made, removed), not in seconds, so that a seed names the same moments on every machine.
+Run as a program: `python -m integration_tests.support.killing FOLDER SEED KILLS`; prints what was found as JSON. A
+process is warmed up once and forked for every run. The moments are counted in changes below the folder (files opened
+for writing, renamed, made, removed), not in seconds, so that a seed names the same moments on every machine.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ _DRAWING = ["--height", "8", "--width", "8", "--set", "max_sequence_length=16"]
 
 def sources(root: pathlib.Path) -> None:
     """What the commands read: a float pipeline, one that somebody else made ternary, its packed forms, prompts."""
-    from support import foreign
-    from support.pipelines import PIPELINES
+    from integration_tests.support import foreign
+    from integration_tests.support.pipelines import PIPELINES
 
     PIPELINES["flux"].build().save_pretrained(root / "float")
     pipeline = PIPELINES["flux"].build().to(torch.bfloat16)

@@ -24,7 +24,7 @@ INT8_MAX_IN_FEATURES = (2**31 - 1) // (64 * 127)
 # Up to this K float8 sums are taken as the matrix unit makes them; beyond, a trial looks at their error.
 MAX_IMPRECISE_SUM = 8192
 # Relative RMS error on Gaussian activations, as (row scale, group scales); where codes are scaled, float8 rounds the
-# multipliers of groups to four significant bits as well. Held by `integration_tests/unit/test_kernels_triton.py`.
+# multipliers of groups to four significant bits as well. Held by `integration_tests/kernels/triton/test_kernels.py`.
 ACTIVATION_ERROR = {"none": (0.0, 0.0), "int8": (0.010, 0.015), "float8_e4m3fn": (0.030, 0.045)}
 # What `"auto"` accepts: -26 dB, where ternary rounding itself leaves about -6 dB.
 AUTO_ERROR_BOUND = 0.05

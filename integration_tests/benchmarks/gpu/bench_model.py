@@ -32,8 +32,8 @@ from report import Table, device_name
 from diffusers_ternary import TernaryConfig, quantize
 
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from support import denoisers
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from integration_tests.support import denoisers
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[3]))
 import torch
 from bench_linear import DRY_SHAPES, GROUP, SHAPES, Shape
 from compile_every_plan import Job, compile_job, launched
-from support.gpu_compiler import TARGETS
 
 from diffusers_ternary.kernels.triton.dispatch import Request, candidates
+from integration_tests.support.gpu_compiler import TARGETS
 
 
 def jobs(name: str, shapes: tuple[Shape, ...]) -> Iterator[Job]:

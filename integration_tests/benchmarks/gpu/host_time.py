@@ -20,15 +20,14 @@ from unittest import mock
 import torch
 
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from support.gpu_compiler import TARGETS
-from support.stand_in_driver import standing_in
-
+sys.path.insert(0, str(Path(__file__).parents[3]))
 from diffusers_ternary import TernaryLinear
 from diffusers_ternary.kernels.ops import prepared, ternary_linear
 from diffusers_ternary.kernels.ops import triton as registered
 from diffusers_ternary.kernels.triton import product
 from diffusers_ternary.ternarize import ternarize
+from integration_tests.support.gpu_compiler import TARGETS
+from integration_tests.support.stand_in_driver import standing_in
 
 
 ROUNDS, CALLS = 9, 300

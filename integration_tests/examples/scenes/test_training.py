@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainings of Scenes at the size of a test: what comes out is a stock pipeline, and resuming changes nothing."""
+
+import dataclasses
+import json
+import pickle
+import random
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline, FluxPipeline, SanaPipeline
+from safetensors.torch import load_file
+
+from integration_tests.support.scenes import examples
+
+
+components = examples("components")
+train_teacher = examples("train_teacher")
+train_vae = examples("train_vae")
+
+TINY = train_teacher.Recipe(
+    width=64, num_layers=1, num_single_layers=1, steps=4, decay_steps=2, warmup_steps=2, batch_size=2, ema_decay=0.5
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator():
+    """accelerate keeps the precision of the first training of a process; other tests train in another one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    train_vae.build_vae().save_pretrained(folder)
+    return folder
+
+
+def weights_of(folder):
+    """Everything that was trained, as exported and as checkpointed."""
+    files = sorted(file.relative_to(folder) for file in folder.rglob("*.safetensors"))
+    assert len(files) >= 4
+    return {str(file): load_file(folder / file) for file in files}
+
+
+@pytest.mark.parametrize("architecture", ["flux", "sana"])
+def test_a_resumed_training_ends_with_the_same_bits(architecture, vae_folder, tmp_path):
+    recipe = dataclasses.replace(TINY, architecture=architecture)
+    train_teacher.train(vae_folder, tmp_path / "whole", recipe, checkpoint_every=4)
+    train_teacher.train(vae_folder, tmp_path / "parts", recipe, checkpoint_every=4, stop_at=3)
+    assert json.loads((tmp_path / "parts" / "progress.json").read_text())["step"] == 3
+    torch.manual_seed(123)  # the state of the process does not matter
+    train_teacher.train(vae_folder, tmp_path / "parts", recipe, checkpoint_every=4)
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for file, weights in whole.items():
+        assert all(torch.equal(weights[name], parts[file][name]) for name in weights), file
+
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "whole" / "teacher")
+    assert type(pipeline) is (SanaPipeline if architecture == "sana" else FluxPipeline)
+    assert pipeline.vae_scale_factor == 4
+
+
+def test_another_recipe_does_not_resume_but_the_end_may_move(vae_folder, tmp_path):
+    recipe = dataclasses.replace(TINY, steps=8)
+    train_teacher.train(vae_folder, tmp_path, recipe, checkpoint_every=8, stop_at=1)
+    with pytest.raises(ValueError, match="holds a run of another recipe at step 1"):
+        train_teacher.train(vae_folder, tmp_path, dataclasses.replace(recipe, learning_rate=1.0), checkpoint_every=8)
+    train_teacher.train(vae_folder, tmp_path, dataclasses.replace(recipe, steps=4), checkpoint_every=8, stop_at=3)
+    with pytest.raises(ValueError, match="another recipe at step 3"):  # the decay has begun
+        train_teacher.train(vae_folder, tmp_path, dataclasses.replace(recipe, steps=9), checkpoint_every=8)
+
+
+@pytest.mark.parametrize("architecture", ["flux", "sana"])
+def test_training_sees_what_the_pipeline_sees(architecture, vae_folder):
+    """The trained module and the pipeline's own denoising step give the same velocity for a prompt."""
+    torch.manual_seed(1)
+    vae = train_vae.build_vae()
+    recipe = dataclasses.replace(TINY, architecture=architecture)
+    pipeline, trainee = train_teacher.build(vae, recipe)
+    torch.nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.1)
+    latents = torch.randn(1, 4, 16, 16)
+    seen = []
+    pipeline.transformer.register_forward_hook(lambda *_, **__: seen.append(_[2][0]), with_kwargs=False)
+    pipeline.set_progress_bar_config(disable=True)
+    prompt = "a photo of a cat left of a bus"
+    call = {"height": 64, "width": 64, "num_inference_steps": 1, "output_type": "latent", "max_sequence_length": 18}
+    if architecture == "flux":
+        packed = FluxPipeline._pack_latents(latents, 1, 4, 16, 16)
+        pipeline(prompt, latents=packed, guidance_scale=0.0, **call)
+    else:
+        call |= {"use_resolution_binning": False, "complex_human_instruction": None}
+        pipeline(prompt, latents=latents, guidance_scale=1.0, **call)
+    velocity = seen[0]
+    if architecture == "flux":
+        velocity = FluxPipeline._unpack_latents(velocity, 16, 16, vae_scale_factor=1)
+    expected = trainee(latents, torch.ones(1), components.token_ids(trainee.tokenizers, [prompt]))
+    torch.testing.assert_close(expected, velocity, rtol=1e-4, atol=1e-5)
+    assert velocity.std() > 0.01
+
+
+def test_batches_are_made_in_worker_processes_as_well(vae_folder):
+    """A GPU is fed by workers; they get the batches by pickle where processes do not fork."""
+    vae = train_vae.build_vae()
+    _, trainee = train_teacher.build(vae, TINY)
+    batches = train_teacher.Batches(trainee.tokenizers, examples("renderer").Sprites(), TINY, 3, 6)
+    restored = pickle.loads(pickle.dumps(batches))
+    assert len(restored) == 3
+    for name, value in batches[1].items():
+        assert torch.equal(restored[1][name], value), name
+    assert not torch.equal(batches[0]["noise"], batches[1]["noise"])
+
+
+@pytest.mark.parametrize("architecture", ["flux", "sana"])
+def test_every_word_is_one_token(architecture):
+    pipeline, _ = train_teacher.build(train_vae.build_vae(), dataclasses.replace(TINY, architecture=architecture))
+    rng = random.Random(2)
+    special = 2 if architecture == "flux" else 1  # CLIP begins and ends, T5 ends, Gemma begins
+    for tag in train_teacher.MIXTURE:
+        for _ in range(40):
+            prompt = train_teacher.training_task(tag, rng).prompt
+            ids = pipeline.tokenizer(prompt).input_ids
+            assert len(ids) == len(prompt.split()) + special, prompt
+            assert len(ids) <= components.TEXT_LENGTH
