@@ -2,8 +2,8 @@
 """Marks every test of this folder `gpu`.
 
 Without a GPU, the tests of what only a GPU has (its streams, graphs and memory) are skipped; the others run on the
-CPU with small shapes, so that they cannot rot. `integration_tests/kernels/triton/test_kernels.py` tests the kernels one
-by one, compiled where there is a GPU.
+CPU with small shapes, so that they cannot rot. `integration_tests/kernels/triton/test_kernels.py` tests the kernels
+one by one, compiled where there is a GPU.
 """
 
 from pathlib import Path
