@@ -77,7 +77,7 @@ class Float8Scales:
 
     Args:
         scales (`dict[str, Scale]`): name of a weight → its scale.
-        extras (`frozenset[str]`): tensors that belong to the quantization and are no parameters of the model.
+        extras (`frozenset[str]`): tensors that belong to the quantization and are not parameters of the model.
     """
 
     scales: dict[str, Scale] = dataclasses.field(default_factory=dict)

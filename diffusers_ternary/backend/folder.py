@@ -124,7 +124,7 @@ def shard_names(index: Mapping[str, Any], *, source: pathlib.Path) -> list[str]:
     """The files that an index of shards names, all of its own folder.
 
     Raises:
-        ValueError: if it is no index, or names something else.
+        ValueError: if it is not an index, or names something else.
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
@@ -177,8 +177,8 @@ def quant_method(config: Mapping[str, Any], *, source: str | os.PathLike[str]) -
 def refuse_links(root: pathlib.Path) -> None:
     """Checks that a folder that is about to be copied or published holds no symbolic links.
 
-    What a link shows may be anything that the user can read, a private key as well. The links of a Hub cache, which
-    lead to the files of the same repository, are no others' files.
+    What a link shows may be anything that the user can read, a private key as well. Links of a Hub cache that lead to
+    files of the same repository are let pass.
 
     Raises:
         ValueError: names the link and where it leads.

@@ -75,7 +75,7 @@ def pack_layer(
         exact = recover(matrix)
         if exact is not None:
             layer.install_weight(exact)
-            if bool(matrix.any()):  # zeros fit everything; they are no sign of a ternary model
+            if bool(matrix.any()):  # zeros fit everything; they are not a sign of a ternary model
                 record.exact.append(name)
             return True
         if looks_ternary(matrix):

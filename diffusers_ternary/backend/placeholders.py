@@ -78,7 +78,7 @@ def insert_packed(
             module = None
         if type(module) not in FLOAT_TYPES:
             raise ValueError(
-                f"{source} holds the packed layer {name}, which is no linear layer or convolution of "
+                f"{source} holds the packed layer {name}, which is not a linear layer or convolution of "
                 f"{type(model).__name__}. The weights belong to another architecture; check config.json."
             )
         assert isinstance(module, FLOAT_TYPES)

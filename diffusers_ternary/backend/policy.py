@@ -90,7 +90,7 @@ COMMON_RULES = (
         "embeds the timestep or the text",
     ),
     KeepRule(
-        # Lists of embedders: their elements are numbered, but they are no blocks.
+        # Lists of embedders: their elements are numbered, but they are not blocks.
         (
             "*embedder.*",
             "*embedders.*",

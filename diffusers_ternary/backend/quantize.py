@@ -49,7 +49,7 @@ def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> 
     Raises:
         ValueError: if it is quantized already, carries LoRA layers, has nothing to convert, or holds NaN or Inf;
             nothing is changed then.
-        TypeError: for anything that is no module and no pipeline.
+        TypeError: for anything that is not a module and no pipeline.
     """
     config = config or TernaryConfig()
     if is_pipeline(model_or_pipeline):

@@ -145,7 +145,7 @@ def read_source_json(source: str, name: str) -> dict[str, Any] | None:
 
 
 def source_error(source: str | os.PathLike[str], error: Exception) -> ValueError:
-    """Why a source that is no local folder cannot be had from the Hub either, in one sentence."""
+    """Why a source that is not a local folder cannot be had from the Hub either, in one sentence."""
     place = os.fspath(source)
     if isinstance(error, HFValidationError):
         reason = "and no Hub id (owner/name) either. Check how it is written."
@@ -157,7 +157,7 @@ def source_error(source: str | os.PathLike[str], error: Exception) -> ValueError
         reason = f"and the Hub does not give it: {str(error).splitlines()[0]}"
     else:
         reason = "it is not in the cache, and the Hub cannot be reached. Check the name and the connection."
-    return ValueError(f"{place} is no local folder, {reason}")
+    return ValueError(f"{place} is not a local folder, {reason}")
 
 
 def _refuse_quantized(config: dict[str, Any] | None, source: str) -> None:

@@ -24,7 +24,7 @@ class Allocation:
 
     Args:
         models (`Mapping[str, nn.Module]`): the float denoisers by component.
-        plans (`Mapping[str, ConversionPlan]`): what the config converts; its int8 layers are no choice.
+        plans (`Mapping[str, ConversionPlan]`): what the config converts; its int8 layers are not a choice.
         candidates (`Candidates`): of every ternary layer.
         config ([`TernaryConfig`]): as given.
     """

@@ -38,7 +38,7 @@ class SizeBudget:
         """
         budget = cls._parse(value)
         if budget is None or not (budget.bits or budget.bytes or 0) > 0:
-            raise ValueError(f"size_budget={value!r} is no positive size such as '2.0 bits' or '400MB'.")
+            raise ValueError(f"size_budget={value!r} is not a positive size such as '2.0 bits' or '400MB'.")
         return budget
 
     @classmethod

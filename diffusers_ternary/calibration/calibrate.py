@@ -73,7 +73,7 @@ def calibrate(
         [`CalibrationReport`]
 
     Raises:
-        TypeError: if `pipeline` is no pipeline, or a prompt no string.
+        TypeError: if `pipeline` is not a pipeline, or a prompt no string.
         ValueError: for no or empty prompts, a pipeline without a denoiser or quantized already, call arguments that
             it does not take, NaN or Inf in weights or activations.
         BlockingIOError: if another calibration is using `work_dir`.

@@ -147,7 +147,7 @@ class CalibrationConfig:
                 raise ValueError(f"{name}={value} is below {least}.")
         if self.accumulate not in ACCUMULATION_DTYPES:
             raise ValueError(f"accumulate={self.accumulate!r} is not one of {', '.join(ACCUMULATION_DTYPES)}.")
-        _ = self.memory_limit_bytes  # raises if it is no size
+        _ = self.memory_limit_bytes  # raises if it is not a size
         if self.size_budget is not None:
             SizeBudget.parse(self.size_budget)
             if self.sensitivity is None:
@@ -164,6 +164,6 @@ class CalibrationConfig:
         return None if self.memory_limit is None else parse_size(self.memory_limit, name="memory_limit")
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-safe dictionary of all fields; call arguments that are no JSON appear as their `repr`."""
+        """A JSON-safe dictionary of all fields; call arguments that are not JSON appear as their `repr`."""
         fields = dataclasses.asdict(dataclasses.replace(self, call_kwargs={}))
         return {**fields, "call_kwargs": json.loads(json.dumps(dict(self.call_kwargs), default=repr))}

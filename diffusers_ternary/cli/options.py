@@ -37,7 +37,9 @@ def load_pipeline(source: str, dtype: torch.dtype) -> Any:
         return find_variant(source.partition(":")[2] or TEACHER.name).load(dtype)
     index = read_source_json(source, "model_index.json")
     if index is None:
-        raise ValueError(f"{source} holds no model_index.json, so it is no pipeline. Give the folder of a pipeline.")
+        raise ValueError(
+            f"{source} holds no model_index.json, so it is not a pipeline. Give the folder of a pipeline."
+        )
     check_pipeline(index, source=source)
     local = pathlib.Path(source).is_dir()
     if local:
@@ -98,7 +100,7 @@ def parse_device(name: str) -> torch.device:
     """`--device`; auto takes the accelerator if there is one.
 
     Raises:
-        ValueError: for what is no device, and for one that is not in this machine.
+        ValueError: for what is not a device, and for one that is not in this machine.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
@@ -106,7 +108,7 @@ def parse_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is no device: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {name!r} is not a device: {str(error).splitlines()[0]}") from error
     known = ["cpu"]
     if accelerator is not None:
         known += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]

@@ -3,7 +3,7 @@
 
 
 def hide_loading_bars() -> None:
-    """Hides the loading bars of diffusers and transformers, and what is no error, for the rest of the process."""
+    """Hides the loading bars of diffusers and transformers, and what is not an error, for the rest of the process."""
     import diffusers
     import transformers
 

@@ -81,7 +81,7 @@ class TeacherCache:
                 own shards are done, so wait for all before reading.
 
         Raises:
-            TypeError: if a prompt is no string.
+            TypeError: if a prompt is not a string.
             ValueError: for bad prompts or call arguments, or if the folder holds a cache made from something else
                 (nothing is overwritten; the message names what differs).
             BlockingIOError: if another run is drawing it.

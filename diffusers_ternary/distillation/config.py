@@ -143,7 +143,7 @@ class DistillConfig:
         return self.checkpoint_every or max(1, self.steps // 10)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-safe dictionary of all fields; call arguments that are no JSON appear as their `repr`."""
+        """A JSON-safe dictionary of all fields; call arguments that are not JSON appear as their `repr`."""
         plain = dataclasses.replace(self, call_kwargs={}, calibration=None)
         return {
             **dataclasses.asdict(plain),

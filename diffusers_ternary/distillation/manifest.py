@@ -43,7 +43,7 @@ class Manifest:
         """The JSON text, and the tensors that it refers to.
 
         Raises:
-            ValueError: if the pipeline passes something to the denoiser that is no data.
+            ValueError: if the pipeline passes something to the denoiser that is not data.
         """
         tensors: dict[str, torch.Tensor] = {}
         layout = self.layout

@@ -41,7 +41,7 @@ class TeacherPool:
         component (`str`, *optional*): the denoiser; default: `transformer` or `unet`.
 
     Raises:
-        TypeError: if a prompt is no string.
+        TypeError: if a prompt is not a string.
         ValueError: for bad prompts, call arguments or sizes.
     """
 
@@ -188,7 +188,7 @@ class TeacherPool:
 def save_pool(data: Any, folder: pathlib.Path, step: int, process: int) -> None:
     """Keeps a pool's state for the checkpoint of a step, and none older than the checkpoint before it.
 
-    Data that is no pool needs no state.
+    Data that is not a pool needs no state.
     """
     if not isinstance(data, TeacherPool):
         return

@@ -26,7 +26,7 @@ def teacher_component(pipeline: Any, config: TernaryConfig) -> str:
     """Name of the denoiser to distill.
 
     Raises:
-        TypeError: if `pipeline` is no pipeline.
+        TypeError: if `pipeline` is not a pipeline.
         ValueError: if there is no denoiser, more than one, or it is quantized.
     """
     if not isinstance(pipeline, DiffusionPipeline):
@@ -88,7 +88,7 @@ def given_student(student: StudentSource, component: str, teacher: nn.Module) ->
         folder = pathlib.Path(found)
         inner = folder / component if (folder / "model_index.json").is_file() else folder
         if not (inner / "config.json").is_file():
-            raise ValueError(f"student={str(student)!r} is no folder of a packed pipeline or {component}.")
+            raise ValueError(f"student={str(student)!r} is not a folder of a packed pipeline or {component}.")
         found = type(teacher).from_pretrained(inner, dtype=teacher.dtype)  # type: ignore[attr-defined]
     elif isinstance(found, DiffusionPipeline):
         found = found.components.get(component)

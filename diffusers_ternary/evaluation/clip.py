@@ -42,7 +42,7 @@ class ClipScore:
             self.image_processor = CLIPImageProcessorPil.from_pretrained(checkpoint, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{os.fspath(checkpoint)} is no local CLIP checkpoint ({error}). Give a folder that holds the model, "
+                f"{os.fspath(checkpoint)} is not a local CLIP checkpoint ({error}). Give a folder of the model, "
                 "its tokenizer and its image processor."
             ) from error
 

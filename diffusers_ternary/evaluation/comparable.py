@@ -32,7 +32,7 @@ def check_comparable(student: DiffusionPipeline, teacher: DiffusionPipeline) -> 
     """Checks that differences between the images come from the weights alone.
 
     Raises:
-        TypeError: if one is no diffusers pipeline.
+        TypeError: if one is not a diffusers pipeline.
         ValueError: names the first difference of class, architecture or scheduler, and the remedy.
     """
     for role, pipeline in (("student", student), ("teacher", teacher)):

@@ -45,7 +45,7 @@ def image_distance(student: Sequence[Image.Image], teacher: Sequence[Image.Image
         ValueError: if there are no pairs or their sizes differ.
     """
     if not teacher or len(student) != len(teacher):
-        raise ValueError(f"{len(student)} student and {len(teacher)} teacher images are no pairs.")
+        raise ValueError(f"{len(student)} student and {len(teacher)} teacher images are not pairs.")
     for ours, theirs in zip(student, teacher, strict=True):
         check_same_size(ours, theirs)
     from torchmetrics import image as metrics

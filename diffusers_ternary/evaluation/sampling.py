@@ -27,7 +27,7 @@ class Sampling:
         batch_size (`int`): images per pipeline call.
 
     Raises:
-        TypeError: if a prompt is no string or a seed no integer.
+        TypeError: if a prompt is not a string or a seed no integer.
         ValueError: if there are no prompts, an empty one, not one seed per prompt, a seed that torch does not take,
             or a batch size below 1.
     """

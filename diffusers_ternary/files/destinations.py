@@ -44,7 +44,7 @@ def output_folder(
         overwrite (`bool`, *optional*, defaults to `False`): replace the result of an earlier run.
 
     Raises:
-        FileExistsError: if `destination` exists (and is no empty folder) and `overwrite` is false, or if it holds
+        FileExistsError: if `destination` exists (and is not an empty folder) and `overwrite` is false, or if it holds
             what neither this package nor `save_pretrained` wrote.
         ValueError: if it is, or holds, a source or a working folder.
         BlockingIOError: if another run is writing there.
@@ -170,7 +170,7 @@ def check_file(
     if not os.path.lexists(target):
         return target
     if not target.is_file():
-        raise FileExistsError(f"{target} exists and is no file. Choose another name.")
+        raise FileExistsError(f"{target} exists and is not a file. Choose another name.")
     if not overwrite:
         raise FileExistsError(f"{target} exists already. Choose another file, or pass --overwrite.")
     with open(target, "rb") as file:
@@ -183,7 +183,7 @@ def _resolved(path: PathLike) -> pathlib.Path:
     try:
         return pathlib.Path(path).resolve()
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is no path that can be followed ({error}). Choose another.") from error
+        raise ValueError(f"{path} is not a path that can be followed ({error}). Choose another.") from error
 
 
 def _refuse_parts_of(target: pathlib.Path, source: pathlib.Path) -> None:
@@ -213,7 +213,7 @@ def _refuse_foreign(target: pathlib.Path, sources: Iterable[pathlib.Path]) -> No
 
 
 def _foreign(target: pathlib.Path, sources: list[pathlib.Path]) -> Iterator[str]:
-    """Names in a folder that are no part of a pipeline, a model or a report, nor copies of a source's files."""
+    """Names in a folder that are not part of a pipeline, a model or a report, nor copies of a source's files."""
     report = "psnr_db" in (_json(target / "result.json") or {})
     config = _json(target / "config.json") or {}
     pipeline = any((target / name).is_file() for name in ("model_index.json", "modular_model_index.json"))

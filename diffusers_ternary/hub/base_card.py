@@ -100,13 +100,13 @@ def read_base_card(repo_id: str, *, token: str | None = None) -> BaseCard:
     """Reads the base model's card from the Hub; without one, licence and tag stay unknown.
 
     Raises:
-        ValueError: if `repo_id` is no Hub id.
+        ValueError: if `repo_id` is not a Hub id.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(
-            f"base_model={repo_id!r} is no Hub id ({error}). Name the float model that was quantized, e.g. "
+            f"base_model={repo_id!r} is not a Hub id ({error}). Name the float model that was quantized, e.g. "
             "black-forest-labs/FLUX.1-dev."
         ) from error
     try:

@@ -140,7 +140,7 @@ def check_target(repo_id: str, *, revision: str | None, create_pr: bool) -> None
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"repo_id={repo_id!r} is no Hub id ({error}). Use namespace/name.") from error
+        raise ValueError(f"repo_id={repo_id!r} is not a Hub id ({error}). Use namespace/name.") from error
     if "/" not in repo_id:
         # The card shows how to load the repository, so its whole name must be known.
         raise ValueError(f"repo_id={repo_id!r} has no namespace. Use namespace/name, e.g. your user name.")

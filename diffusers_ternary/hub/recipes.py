@@ -66,7 +66,7 @@ def _require(report: Mapping[str, Any], argument: str, keys: tuple[str, ...]) ->
     if not missing and not all(isinstance(layer, Mapping) and {"name", *_ERRORS} <= layer.keys() for layer in layers):
         missing = ["errors of layers"]
     if missing:
-        raise ValueError(f"{argument}: this is no report of a {argument}, it has no {', '.join(missing)}.")
+        raise ValueError(f"{argument}: this is not a report of a {argument}, it has no {', '.join(missing)}.")
 
 
 def _calibration_entries(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

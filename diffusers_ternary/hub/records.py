@@ -133,7 +133,7 @@ def read_evaluation(report: Any, folder: pathlib.Path) -> Evaluation | None:
     images, scores = data.get("images"), data.get("scores") or {}
     complete = isinstance(images, list) and images and all({"prompt", "seed"} <= set(image) for image in images)
     if "psnr_db" not in data or not complete or not all({"student", "teacher"} <= set(s) for s in scores.values()):
-        raise ValueError(f"report={_shown(report)} is no result of evaluate: it lacks psnr_db, images or scores.")
+        raise ValueError(f"report={_shown(report)} is not a result of evaluate: it lacks psnr_db, images or scores.")
     return Evaluation(data, sheet)
 
 

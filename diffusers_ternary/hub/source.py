@@ -105,7 +105,7 @@ def read_source(folder: str | os.PathLike[str]) -> Source:
     """
     root = pathlib.Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder. Give the folder that save_pretrained or quantize wrote.")
+        raise FileNotFoundError(f"{root} is not a folder. Give the folder that save_pretrained or quantize wrote.")
     refuse_links(root)
     index = read_json(root / "model_index.json")
     config = read_json(root / "config.json")

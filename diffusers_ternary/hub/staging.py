@@ -19,7 +19,7 @@ def stage(pipeline_or_model: Any, destination: pathlib.Path) -> pathlib.Path:
         destination (`Path`): where a model in memory is saved.
 
     Raises:
-        TypeError: for anything that is no path, no pipeline and no model with `save_pretrained`.
+        TypeError: for anything that is not a path, no pipeline and no model with `save_pretrained`.
         ValueError: if no layer is packed.
     """
     if isinstance(pipeline_or_model, (str, os.PathLike)):

@@ -98,10 +98,10 @@ def _prepare_repo(api: HfApi, repo_id: str, *, private: bool | None) -> str:
     try:
         info = api.model_info(name)
     except RepositoryNotFoundError as error:
-        # The Hub said that the name exists; it is no model then.
+        # The Hub said that the name exists; it is not a model then.
         kinds = [kind for kind in ("dataset", "space") if api.repo_exists(name, repo_type=kind)]
         raise ValueError(
-            f"{name} is taken by {f'a {kinds[0]}' if kinds else 'something that is no model'}. Choose another name."
+            f"{name} is taken by {f'a {kinds[0]}' if kinds else 'something that is not a model'}. Choose another name."
         ) from error
     if private and not info.private:
         raise ValueError(

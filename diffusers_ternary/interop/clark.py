@@ -34,7 +34,7 @@ def read_clark(file: pathlib.Path, config: dict[str, Any] | None) -> ForeignMode
         config (`dict`, *optional*): config.json of the Sana transformer; default: what the shapes say.
 
     Raises:
-        ValueError: if a part is missing, the codes are no codes, or it is not Sana.
+        ValueError: if a part is missing, the codes are not codes, or it is not Sana.
     """
     files = SafetensorsFiles([file])
     names = files.names()

@@ -96,10 +96,10 @@ def convert(
         `list[ConversionReport]`, one for each model; of an export, its report.
 
     Raises:
-        ValueError: if the source is no such model, is damaged, belongs to another architecture, or holds no ternary
+        ValueError: if the source is not such a model, is damaged, belongs to another architecture, or holds no ternary
             layer.
         FileNotFoundError: if there is no such source.
-        FileExistsError: if the destination exists, or holds what is no result of an earlier run.
+        FileExistsError: if the destination exists, or holds what is not a result of an earlier run.
     """
     check_options(to, components=components, config=config, variant=variant, **export_options)
     if to != "packed":
@@ -284,7 +284,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _copy_rest(root: pathlib.Path, folder: pathlib.Path, converted: set[str]) -> None:
-    """Everything that is no weight of a converted model: other components, tokenizers, schedulers, licences."""
+    """Everything that is not a weight of a converted model: other components, tokenizers, schedulers, licences."""
     if root.is_file():
         return
 

@@ -59,7 +59,7 @@ def choose_type(spec: LayerSpec, scales: torch.Tensor, types: tuple[str, ...]) -
     if isinstance(spec, TernarySpec) and (spec.hadamard or spec.rank):
         return BlockChoice(None, "its inputs are rotated" if spec.hadamard else "it has a low-rank correction")
     if not torch.equal(scales.half().float(), scales):
-        return BlockChoice(None, "its scales are no 16-bit floats (6-bit multipliers, or bfloat16 out of range)")
+        return BlockChoice(None, "its scales are not 16-bit floats (6-bit multipliers, or bfloat16 out of range)")
     reason = ""
     for kind in (_INT8_TYPE,) if isinstance(spec, Int8Spec) else types:
         reason = _why_not(spec, BLOCK[kind])

@@ -99,7 +99,7 @@ def export_gguf(
         runtime (`str`, *optional*, defaults to `"sdcpp-cpu"`): the program that is to read it: `"sdcpp-cpu"`,
             `"sdcpp-gpu"`, `"comfyui"` or `"diffusers"`.
         ternary_type (`str`, *optional*): `"tq2_0"`, `"tq1_0"`, `"q2_0"` or `"q4_0"`: this type first.
-        round_scales (`bool`, *optional*, defaults to `True`): round scales that are no float16 (6-bit multipliers,
+        round_scales (`bool`, *optional*, defaults to `True`): round scales that are not float16 (6-bit multipliers,
             say) to it, with a line of notice; changes weights by at most 0.05 %. Otherwise such layers are refused.
         fallback (`str`, *optional*): `"f32"`, `"f16"` or `"q8_0"` for layers that no type holds exactly.
         overwrite (`bool`, *optional*): replace the destination.
@@ -108,8 +108,8 @@ def export_gguf(
         [`GgufReport`].
 
     Raises:
-        ValueError: if the source is no packed Flux or SD3, or a layer cannot be held.
-        FileExistsError: if the destination exists, or is no GGUF file.
+        ValueError: if the source is not a packed Flux or SD3, or a layer cannot be held.
+        FileExistsError: if the destination exists, or is not a GGUF file.
         MissingExtraError: without the `gguf` package.
     """
     options = _checked_options(runtime, ternary_type, round_scales, fallback)
@@ -140,7 +140,7 @@ def export_gguf(
         )
     if options.types[0] != "q4_0" and report.types.get("q4_0"):
         logger.warning(
-            "%d tensors are Q4_0 (4.5 bits): their group size is no multiple of %d, which %s needs.",
+            "%d tensors are Q4_0 (4.5 bits): their group size is not a multiple of %d, which %s needs.",
             report.types["q4_0"],
             BLOCK[options.types[0]],
             options.types[0].upper(),

@@ -83,9 +83,9 @@ def export_mflux(
         [`MfluxReport`].
 
     Raises:
-        ValueError: if the source is no packed model that mflux runs, holds symbolic links, or a layer has a rotation,
-            a low-rank correction, or groups that MLX does not know.
-        FileExistsError: if the destination exists, or holds what is no result of an earlier run.
+        ValueError: if the source is not a packed model that mflux runs, holds symbolic links, or a layer has a
+            rotation, a low-rank correction, or groups that MLX does not know.
+        FileExistsError: if the destination exists, or holds what is not a result of an earlier run.
     """
     root = pathlib.Path(source)
     refuse_links(root)  # other components are copied

@@ -141,7 +141,7 @@ def _open_folder(folder: pathlib.Path, given: dict[str, Any] | None, variant: st
 
 
 def _unpacked(files: SafetensorsFiles, config: dict[str, Any]) -> ForeignModel:
-    refuse_quantized_headers(files.stored, source=files.source)  # codes of others are no weights to keep
+    refuse_quantized_headers(files.stored, source=files.source)  # codes of others are not weights to keep
     names = files.names()
     shapes = {name: files.shape(name) for name in names}
     return ForeignModel(

@@ -107,7 +107,7 @@ def open_packed(path: pathlib.Path) -> PackedFolder:
     layout, tensors = read_headers([] if config is None else default_files(path, config))
     if config is None or layout is None:
         raise ValueError(
-            f"{path} is no packed model. Make one with `diffusers-ternary quantize`, `calibrate` or `convert`."
+            f"{path} is not a packed model. Make one with `diffusers-ternary quantize`, `calibrate` or `convert`."
         )
     check_headers(layout, tensors, source=str(path))
     config = {name: value for name, value in config.items() if name != "quantization_config"}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of Sana's original checkpoints in diffusers.
 
-The table follows `scripts/convert_sana_to_diffusers.py` of diffusers, which is no part of the installed package.
+The table follows `scripts/convert_sana_to_diffusers.py` of diffusers, which is not a part of the installed package.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def rename(name: str, shape: tuple[int, ...]) -> Renamed:
     module, _, leaf = (block[2] if block else name).rpartition(".")
     parts = _IN_BLOCK.get(module) if block else ((_OUTSIDE[module],) if module in _OUTSIDE else None)
     if parts is None:
-        raise ValueError(f"{name} is no tensor of Sana. Only Sana models are known in this format.")
+        raise ValueError(f"{name} is not a tensor of Sana. Only Sana models are known in this format.")
     prefix = f"transformer_blocks.{block[1]}." if block else ""
     return Renamed(tuple(f"{prefix}{part}.{leaf}" for part in parts), shape)
 
@@ -88,7 +88,7 @@ def sana_config(shapes: Mapping[str, tuple[int, ...]], *, source: str) -> dict[s
     models. Give a config.json for others.
 
     Raises:
-        ValueError: if it is no Sana of a published size.
+        ValueError: if it is not a Sana of a published size.
     """
     embedder = shapes.get("x_embedder.proj.weight", (0,))
     hidden = embedder[0]

@@ -130,8 +130,8 @@ def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, sour
     name = type(model).__name__
     if missing:
         raise ValueError(
-            f"{source} is no {name}: {_some(missing)} missing, {_some(unexpected)} unexpected. The weights belong to "
-            "another architecture, or the file is incomplete."
+            f"{source} is not a {name}: {_some(missing)} missing, {_some(unexpected)} unexpected. The weights belong "
+            "to another architecture, or the file is incomplete."
         )
     if unexpected:  # as the host libraries have it: they load what they know
         logger.warning("%s holds %s that %s does not use; kept.", source, _some(unexpected), name)

@@ -109,7 +109,7 @@ def _decode_gemlite(layer: str, tensors: Mapping[str, torch.Tensor]) -> torch.Te
     rows, columns = (int(size) for size in tensors["orig_shape"].tolist())
     if len(metadata) <= _GROUP_MODE or metadata[_BITS] != 2 or metadata[_GROUP_MODE] not in _MODES:
         raise ValueError(
-            f"{layer}: gemlite metadata {metadata} is no 2-bit weight. Only 2-bit (ternary) state dicts are read."
+            f"{layer}: gemlite metadata {metadata} is not a 2-bit weight. Only 2-bit (ternary) state dicts are read."
         )
     packed, per_integer = tensors["W_q"], metadata[_LEVELS_PER_INTEGER]
     if per_integer not in (4, 8, 16, 32):  # 2-bit levels in 8 to 64 bits
@@ -162,7 +162,7 @@ def _decode_hqq(layer: str, tensors: Mapping[str, Any]) -> torch.Tensor:
         raise ValueError(f"{layer} lacks {', '.join(missing)}. Quantized scales and zeros of HQQ are not read.")
     packing = _text(tensors["packing"])
     if packing != "2bit_u8":
-        raise ValueError(f"{layer}: HQQ packing {packing!r} is no 2-bit weight. Only 2-bit (ternary) layers are read.")
+        raise ValueError(f"{layer}: HQQ packing {packing!r} is not 2-bit. Only 2-bit (ternary) layers are read.")
     packed = tensors["W_q"]
     packed = packed.view(torch.uint8) if packed.dtype != torch.uint8 else packed
     quarters = [(packed >> shift) & 3 for shift in (6, 4, 2, 0)]

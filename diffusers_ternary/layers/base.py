@@ -223,7 +223,7 @@ class QuantizedLayer(nn.Module):
             bias (`torch.Tensor`, *optional*): `[N]`, in place of the layer's bias.
 
         Raises:
-            ValueError: if `weight` is no float tensor of that shape.
+            ValueError: if `weight` is not a float tensor of that shape.
         """
         if tuple(weight.shape) != self.weight_shape or not weight.is_floating_point():
             raise ValueError(

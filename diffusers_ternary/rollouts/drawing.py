@@ -130,7 +130,7 @@ def evaluation_mode(components: Iterable[Any]) -> Iterator[None]:
     Models built in memory are in training mode.
 
     Args:
-        components (`Iterable`): what is no module is passed over.
+        components (`Iterable`): what is not a module is passed over.
     """
     training = [
         module for part in components if isinstance(part, nn.Module) for module in part.modules() if module.training

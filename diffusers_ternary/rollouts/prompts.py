@@ -148,7 +148,7 @@ def _from_csv(path: pathlib.Path, text: str, column: str | None) -> list[str]:
         name = choose_column(reader.fieldnames or [], str(path), column)
         return list(_checked((f"{path} line {reader.line_num}", row[name]) for row in reader))
     except csv.Error as error:
-        raise ValueError(f"{path} is no valid CSV ({error}). Save it again as CSV with a header.") from error
+        raise ValueError(f"{path} is not a valid CSV ({error}). Save it again as CSV with a header.") from error
 
 
 def _from_parquet(path: pathlib.Path, column: str | None) -> list[str]:
@@ -158,7 +158,7 @@ def _from_parquet(path: pathlib.Path, column: str | None) -> list[str]:
         name = choose_column(file.schema_arrow.names, str(path), column)
         values = file.read(columns=[name]).column(name).to_pylist()
     except (OSError, import_extra("pyarrow", "Reading Parquet files").ArrowInvalid) as error:
-        raise ValueError(f"{path} is no readable Parquet file ({error}).") from error
+        raise ValueError(f"{path} is not a readable Parquet file ({error}).") from error
     return list(_checked((f"{path} row {index}", value) for index, value in enumerate(values)))
 
 
@@ -207,7 +207,7 @@ def choose_column(names: Sequence[str], source: str, column: str | None) -> str:
 def _checked(values: Iterable[tuple[str, Any]]) -> Iterator[str]:
     for place, value in values:
         if not isinstance(value, str):
-            raise ValueError(f"{place} holds {value!r}, which is no string. Give a string per prompt.")
+            raise ValueError(f"{place} holds {value!r}, which is not a string. Give a string per prompt.")
         if not value.strip():
             raise ValueError(f"{place} holds an empty prompt. Remove it, or write what to draw.")
         yield value.strip()

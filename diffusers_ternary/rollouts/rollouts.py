@@ -59,7 +59,7 @@ class Rollouts:
         Returns:
             The clean latents, if the pipeline can return them; else what it draws.
         """
-        return draw(pipeline, batch, self.call_kwargs, "latent")[0]  # decoding is no part of the denoiser
+        return draw(pipeline, batch, self.call_kwargs, "latent")[0]  # decoding is not a part of the denoiser
 
 
 def make_rollouts(

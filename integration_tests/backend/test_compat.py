@@ -43,7 +43,7 @@ def test_every_name_of_compat_is_there_and_listed():
 )
 def test_registries_are_the_dictionaries_that_the_hosts_read(mapping, neighbour):
     registry = getattr(compat, mapping)
-    assert isinstance(registry, dict), f"{mapping} is no dictionary any more {VERSIONS}"
+    assert isinstance(registry, dict), f"{mapping} is not a dictionary any more {VERSIONS}"
     assert neighbour in registry, f"{mapping} is not the registry of quantization backends any more {VERSIONS}"
     assert QUANT_METHOD in registry
 

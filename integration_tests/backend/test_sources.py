@@ -45,7 +45,7 @@ def test_an_unknown_component_is_named(tmp_path):
 
 
 def test_a_missing_folder_is_no_hub_id_either():
-    with pytest.raises(ValueError, match="is no local folder"):
+    with pytest.raises(ValueError, match="is not a local folder"):
         load_quantized("no/such/folder/here", TernaryConfig())
 
 

@@ -78,7 +78,7 @@ def test_prompts_from_stdin(folders) -> None:
         (["--set", "height=8"], "given twice", ExitCode.USAGE),
         (["--set", "stepz=8"], "takes no stepz", ExitCode.BAD_INPUT),
         (["--dtype", "int3"], "'int3' is not one of", ExitCode.USAGE),
-        (["--device", "toaster"], "'toaster' is no device", ExitCode.USAGE),
+        (["--device", "toaster"], "'toaster' is not a device", ExitCode.USAGE),
         (["--device", "meta"], "'meta' is not available here", ExitCode.USAGE),
         (["--device", "cuda:99"], "'cuda:99' is not available here", ExitCode.USAGE),
         (["--clip", "missing"], "no local CLIP checkpoint", ExitCode.BAD_INPUT),
@@ -115,7 +115,7 @@ def test_a_source_that_is_nowhere_is_one_sentence(folders, source) -> None:
         command = [str(student), str(teacher), "--prompts", str(folders / "prompts.txt"), *CALL]
         outcome = CliRunner().invoke(app, command)
         assert outcome.exit_code == ExitCode.BAD_INPUT, outcome.output
-        assert outcome.output.startswith(f"error: {source} is no local folder, ")
+        assert outcome.output.startswith(f"error: {source} is not a local folder, ")
         assert outcome.output.count("\n") == 1
 
 

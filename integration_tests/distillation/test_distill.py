@@ -188,7 +188,7 @@ def test_students_that_do_not_fit_are_refused(tmp_path):
     other = quantize(distillation.teacher(guidance_embeds=True).transformer, distillation.CONFIG)
     refuse("differ in architecture: .*guidance", folder=folder, student=other)
     refuse("no ternary layers", folder=folder, student=distillation.teacher())
-    refuse("is no folder", folder=folder, student=tmp_path / "nowhere")
+    refuse("is not a folder", folder=folder, student=tmp_path / "nowhere")
     assert not folder.exists()
 
 

@@ -113,7 +113,7 @@ def test_temporary_folders_of_killed_processes_are_removed(tmp_path, monkeypatch
     (tmp_path / "pull-0123").mkdir()
     with temporary_folder("push-") as first, temporary_folder("push-") as second:
         assert first != second
-        assert first.is_dir(), "a folder in use is no leftover"
+        assert first.is_dir(), "a folder in use is not a leftover"
         assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == sorted(
             [first.name, second.name, "pull-0123"]
         )

@@ -119,7 +119,7 @@ def test_float_models_are_refused(tmp_path):
     edit_json(tmp_path / "config.json", quantization_config={"quant_method": "diffusers_ternary"})
     with pytest.raises(ValueError, match="are not packed"):
         read_source(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         read_source(tmp_path / "nowhere")
 
 

@@ -182,7 +182,7 @@ def rewritten(source: Path, target: Path, change) -> Path:
         (lambda tensors: tensors["blocks.0.attn.qkv::codes2b"].fill_(255), "level 3"),
         (lambda tensors: tensors.update({"blocks.0.attn.qkv::scale": torch.ones(192, 7)}), "does not divide"),
         (lambda tensors: tensors.update({"blocks.0.attn.qkv::codes2b": torch.zeros(192, 15).byte()}), "is damaged"),
-        (lambda tensors: tensors.update({"blocks.0.attn.rope.weight": torch.ones(3)}), "is no tensor of Sana"),
+        (lambda tensors: tensors.update({"blocks.0.attn.rope.weight": torch.ones(3)}), "is not a tensor of Sana"),
         (lambda tensors: tensors.pop("t_block.1.bias"), r"1 tensors \(time_embed.linear.bias\) missing"),
         (lambda tensors: tensors.update({"t_block.1.bias": torch.ones(3)}), "config belongs to another model"),
     ],

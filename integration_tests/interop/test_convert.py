@@ -122,7 +122,7 @@ def test_wrong_option_values_exit_with_2_whatever_the_source(tmp_path, options, 
         (["nowhere/at/all", "out"], "does not exist"),
         (["{published}/text_encoder", "out"], "has no ternary layer"),
         (["{published}", "out", "--component", "unet"], "no component unet"),
-        (["{published}/transformer", "out.gguf"], "is no packed model"),
+        (["{published}/transformer", "out.gguf"], "is not a packed model"),
         (["{converted}/transformer", "out"], "quantized already"),
     ],
 )

@@ -421,7 +421,7 @@ class TestRefusals:
 
     def test_float_models_are_not_exported(self, tmp_path):
         denoisers.flux().save_pretrained(tmp_path / "in")
-        with pytest.raises(ValueError, match="is no packed model"):
+        with pytest.raises(ValueError, match="is not a packed model"):
             export_gguf(tmp_path / "in", tmp_path / "model.gguf")
 
     def test_damaged_packed_folders_are_not_exported(self, tmp_path):

@@ -140,7 +140,7 @@ class TestBadInput:
 
     def test_another_bit_width(self, tmp_path):
         self.damaged(tmp_path, lambda layer: layer["metadata"].__setitem__(1, 4))
-        self.refused(tmp_path, "is no 2-bit weight")
+        self.refused(tmp_path, "is not a 2-bit weight")
 
     def test_a_missing_part(self, tmp_path):
         self.damaged(tmp_path, lambda layer: layer.pop("scales"))

@@ -195,7 +195,7 @@ def test_convert(tmp_path):
     file.unlink()
     save_file(stored, file)
     (report,) = convert(tmp_path / "float", tmp_path / "packed")
-    # Rows of four weights are no evidence.
+    # Rows of four weights are not evidence.
     assert report.layers.keys() == {n.removesuffix(".weight") for n in values if values[n].dim() == 2} - {"x_embedder"}
     loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "packed")
     for name, layer in packed_layers(loaded).items():

@@ -215,7 +215,7 @@ def test_nothing_is_sent_before_the_source_is_validated(server, client, model, t
     for folder, message in (
         (damaged, "checksum"),
         (float_model, "no packed weights"),
-        (tmp_path / "nowhere", "is no folder"),
+        (tmp_path / "nowhere", "is not a folder"),
     ):
         refused = client.push(folder, "user/bad")
         assert refused.error in ("ValueError", "FileNotFoundError"), refused

@@ -83,7 +83,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
         ("a.txt", b"", "holds no prompts"),
         ("a.txt", "ok\nfünf".encode("latin-1"), r"not UTF-8 \(line 2"),
         ("a.jsonl", b'"a cat"\n{"prompt": }', r"a.jsonl line 2 is not valid JSON"),
-        ("a.jsonl", b'"a cat"\n\n3', r"line 3 holds 3, which is no string"),
+        ("a.jsonl", b'"a cat"\n\n3', r"line 3 holds 3, which is not a string"),
         ("a.jsonl", b'{"prompt": " "}', r"line 1 holds an empty prompt"),
         ("a.jsonl", b'{"a": "x", "b": "y"}', r"no column named prompt, text, caption; it has a, b"),
         ("a.json", b'{"prompt": "a"}', "holds no JSON list"),
@@ -91,7 +91,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
         ("a.csv", b"a,b\n1,2\n", r"it has a, b"),
         ("a.csv", b"prompt,b\n,2\n", r"a.csv line 2 holds an empty prompt"),
         ("a.csv", b"", "it has no columns"),
-        ("a.csv", b'prompt\n"a', "is no valid CSV"),
+        ("a.csv", b'prompt\n"a', "is not a valid CSV"),
         ("a.tsv", b"prompt\tb\n", "holds no prompts"),
     ],
 )

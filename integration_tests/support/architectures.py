@@ -66,7 +66,7 @@ def _decode(value: Any, generator: torch.Generator) -> Any:
     ((kind, content),) = value.items()
     if kind == "dict":
         return {key: _decode(part, generator) for key, part in content.items()}
-    if kind == "pairs":  # a dict whose keys are no strings
+    if kind == "pairs":  # a dict whose keys are not strings
         return {key: _decode(part, generator) for key, part in content}
     if kind in ("list", "tuple"):
         return (list if kind == "list" else tuple)(_decode(part, generator) for part in content)

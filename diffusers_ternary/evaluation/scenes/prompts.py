@@ -30,7 +30,7 @@ def held_out_combination(combination: str) -> bool:
 
 
 def combinations_of(include: tuple[Requirement, ...]) -> Iterator[str]:
-    """What a prompt combines, each as a short text; no more than one of a class is no combination."""
+    """What a prompt combines, each as a short text; no more than one of a class is not a combination."""
     for requirement in include:
         if requirement.color is not None:
             yield f"{requirement.color} {requirement.name}"

@@ -40,7 +40,7 @@ def linear(
 ) -> torch.Tensor:
     """`rotate(x) @ W.T + bias`; arguments as in [`reference.linear`]. Activations are multiplied as they are.
 
-    8-bit activations are no faster on these devices, so every `activation_dtype` is served exactly.
+    8-bit activations are not faster on these devices, so every `activation_dtype` is served exactly.
     """
     if not _serves(x.device, x.dtype, scale.dtype, multiplier is not None):
         return blocked.linear(
@@ -141,7 +141,7 @@ def _serves(device: torch.device, dtype: torch.dtype, scale_dtype: torch.dtype, 
         rows, columns, group_size = 37, 203, 48
         width, groups = -(-columns // 4), group_count(columns, group_size)
         bits = torch.randint(0, 256, (rows, width), generator=generator)
-        bits = bits & 0x55 | bits & (bits & 0x55) << 1  # 2 is no code: the sign needs the bit below it
+        bits = bits & 0x55 | bits & (bits & 0x55) << 1  # 2 is not a code: the sign needs the bit below it
         packed = bits.to(torch.uint8).view(torch.int8)
         scale = (torch.rand(rows, 1 if double else groups, generator=generator) + 0.5).to(scale_dtype)
         multiplier = torch.randint(0, 64, (rows, groups), generator=generator).to(torch.uint8) if double else None

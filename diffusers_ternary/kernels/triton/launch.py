@@ -235,7 +235,7 @@ def packed_product(
     options = {
         "KIND": kind,
         "GROUPS": groups,
-        "GROUP_SIZE": weight.group_size if groups else 0,  # a row's only one is no reason to compile again
+        "GROUP_SIZE": weight.group_size if groups else 0,  # a row's only one is not a reason to compile again
         "EVEN_K": weight.in_features == 4 * width and width % plan.block_k == 0,
         "ASM": inline_ptx,
         "BLOCK_M": plan.block_m,

@@ -107,7 +107,7 @@ def trial_weight(weight: PackedWeight, rows: int) -> PackedWeight:
         return torch.randint(low, high, shape, generator=generator, device=device)
 
     planes = draw(0, 3, rows, 4, width)
-    planes = planes + (planes == 2).to(planes.dtype)  # 2 is no code
+    planes = planes + (planes == 2).to(planes.dtype)  # 2 is not a code
     planes *= torch.arange(4 * width, device=device).view(4, width) < k
     packed = sum(planes[:, plane] << (6 - 2 * plane) for plane in range(4))
     assert isinstance(packed, torch.Tensor)

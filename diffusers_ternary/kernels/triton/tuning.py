@@ -198,7 +198,7 @@ class Tuner:
         """
         key = request_key(request, activation_dtype)
         known = self.cache.get(key)
-        # A remembered plan that is no candidate was edited by hand.
+        # A remembered plan that is not a candidate was edited by hand.
         if known in plans and passes(known):
             return known
         # Nothing is gained by trying them all where none is measured.

@@ -96,7 +96,7 @@ FUSED = Plan("fused", 32, 32, 64)
 FUSED_LEFT = Plan("fused", 32, 32, 64, weight_left=True)
 DENSE = Plan("dense", 32, 32, 64)
 LIBRARY = Plan("library")
-# M, N, K: below one tile, exact tiles, primes, one past a tile, K that is no multiple of 4.
+# M, N, K: below one tile, exact tiles, primes, one past a tile, K that is not a multiple of 4.
 SMALL = [(1, 16, 64), (16, 48, 256), (5, 37, 251)]
 LARGE = [(19, 37, 250), (33, 65, 131)]
 PRODUCTS = [
