@@ -157,7 +157,7 @@ class TestBadInput:
     def test_another_architecture(self, tmp_path):
         published(tmp_path / "in", lambda weight: foreign.gemlite(weight, mode=3, bits=8))
         denoisers.flux().save_config(tmp_path / "in")
-        self.refused(tmp_path, "is no FluxTransformer2DModel")
+        self.refused(tmp_path, "is not a FluxTransformer2DModel")
 
     def test_a_truncated_file(self, tmp_path):
         published(tmp_path / "in", lambda weight: foreign.gemlite(weight, mode=3, bits=8))

@@ -200,7 +200,7 @@ class TestBadInput:
     def test_another_architecture(self, tmp_path):
         denoisers.flux().save_pretrained(tmp_path / "in")
         denoisers.sd3().save_config(tmp_path / "in")
-        self.refused(tmp_path, r"is no SD3Transformer2DModel: \d+ tensors \(.*\) missing")
+        self.refused(tmp_path, r"is not a SD3Transformer2DModel: \d+ tensors \(.*\) missing")
 
     def test_tensors_that_the_model_does_not_use_are_no_reason(self, tmp_path, caplog):
         model = denoisers.flux().bfloat16()
