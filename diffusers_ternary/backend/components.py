@@ -62,6 +62,8 @@ def below_compiled_wrappers(function: FunctionT) -> FunctionT:
             unwrapped = {name: unwrap_compiled(value) for name, value in kwargs.items()}
             result = function(*map(unwrap_compiled, args), **unwrapped)
         wrappers = {id(unwrap_compiled(value)): value for value in values if isinstance(value, nn.Module)}
+        if isinstance(result, tuple):  # with its report
+            return tuple(wrappers.get(id(part), part) for part in result)
         return wrappers.get(id(result), result)
 
     return wrapper  # type: ignore[return-value]
