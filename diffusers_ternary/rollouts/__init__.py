@@ -3,6 +3,7 @@
 
 from .calls import (
     DenoiserCall,
+    float_dtype,
     map_tensors,
     named_arguments,
     prediction_of,
@@ -23,21 +24,25 @@ from .drawing import (
 )
 from .fingerprint import fingerprint, weights_sha256
 from .rollouts import Rollouts, make_rollouts
+from .velocity import VelocityError, normalized_error, velocity_error
 
 
 __all__ = [
     "DenoiserCall",
     "RolloutBatch",
     "Rollouts",
+    "VelocityError",
     "batches",
     "check_call",
     "check_prompts",
     "draw",
     "evaluation_mode",
     "fingerprint",
+    "float_dtype",
     "make_rollouts",
     "map_tensors",
     "named_arguments",
+    "normalized_error",
     "prediction_of",
     "prepared",
     "recorded_calls",
@@ -45,5 +50,6 @@ __all__ = [
     "takes_output_type",
     "timestep_name",
     "timestep_of",
+    "velocity_error",
     "weights_sha256",
 ]

@@ -41,7 +41,7 @@ class DenoiserCall:
             denoiser (`nn.Module`): of the teacher's architecture; called, not changed.
             dtype (`torch.dtype`, *optional*): inputs of this dtype (the teacher's) are given in the denoiser's own.
         """
-        device, own = _device(denoiser), _dtype(denoiser)
+        device, own = _device(denoiser), float_dtype(denoiser)
 
         def put(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, own if tensor.dtype == dtype else tensor.dtype)
@@ -140,7 +140,8 @@ def _device(module: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
+def float_dtype(module: nn.Module) -> torch.dtype:
+    """Dtype of a module's first floating parameter: that of its inputs."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
