@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from ..layers import QuantizedConv2d, QuantizedLayer, TernaryLayer
-from ..ternarize import TernaryFit, looks_ternary, recover, ternary_fit
+from ..ternarize import TernaryFit, TernaryWeight, recover
 from .config import RECOVER, TernaryConfig
-from .placeholders import pack_options
 
 
 logger = logging.getLogger(__name__)
@@ -72,18 +71,19 @@ def pack_layer(
     """
     if isinstance(layer, TernaryLayer):
         matrix = weight.flatten(1)  # [N, K]; of a convolution [N, C * kh * kw]
-        exact = recover(matrix)
-        if exact is not None:
-            layer.install_weight(exact)
+        recovered = recover(matrix)
+        if isinstance(recovered, TernaryWeight):
+            layer.install_weight(recovered)
             if bool(matrix.any()):  # zeros fit everything; they are not a sign of a ternary model
                 record.exact.append(name)
             return True
-        if looks_ternary(matrix):
-            record.almost[name] = ternary_fit(matrix)
+        if recovered is not None:
+            record.almost[name] = recovered
         if config.rounding == RECOVER:
             record.kept.append(name)
             return False
-    layer.pack(weight, name=name, **pack_options(config))
+    options = {"rounding": config.rounding, "scales": config.scales, "hadamard": config.hadamard, "rank": config.rank}
+    layer.pack(weight, name=name, **options)
     return True
 
 

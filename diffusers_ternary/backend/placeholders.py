@@ -40,16 +40,6 @@ def placeholder_for(module: FloatLayer, spec: LayerSpec, config: TernaryConfig) 
     return layer
 
 
-def pack_options(config: TernaryConfig) -> dict[str, Any]:
-    """How the config wants ternary layers packed (keywords of [`ternarize`])."""
-    return {
-        "rounding": config.rounding,
-        "scales": config.scales,
-        "hadamard": config.hadamard,
-        "rank": config.rank,
-    }
-
-
 def insert_placeholders(model: nn.Module, plan: ConversionPlan, config: TernaryConfig) -> None:
     """Swaps the layers of the plan for placeholders, whose float weight a loader will hand over."""
     for name, kind in plan.kinds.items():

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from ..backend import StoredTensor
-from ..ternarize import looks_ternary
+from ..ternarize import recover
 from .clark import CODES, is_clark
 from .gguf_import import architecture_field, open_reader
 from .tensor_files import StateDictFile
@@ -115,7 +115,7 @@ def holds_ternary_values(stored: StoredTensor, name: str) -> bool:
     with safe_open(stored.file, framework="pt") as handle:
         middle = stored.shape[0] // 2
         rows = handle.get_slice(name)[middle : middle + _SAMPLE_ROWS]
-    return bool(rows.any()) and looks_ternary(rows)
+    return bool(rows.any()) and recover(rows) is not None
 
 
 def _is_code(name: str) -> bool:

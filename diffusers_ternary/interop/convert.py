@@ -27,7 +27,7 @@ from ..backend.sources import source_error
 from ..files.destinations import check_folder, output_folder
 from ..format import LayerSpec, TernarySpec, expand_scales, unpack_base3
 from ..layers import reason_not_to_pack
-from ..ternarize import TernaryFit, looks_ternary, recover, ternary_fit
+from ..ternarize import TernaryFit, TernaryWeight, recover, ternary_fit
 from .gguf_export import GgufReport, check_gguf_options, export_gguf
 from .mflux_export import MfluxReport, export_mflux
 from .open import open_foreign, pipeline_components
@@ -200,12 +200,12 @@ def _convert_part(part: _Part, folder: pathlib.Path, max_shard_size: int, verify
         source_bytes += tensor.numel() * tensor.element_size()
         module = part.layers.get(name)
         matrix = tensor.flatten(1) if module is not None else tensor
-        packed = recover(matrix) if module is not None else None
-        if packed is not None and module is not None:
-            writer.add_layer(module, packed)
+        recovered = recover(matrix) if module is not None else None
+        if isinstance(recovered, TernaryWeight) and module is not None:
+            writer.add_layer(module, recovered)
             continue
         if module is not None:
-            misfits[module] = _fit(matrix)
+            misfits[module] = recovered or _sampled_fit(matrix)
         writer.add_tensor(name, tensor)
     size = writer.finish(part.model.config, _config_of(writer.layers) if writer.layers else None)
     if verify and writer.layers:
@@ -222,9 +222,7 @@ def _convert_part(part: _Part, folder: pathlib.Path, max_shard_size: int, verify
     )
 
 
-def _fit(matrix: torch.Tensor) -> TernaryFit:
-    if looks_ternary(matrix):
-        return ternary_fit(matrix)
+def _sampled_fit(matrix: torch.Tensor) -> TernaryFit:
     rows = torch.linspace(0, matrix.shape[0] - 1, min(matrix.shape[0], _SAMPLE_ROWS)).long()
     return ternary_fit(matrix[rows])
 

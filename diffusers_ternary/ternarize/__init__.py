@@ -3,7 +3,7 @@
 
 from .int8 import Int8Weight, quantize_int8
 from .low_rank import LowRank, low_rank_residual
-from .recover import TernaryFit, find_group_size, looks_ternary, recover, ternary_fit
+from .recover import TernaryFit, find_group_size, recover, ternary_fit
 from .rotation import hadamard_matrix, rotate
 from .rounding import ROUNDINGS, Ternarized, absmean, optimum, register_fused_rounding, twn
 from .weight import TernaryWeight, check_finite, ternarize
@@ -20,7 +20,6 @@ __all__ = [
     "check_finite",
     "find_group_size",
     "hadamard_matrix",
-    "looks_ternary",
     "low_rank_residual",
     "optimum",
     "quantize_int8",

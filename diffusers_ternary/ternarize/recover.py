@@ -47,27 +47,32 @@ class TernaryFit:
         return f"{int(self.fraction * 10000) / 100:g} % of the groups of {self.group_size} are ternary"
 
 
-def recover(weight: torch.Tensor) -> TernaryWeight | None:
+def recover(weight: torch.Tensor) -> TernaryWeight | TernaryFit | None:
     """Packs a dense weight whose groups hold only {-s, 0, +s}; the result dequantizes to equal values.
+
+    An ordinary weight costs a look at a few rows.
 
     Args:
         weight (`torch.Tensor`): `[N, K]`, bfloat16, float16 or float32, K >= 8; any group size from 32 up to the whole
             row.
 
     Returns:
-        [`TernaryWeight`] with scales in the dtype of `weight` (float32 scales in 16 bits where that is exact), or
-        `None` if the weight is not ternary. A weight of another dtype or shape is not ternary either.
+        [`TernaryWeight`] if every group is ternary, with scales in the dtype of `weight` (float32 scales in 16 bits
+        where that is exact). [`TernaryFit`] if it is ternary for the most part: somebody damaged or edited it. `None`
+        for every other weight, and for other dtypes and shapes.
     """
-    size = find_group_size(weight)
-    if size is None:
+    if not _can_be_ternary(weight):
         return None
-    rows, columns = weight.shape
-    packed, scales = [], []
-    for part in _row_chunks(weight):
-        packed.append(pack_planes(part.sign().to(torch.int8)))
-        scales.append(_from_magnitudes(_group_magnitudes(part, size).amax(dim=-1), weight.dtype))
-    spec = TernarySpec(rows, columns, size)
-    return TernaryWeight(spec, torch.cat(packed), _smallest_exact(torch.cat(scales)))
+    sample = weight[_sample_rows(weight)]
+    # One damaged row must not hide what the others say.
+    if 2 * int(_few_changes(sample).sum()) <= len(sample):
+        return None
+    size = find_group_size(weight)
+    if size is not None:
+        return _packed(weight, size)
+    sizes = _group_sizes(weight)
+    fitting = sum(_consistent(row, sizes).numel() > 0 for row in sample.split(1))
+    return ternary_fit(weight) if 2 * fitting > len(sample) else None
 
 
 def find_group_size(weight: torch.Tensor) -> int | None:
@@ -77,29 +82,14 @@ def find_group_size(weight: torch.Tensor) -> int | None:
     """
     if not _can_be_ternary(weight):
         return None
-    rows, columns = weight.shape
-    sizes = torch.arange(min(MIN_GROUP_SIZE, columns), columns + 1, device=weight.device)
-    sample = torch.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS), device=weight.device).long()
-    sizes = _consistent(weight[sample], sizes)
+    sizes = _consistent(weight[_sample_rows(weight)], _group_sizes(weight))
     while sizes.numel():
-        best = _preferred(sizes, columns)
+        best = _preferred(sizes, weight.shape[1])
         failing = _first_misfit(weight, best)
         if failing is None:
             return best
         sizes = _consistent(failing, sizes[sizes != best])
     return None
-
-
-def looks_ternary(weight: torch.Tensor) -> bool:
-    """The cheap half of the test: whether a few rows are ternary."""
-    if not _can_be_ternary(weight):
-        return False
-    rows, columns = weight.shape
-    sizes = torch.arange(min(MIN_GROUP_SIZE, columns), columns + 1, device=weight.device)
-    sample = torch.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS), device=weight.device).long()
-    # Most of them: one damaged row must not hide what the others say.
-    fitting = sum(bool(_consistent(weight[row : row + 1], sizes).numel()) for row in sample.tolist())
-    return 2 * fitting > len(sample)
 
 
 def ternary_fit(weight: torch.Tensor) -> TernaryFit:
@@ -127,6 +117,25 @@ def _can_be_ternary(weight: torch.Tensor) -> bool:
     )
 
 
+def _sample_rows(weight: torch.Tensor) -> torch.Tensor:
+    rows = weight.shape[0]
+    return torch.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS), device=weight.device).long()
+
+
+def _group_sizes(weight: torch.Tensor) -> torch.Tensor:
+    columns = weight.shape[1]
+    return torch.arange(min(MIN_GROUP_SIZE, columns), columns + 1, device=weight.device)
+
+
+def _packed(weight: torch.Tensor, size: int) -> TernaryWeight:
+    packed, scales = [], []
+    for part in _row_chunks(weight):
+        packed.append(pack_planes(part.sign().to(torch.int8)))
+        scales.append(_group_magnitudes(part, size).amax(dim=-1).view(weight.dtype))
+    spec = TernarySpec(*weight.shape, size)
+    return TernaryWeight(spec, torch.cat(packed), _smallest_exact(torch.cat(scales)))
+
+
 def _row_chunks(weight: torch.Tensor) -> list[torch.Tensor]:
     return list(weight.split(max(1, _CHUNK_WEIGHTS // weight.shape[1])))
 
@@ -136,10 +145,6 @@ def _magnitudes(weight: torch.Tensor) -> torch.Tensor:
     if weight.element_size() == 2:
         return weight.contiguous().view(torch.int16) & 0x7FFF
     return weight.contiguous().view(torch.int32) & 0x7FFFFFFF
-
-
-def _from_magnitudes(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return bits.contiguous().view(dtype)
 
 
 def _group_magnitudes(weight: torch.Tensor, size: int) -> torch.Tensor:
@@ -166,19 +171,29 @@ def _first_misfit(weight: torch.Tensor, size: int) -> torch.Tensor | None:
     return None
 
 
+def _changes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a weight differs in magnitude from the nonzero one before it, bool `[R, K]`, and the place of that one."""
+    mags = _magnitudes(rows)
+    positions = torch.arange(mags.shape[1], device=mags.device).expand_as(mags)
+    last = torch.where(mags > 0, positions, -1).cummax(dim=1).values
+    before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+    return (mags > 0) & (before >= 0) & (mags != mags.gather(1, before.clamp_min(0))), before
+
+
+def _few_changes(rows: torch.Tensor) -> torch.Tensor:
+    """Which rows change no more often than groups of the smallest size allow: this is where ordinary weights stop."""
+    smallest = min(MIN_GROUP_SIZE, rows.shape[1])
+    return _changes(rows)[0].sum(dim=1) < -(-rows.shape[1] // smallest)
+
+
 def _consistent(rows: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """Those of the group sizes (ascending) with which these rows can be ternary."""
-    mags = _magnitudes(rows)
-    columns = mags.shape[1]
-    if not bool(torch.isfinite(rows).all()):
+    changes, before = _changes(rows)
+    # Groups of the smallest size have this many inner boundaries.
+    most = group_count(rows.shape[1], int(sizes[0])) if sizes.numel() else 0
+    if not bool(torch.isfinite(rows).all()) or int(changes.sum(dim=1).max()) >= most:
         return sizes[:0]
-    positions = torch.arange(columns, device=mags.device).expand_as(mags)
-    last = torch.where(mags > 0, positions, -1).cummax(dim=1).values
-    before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)  # position of the previous nonzero weight
-    changes = (mags > 0) & (before >= 0) & (mags != mags.gather(1, before.clamp_min(0)))
-    # Groups of the smallest size have this many inner boundaries; this is where ordinary weights stop.
-    if sizes.numel() == 0 or int(changes.sum(dim=1).max()) >= group_count(columns, int(sizes[0])):
-        return sizes[:0]
+    positions = torch.arange(rows.shape[1], device=rows.device).expand_as(before)
     # The boundary lies after the previous nonzero weight and not after the one that differs.
     pairs = torch.unique(torch.stack([before[changes], positions[changes]]), dim=1)
     pairs = pairs[:, (pairs[1] - pairs[0]).argsort()]  # the tightest first: they rule out the most

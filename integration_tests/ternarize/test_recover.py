@@ -10,7 +10,7 @@ from torch import nn
 
 from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
 from diffusers_ternary.backend import packed_layers
-from diffusers_ternary.ternarize import find_group_size, looks_ternary, recover, ternary_fit
+from diffusers_ternary.ternarize import TernaryFit, TernaryWeight, find_group_size, recover, ternary_fit
 from integration_tests.support import denoisers, text_encoders
 
 
@@ -101,7 +101,6 @@ class TestTensors:
         torch.manual_seed(0)
         weight = torch.randn(64, 512).to(dtype)
         assert recover(weight) is None
-        assert not looks_ternary(weight)
         assert ternary_fit(weight).fraction < 0.01
 
     @pytest.mark.parametrize("levels", [[-2.0, -1.0, 0.0, 1.0, 2.0], [0.0, 1.0, 2.0, 3.0]])
@@ -113,12 +112,13 @@ class TestTensors:
     def test_one_wrong_weight_is_enough(self):
         weight = ternary_weight(4000, 256, 64, torch.bfloat16)
         weight[777, 200] += 0.25
-        assert recover(weight) is None
-        fit = ternary_fit(weight)
+        assert find_group_size(weight) is None
+        fit = recover(weight)
+        assert isinstance(fit, TernaryFit)
+        assert fit == ternary_fit(weight)
         assert fit.group_size == 64
         assert fit.fraction == pytest.approx(1 - 1 / 16000)
         assert fit.almost
-        assert looks_ternary(weight)
         assert str(fit) == "99.99 % of the groups of 64 are ternary"
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -126,7 +126,14 @@ class TestTensors:
         weight = ternary_weight(4000, 256, 64, torch.bfloat16)
         weight[777, 200] = bad
         assert find_group_size(weight) is None
+        assert not isinstance(recover(weight), TernaryWeight)
         assert ternary_fit(weight).fraction < 1
+
+    def test_a_damaged_row_of_the_sample_does_not_hide_the_others(self):
+        weight = ternary_weight(4000, 256, 64, torch.bfloat16)
+        torch.manual_seed(0)
+        weight[0] = torch.randn(256).bfloat16()  # the first row is looked at first
+        assert recover(weight) == TernaryFit(64, 1 - 4 / 16000)
 
     def test_other_dtypes_and_shapes_are_left_alone(self):
         assert recover(torch.ones(4, 4, 1, 1)) is None
