@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a calibration did, layer by layer."""
+"""What a calibration did, layer by layer: as data, as a table and as a figure."""
 
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from ..files import write_json
-from .report_plot import plot_report
-from .report_table import report_table
+from ..extras import import_extra
+from ..files import new_file, write_json
+
+
+PLOT = "The figure of the calibration"  # for who lacks its library
+_TABLE_ROWS = 15
+_ROW_HEIGHT = 0.18  # inches, in the figure
+# Okabe-Ito colours, by kind of candidate.
+_COLORS = {"keep": "#000000", "int8": "#0072b2", "low-rank": "#cc79a7", "ternary": "#d55e00"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +140,84 @@ class CalibrationReport:
         Raises:
             MissingExtraError: without matplotlib; says what to install.
         """
-        plot_report(self, path)
+        figure_module = import_extra("matplotlib.figure", PLOT)
+        panels = 2 if self.sensitivity else 1
+        height = 1.5 + _ROW_HEIGHT * max(len(self.layers), len(self.sensitivity))
+        figure = figure_module.Figure(figsize=(8 * panels, height), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        _plot_errors(axes[0], self.layers)
+        if self.sensitivity:
+            _plot_sensitivity(axes[1], self.sensitivity)
+        figure.suptitle(f"{self.bits_per_weight:.3f} bits per weight, {self.prompts} prompts")
+        with new_file(path) as temporary:
+            figure.savefig(temporary, format=pathlib.Path(path).suffix.removeprefix(".") or "png", dpi=120)
 
     def __rich__(self) -> Table:
-        return report_table(self)
+        """The layers that matter most: by the denoiser's output if that was measured, else by their own error."""
+        total = len(self.sensitivity or self.layers)
+        caption = [f"{self.bits_per_weight:.3f} bits per weight"]
+        caption += [f"velocity NMSE of {name} {error:.3g}" for name, error in self.velocity_nmse.items()]
+        if total > _TABLE_ROWS:
+            caption.append(f"{total - _TABLE_ROWS} more layers in the report")
+        table = Table(caption="; ".join(caption), caption_justify="left")
+        for heading in ("layer", "stored as", "bits"):
+            table.add_column(heading, justify="right" if heading == "bits" else "left", overflow="fold")
+        if self.sensitivity:
+            table.title = "Sensitivity of the denoiser's output"
+            base = next(iter(self.sensitivity[0].nmse))
+            for heading in (f"NMSE as {base}", "NMSE as stored"):
+                table.add_column(heading, justify="right")
+            for layer in self.sensitivity[:_TABLE_ROWS]:
+                bits = 8 * layer.bytes[layer.chosen] / (layer.shape[0] * layer.shape[1])
+                errors = (f"{layer.worst:.2e}", f"{layer.nmse[layer.chosen]:.2e}")
+                table.add_row(layer.name, layer.chosen, f"{bits:.2f}", *errors)
+            return table
+        table.title = "Largest errors of layers' outputs"
+        for heading in ("rounded", "calibrated"):
+            table.add_column(heading, justify="right")
+        for row in sorted(self.layers, key=lambda row: -row.error)[:_TABLE_ROWS]:
+            errors = (f"{row.error_rounded:.4f}", f"{row.error:.4f}")
+            table.add_row(row.name, row.stored_as, f"{row.bits_per_weight:.2f}", *errors)
+        return table
+
+
+def _plot_errors(axes: Any, layers: Sequence[LayerReport]) -> None:
+    rows = range(len(layers))
+    axes.hlines(rows, [x.error for x in layers], [x.error_rounded for x in layers], color="0.8")
+    axes.plot([x.error_rounded for x in layers], rows, "o", color="tab:gray", label="rounded")
+    axes.plot([x.error_gptq for x in layers], rows, "o", color="tab:orange", markersize=3, label="GPTQ")
+    axes.plot([x.error for x in layers], rows, "o", color="tab:blue", label="calibrated")
+    _label_rows(axes, [x.name for x in layers])
+    if any(x.error > 0 for x in layers):
+        axes.set_xscale("log")
+    axes.set_xlabel("relative squared error of the layer's output")
+    axes.legend(loc="upper right", fontsize=7)
+
+
+def _plot_sensitivity(axes: Any, layers: Sequence[LayerSensitivity]) -> None:
+    for row, layer in enumerate(layers):
+        for label, error in layer.nmse.items():
+            if error > 0:
+                axes.plot(error, row, "o", color=_COLORS[_family(label)], markersize=3, alpha=0.6)
+        if layer.nmse[layer.chosen] > 0:
+            axes.plot(layer.nmse[layer.chosen], row, "o", color=_COLORS[_family(layer.chosen)], markersize=7)
+    _label_rows(axes, [f"{layer.name}  {layer.chosen}" for layer in layers])
+    if any(error > 0 for layer in layers for error in layer.nmse.values()):
+        axes.set_xscale("log")
+    used = {_family(label) for layer in layers for label in layer.nmse}
+    for family in _COLORS:
+        if family in used - {"keep"}:
+            axes.plot([], [], "o", color=_COLORS[family], label=family)
+    axes.set_xlabel("velocity NMSE with this layer alone replaced (large: chosen)")
+    axes.legend(loc="lower right", fontsize=7)
+
+
+def _family(label: str) -> str:
+    if label in _COLORS:
+        return label
+    return "low-rank" if "-r" in label else "ternary"
+
+
+def _label_rows(axes: Any, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names, fontsize=6)
+    axes.set_ylim(len(names) - 0.5, -0.5)
