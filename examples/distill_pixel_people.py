@@ -16,7 +16,8 @@ from diffusers_ternary.demo import DEMO_CALL, demo_pipeline, held_out_prompts, t
 from diffusers_ternary.demo.run import judge_scorer
 from diffusers_ternary.demo.variants import STUDENTS, Variant, find_variant, stored_size
 from diffusers_ternary.distillation import DistillConfig, distill
-from diffusers_ternary.evaluation import Sampling, compare, observe_teacher
+from diffusers_ternary.evaluation import compare, observe_teacher
+from diffusers_ternary.rollouts import Rollouts
 
 
 CONTROL = {"mode": "scales", "train_scales": False}  # codes and scales stay as calibration left them
@@ -38,8 +39,8 @@ def parse() -> argparse.Namespace:
 def judge(distilled: Variant, *, seed: int, images: int) -> dict[str, dict[str, float]]:
     """Scores of teacher, rounded, calibrated and distilled, on other prompts and noise than training saw."""
     noise = range(10_000 * (seed + 1), 10_000 * (seed + 1) + images)
-    sampling = Sampling(tuple(held_out_prompts(images, 300 + seed)), tuple(noise), DEMO_CALL, 32)
-    run = observe_teacher(demo_pipeline(), sampling, scorers={"judge": judge_scorer()}, velocity_prompts=64)
+    rollouts = Rollouts(tuple(held_out_prompts(images, 300 + seed)), tuple(noise), DEMO_CALL, 32)
+    run = observe_teacher(demo_pipeline(), rollouts, scorers={"judge": judge_scorer()}, velocity_prompts=64)
     rows: dict[str, dict[str, float]] = {"teacher": dict(run.scores)}
     for variant in (*STUDENTS, distilled):
         student = variant.load(torch.float32)

@@ -55,7 +55,9 @@ def record_states(
         ValueError: if the denoiser is called without a timestep, or its output is not finite.
     """
     held = dataclasses.replace(
-        rollouts, prompts=rollouts.prompts[: settings.prompts], seed=rollouts.seed + len(rollouts.prompts)
+        rollouts,
+        prompts=rollouts.prompts[: settings.prompts],
+        seeds=tuple(seed + len(rollouts.prompts) for seed in rollouts.seeds[: settings.prompts]),
     )
     kept: list[DenoiserCall] = []
     with prepared(pipeline):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 
-from ..rollouts import batches, draw, prepared
+from ..rollouts import Rollouts, draw, prepared
 
 
 DATA = Path(__file__).with_name("data")
@@ -103,8 +103,7 @@ def generate(
     negative = call.pop("negative_prompt", "" if call["true_cfg_scale"] > 1.0 else None)
     if negative is not None:
         call["negative_prompt"] = negative
-    seeds = range(seed * 1_000_003, seed * 1_000_003 + len(prompts))
+    seeds = tuple(range(seed * 1_000_003, seed * 1_000_003 + len(prompts)))
+    rollouts = Rollouts(tuple(prompts), seeds, call, batch_size)
     with prepared(pipeline):
-        return np.concatenate(
-            [draw(pipeline, batch, call, "np").images for batch in batches(prompts, seeds, batch_size)]
-        )
+        return np.concatenate([draw(pipeline, batch, call, "np").images for batch in rollouts.batches()])

@@ -11,8 +11,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ..evaluation import EvaluationResult, Sampling, compare, contact_sheet, observe_teacher
+from ..evaluation import EvaluationResult, compare, contact_sheet, observe_teacher
 from ..files import new_file, write_json
+from ..rollouts import Rollouts
 from .grammar import held_out_prompts
 from .judge import Judge
 from .pipeline import DEMO_CALL
@@ -101,11 +102,11 @@ def run_demo(
     """
     count = FULL_PROMPTS if full else QUICK_PROMPTS
     prompts = tuple(held_out_prompts(count, PROMPT_SEED))
-    sampling = Sampling(prompts, tuple(range(count)), DEMO_CALL, BATCH_SIZE)
+    rollouts = Rollouts(prompts, tuple(range(count)), DEMO_CALL, BATCH_SIZE)
     pipeline = teacher.load(DTYPE)
     run = observe_teacher(
         pipeline,
-        sampling,
+        rollouts,
         scorers={"judge": judge_scorer()},
         velocity_prompts=VELOCITY_PROMPTS,
         progress=progress,

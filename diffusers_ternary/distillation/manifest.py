@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..files import parse_json_object
-from ..rollouts import Rollouts, fingerprint
+from ..rollouts import fingerprint, prompts_sha256
 from .layout import KINDS, Branch, InputLayout, Path
 
 
@@ -80,7 +80,7 @@ class Manifest:
             layout = content["layout"]
             null_row = {split(name)[1]: tensor for name, tensor in tensors.items() if split(name)[0] == _NULL_ROW}
             guided = layout["unconditional"]
-            prompts = Rollouts(tuple(content["prompts"]), 0, 1, {}).sha256()
+            prompts = prompts_sha256(content["prompts"])
             if content["fingerprint"] != fingerprint(**content["identity"]):
                 raise KeyError("its fingerprint is of another identity")
             if content["identity"].get("prompts_sha256", prompts) != prompts:

@@ -2,14 +2,13 @@
 """Compares a student pipeline with its teacher: the same prompts, the same seeds, and numbers that say how far off."""
 
 from ..extras import MissingExtraError
-from ..rollouts.velocity import VelocityError
+from ..rollouts import VelocityError
 from .benchmarks import Benchmark, GenEval, Scenes, T2ICompBench
 from .clip import ClipScore
 from .contact_sheet import contact_sheet
 from .evaluation import Scorer, TeacherRun, compare, evaluate, observe_teacher
 from .report import write_report
 from .result import EvaluationResult
-from .sampling import Sampling
 
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "EvaluationResult",
     "GenEval",
     "MissingExtraError",
-    "Sampling",
     "Scenes",
     "Scorer",
     "T2ICompBench",

@@ -15,13 +15,22 @@ from rich.console import Console
 from rich.progress import track
 
 from ..backend import below_compiled_wrappers
-from ..rollouts import DenoiserCall, RolloutBatch, prepared, recorded_calls
-from ..rollouts.velocity import VelocityError, velocity_error
+from ..rollouts import (
+    DenoiserCall,
+    RolloutBatch,
+    Rollouts,
+    VelocityError,
+    check_call,
+    check_prompts,
+    draw_images,
+    prepared,
+    recorded_calls,
+    velocity_error,
+)
 from .benchmarks import Benchmark, BenchmarkScores, judge_all, make_benchmark
 from .comparable import check_comparable, denoiser_of
 from .metrics import check_same_size, image_distance
 from .result import BenchmarkPair, EvaluationResult, ScorePair
-from .sampling import Sampling, draw_images, make_sampling
 
 
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], "float | Mapping[str, float]"]
@@ -34,7 +43,7 @@ class TeacherRun:
 
     Args:
         teacher (`DiffusionPipeline`): as given.
-        sampling ([`Sampling`]): prompts, seeds and call arguments.
+        rollouts ([`Rollouts`]): prompts, seeds and call arguments.
         images (`tuple[PIL.Image.Image, ...]`): RGB, one per prompt.
         seconds (`float`): wall time of the pipeline calls.
         calls (`tuple[DenoiserCall, ...]`): recorded calls of the denoiser.
@@ -46,7 +55,7 @@ class TeacherRun:
     """
 
     teacher: DiffusionPipeline
-    sampling: Sampling
+    rollouts: Rollouts
     images: tuple[Image.Image, ...]
     seconds: float
     calls: tuple[DenoiserCall, ...]
@@ -122,19 +131,14 @@ def evaluate(
     judge = _benchmark(benchmark, benchmark_options, prompts)
     if judge is not None:
         prompts = [prompt for prompt in judge.prompts for _ in range(judge.images_per_prompt)]
-    sampling = make_sampling(
-        prompts or (),
-        seed=seed,
-        seeds=seeds,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        call_kwargs=call_kwargs,
-        batch_size=batch_size,
-    )
+    prompts = check_prompts(prompts or ())
+    seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
+    call = _call(call_kwargs, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    rollouts = Rollouts(prompts, tuple(seeds), call, batch_size)
     check_comparable(student, teacher)
     run = observe_teacher(
         teacher,
-        sampling,
+        rollouts,
         scorers=scorers,
         benchmark=judge,
         velocity_prompts=velocity_prompts,
@@ -145,7 +149,7 @@ def evaluate(
 
 def observe_teacher(
     teacher: DiffusionPipeline,
-    sampling: Sampling,
+    rollouts: Rollouts,
     *,
     scorers: Mapping[str, Scorer] | None = None,
     benchmark: Benchmark | None = None,
@@ -155,49 +159,49 @@ def observe_teacher(
     """The teacher's half of [`evaluate`], to be compared with several students."""
     if not isinstance(velocity_prompts, int) or velocity_prompts < 0:
         raise ValueError(f"velocity_prompts={velocity_prompts!r} is not a number of prompts (0 = no velocity error).")
-    sampling.check(teacher)
+    check_call(teacher, rollouts.call_kwargs)
     denoiser = denoiser_of(teacher)
     images: list[Image.Image] = []
     calls: list[DenoiserCall] = []
     recorded = 0
     seconds = 0.0
     with prepared(teacher):
-        for batch in _progress(sampling, "teacher", progress):
+        for batch in _progress(rollouts, "teacher", progress):
             start = time.perf_counter()
             if recorded < velocity_prompts:
                 with recorded_calls(denoiser) as new_calls:
-                    images += draw_images(teacher, batch, sampling.call_kwargs)
+                    images += draw_images(teacher, batch, rollouts.call_kwargs)
                 calls += new_calls
                 recorded += len(batch.prompts)
             else:
-                images += draw_images(teacher, batch, sampling.call_kwargs)
+                images += draw_images(teacher, batch, rollouts.call_kwargs)
             seconds += time.perf_counter() - start
     scorers = dict(scorers or {})
-    scores = _score(scorers, images, sampling.prompts)
+    scores = _score(scorers, images, rollouts.prompts)
     judged = _judge(benchmark, images, "teacher", progress)
     return TeacherRun(
-        teacher, sampling, tuple(images), seconds, tuple(calls), recorded, scorers, scores, benchmark, judged
+        teacher, rollouts, tuple(images), seconds, tuple(calls), recorded, scorers, scores, benchmark, judged
     )
 
 
 def compare(student: DiffusionPipeline, run: TeacherRun, *, progress: bool = True) -> EvaluationResult:
     """The student's half of [`evaluate`]."""
     check_comparable(student, run.teacher)
-    sampling = run.sampling
+    rollouts = run.rollouts
     images: list[Image.Image] = []
     seconds = 0.0
     with prepared(student):
-        for batch in _progress(sampling, "student", progress):
+        for batch in _progress(rollouts, "student", progress):
             start = time.perf_counter()
-            images += draw_images(student, batch, sampling.call_kwargs)
+            images += draw_images(student, batch, rollouts.call_kwargs)
             seconds += time.perf_counter() - start
             check_same_size(images[-1], run.images[len(images) - 1])
     distance = image_distance(images, run.images)
-    scores = _score(run.scorers, images, sampling.prompts)
+    scores = _score(run.scorers, images, rollouts.prompts)
     return EvaluationResult(
-        prompts=sampling.prompts,
-        seeds=sampling.seeds,
-        call_kwargs=dict(sampling.call_kwargs),
+        prompts=rollouts.prompts,
+        seeds=rollouts.seeds,
+        call_kwargs=dict(rollouts.call_kwargs),
         student_images=tuple(images),
         teacher_images=run.images,
         psnr_db=distance.psnr_db,
@@ -232,6 +236,17 @@ def _benchmark(
     return benchmark
 
 
+def _call(call_kwargs: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:
+    """The arguments of the pipeline calls; those with names of their own may be given in one of the two places."""
+    merged = dict(call_kwargs or {})
+    for name, value in named.items():
+        if value is not None and name in merged:
+            raise ValueError(f"{name} is given twice: {value} and, in call_kwargs, {merged[name]}. Give it once.")
+        if value is not None:
+            merged[name] = value
+    return merged
+
+
 def _judge(
     benchmark: Benchmark | None, images: Sequence[Image.Image], role: str, visible: bool
 ) -> BenchmarkScores | None:
@@ -258,8 +273,8 @@ def _velocity(student: DiffusionPipeline, run: TeacherRun) -> VelocityError | No
     return error
 
 
-def _progress(sampling: Sampling, role: str, visible: bool) -> "Any":
-    batches: list[RolloutBatch] = list(sampling.batches())
+def _progress(rollouts: Rollouts, role: str, visible: bool) -> "Any":
+    batches: list[RolloutBatch] = list(rollouts.batches())
     return _bar(batches, f"{role} draws", visible)
 
 

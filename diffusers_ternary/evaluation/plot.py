@@ -9,7 +9,7 @@ from typing import Any
 
 from ..extras import import_extra
 from ..files import new_file
-from ..rollouts.velocity import VelocityError
+from ..rollouts import VelocityError
 
 
 PLOT = "The plot of the velocity error"  # for who lacks its library

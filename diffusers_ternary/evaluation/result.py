@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import new_file, write_json
-from ..rollouts.velocity import VelocityError
+from ..rollouts import VelocityError
 from .benchmarks import BenchmarkScores
 from .contact_sheet import contact_sheet
 from .plot import plot_velocity_error

@@ -14,15 +14,15 @@ from .calls import (
 )
 from .drawing import (
     RolloutBatch,
-    batches,
     check_call,
     check_prompts,
     draw,
+    draw_images,
     evaluation_mode,
     prepared,
     takes_output_type,
 )
-from .fingerprint import fingerprint, weights_sha256
+from .fingerprint import fingerprint, prompts_sha256, weights_sha256
 from .rollouts import Rollouts, make_rollouts
 from .velocity import VelocityError, normalized_error, velocity_error
 
@@ -32,10 +32,10 @@ __all__ = [
     "RolloutBatch",
     "Rollouts",
     "VelocityError",
-    "batches",
     "check_call",
     "check_prompts",
     "draw",
+    "draw_images",
     "evaluation_mode",
     "fingerprint",
     "float_dtype",
@@ -45,6 +45,7 @@ __all__ = [
     "normalized_error",
     "prediction_of",
     "prepared",
+    "prompts_sha256",
     "recorded_calls",
     "sample_name",
     "takes_output_type",

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import nn
 
 
-_RESERVED = ("prompt", "generator", "num_images_per_prompt", "output_type", "return_dict")
+_RESERVED = ("prompt", "generator", "latents", "num_images_per_prompt", "output_type", "return_dict")
 _PER_PROMPT = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 
@@ -28,13 +29,6 @@ class RolloutBatch:
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-
-
-def batches(prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> Iterator[RolloutBatch]:
-    """The pipeline calls, in order."""
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        yield RolloutBatch(tuple(prompts[part]), tuple(seeds[part]))
 
 
 @torch.no_grad()
@@ -59,6 +53,25 @@ def draw(pipeline: DiffusionPipeline, batch: RolloutBatch, call_kwargs: Mapping[
         kwargs["output_type"] = output_type
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds]
     return pipeline(prompt=list(batch.prompts), generator=generators, **kwargs)
+
+
+def draw_images(pipeline: DiffusionPipeline, batch: RolloutBatch, call_kwargs: Mapping[str, Any]) -> list[Image.Image]:
+    """Draws one image per prompt, inside [`prepared`].
+
+    Returns:
+        `list[PIL.Image.Image]`: RGB.
+
+    Raises:
+        ValueError: if the pipeline does not return one image per prompt.
+    """
+    images = getattr(draw(pipeline, batch, call_kwargs, "pil"), "images", None)
+    if not isinstance(images, list) or len(images) != len(batch.prompts):
+        found = f"{len(images)} images" if isinstance(images, list) else "no list of images"
+        raise ValueError(
+            f"{type(pipeline).__name__} returned {found} for {len(batch.prompts)} prompts. evaluate compares "
+            "text-to-image pipelines."
+        )
+    return [image.convert("RGB") for image in images]
 
 
 def takes_output_type(pipeline: DiffusionPipeline) -> bool:
@@ -89,15 +102,12 @@ def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     return prompts
 
 
-def check_call(
-    pipeline: DiffusionPipeline, call_kwargs: Mapping[str, Any], *, reserved: Sequence[str] = ()
-) -> dict[str, Any]:
+def check_call(pipeline: DiffusionPipeline, call_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Checks arguments of the pipeline call.
 
     Args:
         pipeline (`DiffusionPipeline`): what is called.
         call_kwargs (`Mapping[str, Any]`): the arguments.
-        reserved (`Sequence[str]`, *optional*): those that are set for every call, beside the usual ones.
 
     Raises:
         ValueError: names those that the pipeline does not take, and those that are set for every rollout.
@@ -105,7 +115,7 @@ def check_call(
     parameters = inspect.signature(type(pipeline).__call__).parameters
     if "prompt" not in parameters:
         raise ValueError(f"{type(pipeline).__name__} takes no prompt, so it has no rollouts.")
-    fixed = [name for name in call_kwargs if name in (*_RESERVED, *reserved)]
+    fixed = [name for name in call_kwargs if name in _RESERVED]
     if fixed:
         raise ValueError(f"call_kwargs sets {', '.join(fixed)}, which is set for every rollout. Remove it there.")
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

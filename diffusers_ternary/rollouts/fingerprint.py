@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,15 @@ def weights_sha256(modules: dict[str, nn.Module]) -> str:
             digest.update(f"{component}.{name} {tensor.dtype} {list(tensor.shape)};".encode())
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def prompts_sha256(prompts: Sequence[str]) -> str:
+    """Hash of prompts, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        data = prompt.encode("utf-8")
+        digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 
 

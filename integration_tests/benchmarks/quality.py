@@ -35,7 +35,8 @@ from diffusers_ternary.demo.grammar import held_out_prompts, training_prompts
 from diffusers_ternary.demo.pipeline import DEMO_CALL, demo_pipeline
 from diffusers_ternary.demo.run import judge_scorer
 from diffusers_ternary.demo.variants import stored_size
-from diffusers_ternary.evaluation import Sampling, TeacherRun, compare, contact_sheet, observe_teacher
+from diffusers_ternary.evaluation import TeacherRun, compare, contact_sheet, observe_teacher
+from diffusers_ternary.rollouts import Rollouts
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -187,7 +188,7 @@ def run_seed(methods: Iterable[str], table: Table, seed: Seed, *, images: int, o
     noise = tuple(range(10_000 * seed.number, 10_000 * seed.number + images))
     run = observe_teacher(
         demo_pipeline(),
-        Sampling(shown, noise, DEMO_CALL, BATCH),
+        Rollouts(shown, noise, DEMO_CALL, BATCH),
         scorers={"judge": judge_scorer()},
         velocity_prompts=VELOCITY_PROMPTS,
         progress=False,

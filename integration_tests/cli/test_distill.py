@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from diffusers_ternary.cli.app import app
 from diffusers_ternary.cli.console import ExitCode
 from diffusers_ternary.interop.inspection import inspect_path
-from diffusers_ternary.rollouts import Rollouts
+from diffusers_ternary.rollouts import prompts_sha256
 from diffusers_ternary.rollouts.prompts import read_prompts, split_held_out
 from integration_tests.support.pipelines import PIPELINES
 
@@ -53,7 +53,7 @@ def test_writes_a_packed_pipeline_and_a_report(source, prompts, tmp_path):
     report = json.loads((target / "distill.json").read_text(encoding="utf-8"))
     assert report["distill_config"]["seed"] == 3
     assert report["distill_config"]["call_kwargs"]["num_inference_steps"] == 2
-    assert report["held_out_prompts_sha256"] == Rollouts(("two trees",), 0, 1, {}).sha256()
+    assert report["held_out_prompts_sha256"] == prompts_sha256(["two trees"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["held_out.jsonl", "kept", "out", "prompts.txt"]
 
 
@@ -63,7 +63,7 @@ def test_prompts_are_held_out_by_their_hash(source, tmp_path):
     report = json.loads((tmp_path / "out" / "distill.json").read_text(encoding="utf-8"))
     train, held_out = split_held_out(read_prompts("template:40"), 32)
     for name, expected in (("training", train), ("held_out", held_out)):
-        assert report[f"{name}_prompts_sha256"] == Rollouts(tuple(expected), 0, 1, {}).sha256()
+        assert report[f"{name}_prompts_sha256"] == prompts_sha256(expected)
 
 
 def test_bad_input(source, prompts, tmp_path):

@@ -17,7 +17,7 @@ from diffusers_ternary.distillation import DistillConfig, DistillReport, distill
 from diffusers_ternary.distillation.trainee import ternary_layers
 from diffusers_ternary.extras import MissingExtraError
 from diffusers_ternary.files import lock, recover_folder
-from diffusers_ternary.rollouts import Rollouts
+from diffusers_ternary.rollouts import prompts_sha256
 from diffusers_ternary.rollouts.prompts import split_held_out
 from integration_tests.support import distillation
 from integration_tests.support.fresh_process import ROOT, run_python
@@ -209,8 +209,8 @@ def test_prompts_are_held_out_by_their_hash(tmp_path):
     settings = distillation.settings(steps=1, held_out=2)
     distill(distillation.teacher(), prompts, distillation.CONFIG, settings, tmp_path, progress=False)
     result = report(tmp_path)
-    assert result.training_prompts_sha256 == Rollouts(tuple(train), 0, 1, {}).sha256()
-    assert result.held_out_prompts_sha256 == Rollouts(tuple(unseen), 0, 1, {}).sha256()
+    assert result.training_prompts_sha256 == prompts_sha256(train)
+    assert result.held_out_prompts_sha256 == prompts_sha256(unseen)
 
 
 def test_folders_of_others_are_left_alone(tmp_path):

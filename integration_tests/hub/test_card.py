@@ -5,7 +5,6 @@ import ast
 import copy
 import json
 import pathlib
-import types
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from diffusers_ternary.evaluation.result import EvaluationResult, ScorePair
 from diffusers_ternary.format import FileLayout, Int8Spec, TernarySpec, crc32, pack_base3
 from diffusers_ternary.hub.base_card import BaseCard, Licence, Terms, read_base_card
 from diffusers_ternary.hub.push import check_target, prepare
-from diffusers_ternary.rollouts.rollouts import Rollouts
+from diffusers_ternary.rollouts import prompts_sha256
 from diffusers_ternary.rollouts.velocity import VelocityError
 
 
@@ -182,7 +181,7 @@ def test_nothing_is_said_that_was_not_measured(make):
 
 def test_scores_on_the_prompts_of_calibration_are_marked(make):
     result = evaluation()
-    same = Rollouts.sha256(types.SimpleNamespace(prompts=result.prompts))
+    same = prompts_sha256(result.prompts)
     mark = "the prompts that the weights were made with"
     assert mark in make(report=result, calibration={**CALIBRATION, "prompts_sha256": same}).card.text
     assert mark in make(report=result, distillation={**DISTILLATION, "training_prompts_sha256": same}).card.text
