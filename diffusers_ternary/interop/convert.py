@@ -22,6 +22,7 @@ from ..backend import read_headers
 from ..backend.checkpoint import load_tensor
 from ..backend.config import RECOVER, TernaryConfig
 from ..backend.folder import refuse_links
+from ..backend.packed_writer import PackedFolderWriter
 from ..backend.plan import float_layers
 from ..backend.sources import source_error
 from ..files.destinations import check_folder, output_folder
@@ -33,7 +34,6 @@ from .mflux_export import MfluxReport, export_mflux
 from .open import open_foreign, pipeline_components
 from .report import ConversionReport
 from .source import ForeignModel, check_names, empty_model
-from .writer import PackedFolderWriter
 
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from diffusers_ternary import TernaryConfig, convert, quantize
 from diffusers_ternary.backend.folder import explained_loading, model_class, pipeline_parts
+from diffusers_ternary.backend.packed_writer import PackedFolderWriter
 from diffusers_ternary.backend.sources import load_quantized
 from diffusers_ternary.cli.app import app
 from diffusers_ternary.cli.console import escape
@@ -28,7 +29,6 @@ from diffusers_ternary.interop.inspection import inspect_path
 from diffusers_ternary.interop.packed import open_packed
 from diffusers_ternary.interop.source import empty_model
 from diffusers_ternary.interop.tensor_files import StateDictFile
-from diffusers_ternary.interop.writer import PackedFolderWriter
 from diffusers_ternary.ternarize import ternarize
 from integration_tests.support import denoisers
 from integration_tests.support.checkpoints import edit_json

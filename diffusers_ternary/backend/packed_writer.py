@@ -9,11 +9,11 @@ from typing import IO, Any
 
 import torch
 
-from ..backend.checkpoint import to_file
-from ..backend.config import TernaryConfig
 from ..format import LOW_RANK_NAMES, FileLayout, LayerSpec, TensorHeader, crc32, dtype_name
 from ..layers.base import scale_to_bits
 from ..ternarize import TernaryWeight
+from .checkpoint import to_file
+from .config import TernaryConfig
 
 
 @dataclasses.dataclass(frozen=True)
