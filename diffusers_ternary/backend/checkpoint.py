@@ -16,15 +16,19 @@ from ..format import (
     LOW_RANK_NAMES,
     MULTIPLIER_MAX,
     FileLayout,
+    Int8Spec,
     LayerSpec,
     TernarySpec,
     check_base3,
     crc32,
+    group_scales,
     stored_bytes,
+    unpack_base3,
 )
 from ..kernels.cpu.base3 import base3_to_planes, planes_to_base3
 from ..layers import LayerRecord
 from ..layers.base import bits_to_scale, scale_to_bits
+from ..ternarize import Int8Weight, LowRank, TernaryWeight
 from .adapters import refuse_adapters, settle_merged
 from .fused_projections import without_fused_projections
 from .image_adapters import without_image_adapters
@@ -69,6 +73,57 @@ class PackedCheckpoint:
             for name, stored in names.items()
         }
 
+    def names(self) -> set[str]:
+        """Names of the float model's tensors."""
+        parts = {f"{layer}.{part}" for layer, spec in self.layout.layers.items() for part in spec.file_tensors()}
+        return (self.tensors.keys() - parts) | {f"{layer}.weight" for layer in self.layout.layers}
+
+    def spec(self, name: str) -> LayerSpec | None:
+        """What is stored for a tensor of the float model; `None` if it is stored as it is."""
+        return self.layout.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as it is stored, its checksum and values checked.
+
+        Raises:
+            ValueError: if it is damaged; names the file.
+        """
+        stored = self.tensors[name]
+        tensor = load_tensor(stored, name)
+        _check(name, tensor, self.layout, source=stored.file)
+        return tensor
+
+    def weight(self, layer: str) -> TernaryWeight | Int8Weight:
+        """The weight of a packed layer, its tensors read and checked ([`~PackedCheckpoint.read`])."""
+        spec = self.layout.layers[layer]
+        stored = {part: self.read(f"{layer}.{part}") for part in spec.file_tensors()}
+        if isinstance(spec, Int8Spec):
+            return Int8Weight(spec, stored["weight"], stored["weight_scale"])
+        planes = base3_to_planes(stored["weight"], spec.out_features, spec.in_features)
+        low_rank = LowRank(*(stored[part] for part in LOW_RANK_NAMES)) if spec.rank else None
+        return TernaryWeight(spec, planes, stored["weight_scale"], stored.get("weight_multiplier"), low_rank)
+
+    def codes(self, name: str) -> torch.Tensor:
+        """Codes of a ternary weight of the float model, int8 `[N, K]`; the values of an int8 one."""
+        spec = self.spec(name)
+        stored = self.read(name)
+        if isinstance(spec, TernarySpec):
+            return unpack_base3(stored, (spec.out_features, spec.in_features))
+        return stored
+
+    def group_scales(self, name: str) -> torch.Tensor:
+        """Effective float32 scales of a packed weight of the float model, `[N, G]`."""
+        layer = name.removesuffix(".weight")
+        stored = f"{layer}.weight_multiplier"
+        multiplier = self.read(stored) if stored in self.tensors else None
+        return group_scales(self.read(f"{layer}.weight_scale"), multiplier)
+
+    def dequantize(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor of the float model in `dtype`; a packed weight `[N, K]`, rotation and correction included."""
+        if self.spec(name) is None:
+            return self.read(name).to(dtype)
+        return self.weight(name.removesuffix(".weight")).dequantize(dtype)
+
 
 def read_headers(
     files: Sequence[str | os.PathLike[str]],
@@ -99,6 +154,29 @@ def read_headers(
         if layout != first[1]:
             raise ValueError(f"{path} belongs to another checkpoint than {first[0]}, or was changed. {_DAMAGED}")
     return first[1], tensors
+
+
+def check_packed_as_declared(layout: FileLayout | None, *, declared: bool, source: str) -> None:
+    """Checks that the weights of a model are packed if, and only if, its config.json says so.
+
+    Args:
+        layout ([`FileLayout`], *optional*): what the headers say.
+        declared (`bool`): whether config.json names this package in its `quantization_config`.
+        source (`str`): the folder.
+
+    Raises:
+        ValueError: if they contradict each other.
+    """
+    if layout is not None and not declared:
+        raise ValueError(
+            f"{source} holds packed weights, but its config.json has no quantization_config. Restore the config.json "
+            'that was saved with them (it has "quant_method": "diffusers_ternary").'
+        )
+    if layout is None and declared:
+        raise ValueError(
+            f"config.json in {source} declares diffusers_ternary, but the weights beside it are not packed. Restore "
+            "the packed weights, or delete quantization_config from config.json to load float weights."
+        )
 
 
 @contextlib.contextmanager
@@ -189,11 +267,14 @@ def check_values(layout: FileLayout, tensors: Mapping[str, StoredTensor]) -> Non
     for file in sorted({stored.file for stored in tensors.values()}):
         with explained_damage(file), safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a mapping
-                tensor = handle.get_tensor(name)
-                check_crc(name, tensor, layout, source=file)
-                part = owner(name, layout.layers)
-                if part is not None:
-                    check_tensor(name, part[1], tensor, layout.layers[part[0]], source=file)
+                _check(name, handle.get_tensor(name), layout, source=file)
+
+
+def _check(name: str, tensor: torch.Tensor, layout: FileLayout, *, source: str) -> None:
+    check_crc(name, tensor, layout, source=source)
+    part = owner(name, layout.layers)
+    if part is not None:
+        check_tensor(name, part[1], tensor, layout.layers[part[0]], source=source)
 
 
 def owner(name: str, layers: Mapping[str, LayerSpec]) -> tuple[str, str] | None:

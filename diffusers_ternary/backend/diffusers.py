@@ -16,6 +16,7 @@ from .checkpoint import (
     PackedCheckpoint,
     check_crc,
     check_headers,
+    check_packed_as_declared,
     load_tensor,
     owner,
     read_headers,
@@ -121,16 +122,7 @@ class TernaryDiffusersQuantizer(DiffusersQuantizer):
         """The only hook that sees all shards before modules are swapped: reads and checks their headers."""
         layout, tensors = read_headers(checkpoint_files)
         source = os.path.dirname(os.fspath(checkpoint_files[0])) if checkpoint_files else "checkpoint"
-        if layout is not None and not self.pre_quantized:
-            raise ValueError(
-                f"{source} holds packed weights, but its config.json has no quantization_config. Restore the "
-                'config.json that was saved with them (it has "quant_method": "diffusers_ternary").'
-            )
-        if layout is None and self.pre_quantized:
-            raise ValueError(
-                f"config.json in {source} declares diffusers_ternary, but the weights beside it are not packed. "
-                "Restore the packed weights, or delete quantization_config from config.json to load float weights."
-            )
+        check_packed_as_declared(layout, declared=self.pre_quantized, source=source)
         if layout is None:
             refuse_quantized_headers(tensors, source=source)
             if not tensors:  # pickled files, which have no headers

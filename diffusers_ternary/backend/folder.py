@@ -137,6 +137,14 @@ def weights_name(config: Mapping[str, Any]) -> str:
     return "diffusion_pytorch_model" if "_class_name" in config else "model"
 
 
+def model_name(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Library (`"diffusers"` or `"transformers"`) and class that a model's config.json names."""
+    if "_class_name" in config:
+        return "diffusers", str(config["_class_name"])
+    names = config.get("architectures")
+    return "transformers", str(names[0]) if isinstance(names, list) and names else "AutoModel"
+
+
 def model_class(config: Mapping[str, Any], *, source: str | os.PathLike[str]) -> type[Any]:
     """The class of diffusers or transformers that a config.json names.
 

@@ -13,6 +13,7 @@ from ..layers import QuantizedLayer, TernaryLinear, read_records
 from .checkpoint import (
     PackedCheckpoint,
     check_headers,
+    check_packed_as_declared,
     check_values,
     load_tensor,
     owner,
@@ -163,12 +164,8 @@ class TernaryTransformersQuantizer(HfQuantizer):
     ) -> Any:
         layout, tensors = read_headers(checkpoint_files or [])
         source = os.path.dirname(checkpoint_files[0]) if checkpoint_files else "checkpoint"
-        if layout is not None and not self.pre_quantized:
-            raise ValueError(
-                f"{source} holds packed weights, but its config.json has no quantization_config. Restore the "
-                'config.json that was saved with them (it has "quant_method": "diffusers_ternary").'
-            )
-        if not self.pre_quantized:
+        check_packed_as_declared(layout, declared=self.pre_quantized, source=source)
+        if layout is None:
             refuse_quantized_headers(tensors, source=source)
             self.float8 = find_float8_scales(tensors, lambda name: load_tensor(tensors[name], name), source=source)
             self.stored_names = frozenset(tensors)
@@ -177,11 +174,6 @@ class TernaryTransformersQuantizer(HfQuantizer):
             insert_placeholders(model, plan, self.quantization_config)
             self.kept = plan.kept
             return model
-        if layout is None:
-            raise ValueError(
-                f"config.json in {source} declares diffusers_ternary, but the weights beside it are not packed. "
-                "Restore the packed weights, or delete quantization_config from config.json to load float weights."
-            )
         # Before anything is loaded: the loader collects the errors of conversions and raises one of its own.
         check_headers(layout, tensors, source=source)
         check_values(layout, tensors)

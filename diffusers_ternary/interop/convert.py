@@ -201,11 +201,11 @@ def _convert_part(part: _Part, folder: pathlib.Path, max_shard_size: int, verify
         module = part.layers.get(name)
         matrix = tensor.flatten(1) if module is not None else tensor
         recovered = recover(matrix) if module is not None else None
-        if isinstance(recovered, TernaryWeight) and module is not None:
+        if module is not None and isinstance(recovered, TernaryWeight):
             writer.add_layer(module, recovered)
             continue
         if module is not None:
-            misfits[module] = recovered or _sampled_fit(matrix)
+            misfits[module] = recovered if isinstance(recovered, TernaryFit) else _sampled_fit(matrix)
         writer.add_tensor(name, tensor)
     size = writer.finish(part.model.config, _config_of(writer.layers) if writer.layers else None)
     if verify and writer.layers:

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from diffusers.utils.logging import tqdm
 
+from ..backend.packed_folder import PackedFolder
 from ..extras import import_extra
 from ..files.destinations import output_file
-from ..format import TernarySpec
+from ..format import TernarySpec, expand_scales
 from .compat import TwoBitType, open_reader, writable_type
 from .gguf_blocks import BLOCK, ENCODERS, FALLBACKS, RUNTIMES, TERNARY_TYPES, block_scales, choose_type
 from .gguf_names import ARCHITECTURES, GgufTensor, gguf_tensors
 from .gguf_two_bit import dequantize_two_bit
-from .packed import PackedFolder, open_packed
+from .packed import open_packed
 
 
 logger = logging.getLogger(__name__)
@@ -233,11 +234,16 @@ def _encode(gguf: Any, model: PackedFolder, tensor: GgufTensor, options: _Option
         return kind, gguf.quants.quantize(dense.numpy(), gguf.GGMLQuantizationType[kind.upper()])
     scales = [_scales(model, name, options) for name in tensor.parts]
     if kind not in ENCODERS:
-        dense = tensor.join([model.product(name, part) for name, part in zip(tensor.parts, scales, strict=True)])
+        dense = tensor.join([_product(model, name, part) for name, part in zip(tensor.parts, scales, strict=True)])
         return kind, gguf.quants.quantize(dense.numpy(), gguf.GGMLQuantizationType[kind.upper()])
     spread = [_spread(model, name, part, kind) for name, part in zip(tensor.parts, scales, strict=True)]
     codes = tensor.join([model.codes(name) for name in tensor.parts])
     return kind, ENCODERS[kind](codes, tensor.join(spread))
+
+
+def _product(model: PackedFolder, name: str, scales: torch.Tensor) -> torch.Tensor:
+    spec, codes = model.spec(name), model.codes(name)
+    return codes * expand_scales(scales, spec.group_size if isinstance(spec, TernarySpec) else 1, codes.shape[1])
 
 
 def _spread(model: PackedFolder, name: str, scales: torch.Tensor, kind: str) -> torch.Tensor:

@@ -17,13 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..backend.folder import refuse_links
+from ..backend.packed_folder import PackedFolder
 from ..files import write_json
 from ..files.destinations import output_folder
 from ..format import Int8Spec, TernarySpec
 from .gguf_blocks import block_scales
 from .mflux_names import mflux_module
 from .mlx_affine import AffineWeight, affine_group_size, encode_affine
-from .packed import PackedFolder, open_packed
+from .packed import open_packed
 
 
 # What mflux writes into its own files, and looks for when it loads.

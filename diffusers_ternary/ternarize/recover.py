@@ -132,7 +132,7 @@ def _packed(weight: torch.Tensor, size: int) -> TernaryWeight:
     for part in _row_chunks(weight):
         packed.append(pack_planes(part.sign().to(torch.int8)))
         scales.append(_group_magnitudes(part, size).amax(dim=-1).view(weight.dtype))
-    spec = TernarySpec(*weight.shape, size)
+    spec = TernarySpec(weight.shape[0], weight.shape[1], size)
     return TernaryWeight(spec, torch.cat(packed), _smallest_exact(torch.cat(scales)))
 
 
