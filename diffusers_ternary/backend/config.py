@@ -33,7 +33,7 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16
 DENOISER_COMPONENTS = re.compile(r"(transformer|unet|prior)(_\d+)?")
 
 
-class TernaryMethod(str, enum.Enum):
+class TernaryMethod(enum.StrEnum):
     """The quantization method's name; an enum because diffusers reads `.value`."""
 
     DIFFUSERS_TERNARY = QUANT_METHOD

@@ -216,7 +216,7 @@ def compare(student: DiffusionPipeline, run: TeacherRun, *, progress: bool = Tru
         teacher_seconds=run.seconds,
         pipeline=type(student).__name__,
         versions={name: importlib.metadata.version(name) for name in _VERSIONED},
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 
