@@ -10,11 +10,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..files import parse_json_object
 from ..format import (
     DTYPES,
     LOW_RANK_DTYPE,
     LOW_RANK_NAMES,
+    METADATA_KEY,
     MULTIPLIER_MAX,
+    REWRITE,
     FileLayout,
     Int8Spec,
     LayerSpec,
@@ -141,7 +144,7 @@ def read_headers(
         if not path.endswith(".safetensors"):
             continue
         with explained_damage(path), safe_open(path, framework="pt") as handle:
-            layouts[path] = FileLayout.from_metadata(handle.metadata(), source=path)
+            layouts[path] = read_layout(handle.metadata(), source=path)
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 if name in tensors:
                     raise ValueError(
@@ -177,6 +180,29 @@ def check_packed_as_declared(layout: FileLayout | None, *, declared: bool, sourc
             f"config.json in {source} declares diffusers_ternary, but the weights beside it are not packed. Restore "
             "the packed weights, or delete quantization_config from config.json to load float weights."
         )
+
+
+def read_layout(metadata: Mapping[str, str] | None, *, source: str) -> FileLayout | None:
+    """What the metadata of a safetensors header says of quantized layers.
+
+    Args:
+        metadata (`Mapping[str, str]`, *optional*): the header's `__metadata__`.
+        source (`str`): file name for messages.
+
+    Returns:
+        [`FileLayout`], or `None` if the file holds no quantized layers of this package.
+
+    Raises:
+        ValueError: if it is not JSON; else as [`FileLayout.from_json`].
+    """
+    if not metadata or METADATA_KEY not in metadata:
+        return None
+    where = f"{source}: the {METADATA_KEY} metadata"
+    try:
+        body = parse_json_object(metadata[METADATA_KEY], source=where, remedy="")
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be read ({error}). {REWRITE}") from error
+    return FileLayout.from_json(body, source=source)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 
 from .base3 import check_base3, pack_base3, packed_base3_bytes, unpack_base3
 from .dtypes import DTYPE_NAMES, DTYPES, dtype_name, stored_bytes
-from .metadata import FORMAT_VERSION, METADATA_KEY, FileLayout, TensorHeader, check_format_version, crc32
+from .metadata import FORMAT_VERSION, METADATA_KEY, REWRITE, FileLayout, TensorHeader, check_format_version, crc32
 from .planes import pack_planes, planes_width, unpack_planes
 from .scales import (
     MULTIPLIER_MAX,
@@ -25,6 +25,7 @@ __all__ = [
     "LOW_RANK_NAMES",
     "METADATA_KEY",
     "MULTIPLIER_MAX",
+    "REWRITE",
     "FileLayout",
     "Int8Spec",
     "LayerSpec",

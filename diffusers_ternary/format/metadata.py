@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..files import parse_json_object
 from .dtypes import dtype_name
 from .spec import LayerSpec, layer_spec_from_json
 
 
 FORMAT_VERSION = 2
 METADATA_KEY = "diffusers_ternary"
-_REWRITE = "Download the file again, or write it again with diffusers-ternary."
+REWRITE = "Download the file again, or write it again with diffusers-ternary."
 _FIELDS = {1: {"format_version", "layers", "crc32"}}
 _FIELDS[2] = _FIELDS[1] | {"tensors", "layout_crc32"}
 
@@ -88,42 +87,34 @@ class FileLayout:
         return {METADATA_KEY: json.dumps(body, separators=(",", ":"))}
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str] | None, *, source: str) -> "FileLayout | None":
-        """Reads the metadata of a safetensors header.
+    def from_json(cls, body: Mapping[str, Any], *, source: str) -> "FileLayout":
+        """Reads the JSON object in the metadata of a safetensors header, the value of `METADATA_KEY`.
 
         Args:
-            metadata (`Mapping[str, str]`, *optional*): the header's `__metadata__`.
+            body (`Mapping[str, Any]`): what [`FileLayout.to_metadata`] wrote, parsed.
             source (`str`): file name for messages.
 
-        Returns:
-            `FileLayout`, or `None` if the file holds no quantized layers of this package.
-
         Raises:
-            ValueError: if the metadata is malformed, was changed since it was written, or is of a newer format
-                version.
+            ValueError: if it is malformed, was changed since it was written, or is of a newer format version.
         """
-        if not metadata or METADATA_KEY not in metadata:
-            return None
         where = f"{source}: the {METADATA_KEY} metadata"
-        try:
-            body = parse_json_object(metadata[METADATA_KEY], source=where, remedy="")
-            version = body["format_version"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{where} cannot be read ({error}). {_REWRITE}") from error
+        if "format_version" not in body:
+            raise ValueError(f"{where} cannot be read (no format_version). {REWRITE}")
+        version = body["format_version"]
         check_format_version(version, source=source)
         try:
             layout = cls._from_body(body, version)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{where} is malformed ({error}). {_REWRITE}") from error
+            raise ValueError(f"{where} is malformed ({error}). {REWRITE}") from error
         if version > 1 and body["layout_crc32"] != _layout_crc32(body["layers"], body["tensors"]):
             raise ValueError(
                 f"{where} does not match its checksum: what it says of the layers, or of the dtypes and shapes of "
-                f"tensors, was changed since it was written. {_REWRITE}"
+                f"tensors, was changed since it was written. {REWRITE}"
             )
         return layout
 
     @classmethod
-    def _from_body(cls, body: dict[str, Any], version: int) -> "FileLayout":
+    def _from_body(cls, body: Mapping[str, Any], version: int) -> "FileLayout":
         if body.keys() != _FIELDS[version]:
             wrong = ", ".join(sorted(body.keys() ^ _FIELDS[version]))
             raise ValueError(f"version {version} has the fields {', '.join(sorted(_FIELDS[version]))}; wrong: {wrong}")
@@ -168,7 +159,7 @@ def check_format_version(version: object, *, source: str) -> None:
         ValueError: names `source`, the version and what to do.
     """
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"{source}: format_version={version!r} is not a positive integer. {_REWRITE}")
+        raise ValueError(f"{source}: format_version={version!r} is not a positive integer. {REWRITE}")
     if version > FORMAT_VERSION:
         raise ValueError(
             f"{source}: format_version={version} is newer than {FORMAT_VERSION}, the newest that this "

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffusers_ternary.backend.checkpoint import read_layout
 from diffusers_ternary.format import (
     FORMAT_VERSION,
     METADATA_KEY,
@@ -54,12 +55,12 @@ def body(**changes: object) -> dict[str, str]:
 
 def test_golden_text():
     assert LAYOUT.to_metadata() == {"diffusers_ternary": GOLDEN}
-    assert FileLayout.from_metadata({"diffusers_ternary": GOLDEN}, source="a.safetensors") == LAYOUT
+    assert read_layout({"diffusers_ternary": GOLDEN}, source="a.safetensors") == LAYOUT
 
 
 def test_golden_text_of_version_2():
     assert LAYOUT_2.to_metadata() == {"diffusers_ternary": GOLDEN_2}
-    assert FileLayout.from_metadata({"diffusers_ternary": GOLDEN_2}, source="a.safetensors") == LAYOUT_2
+    assert read_layout({"diffusers_ternary": GOLDEN_2}, source="a.safetensors") == LAYOUT_2
     assert (LAYOUT.format_version, LAYOUT_2.format_version) == (1, 2)
 
 
@@ -110,7 +111,7 @@ def test_whatever_is_changed_in_version_2_is_noticed(edit, message):
     content = json.loads(LAYOUT_2.to_metadata()[METADATA_KEY])
     edit(content)
     with pytest.raises(ValueError, match=message) as caught:
-        FileLayout.from_metadata({METADATA_KEY: json.dumps(content)}, source="shard-2.safetensors")
+        read_layout({METADATA_KEY: json.dumps(content)}, source="shard-2.safetensors")
     assert "shard-2.safetensors" in str(caught.value)
     assert "Download the file again" in str(caught.value)
 
@@ -118,12 +119,12 @@ def test_whatever_is_changed_in_version_2_is_noticed(edit, message):
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000])
 def test_metadata_that_no_reader_survives(text):
     with pytest.raises(ValueError, match=r"x\.safetensors.*cannot be read"):
-        FileLayout.from_metadata({METADATA_KEY: text}, source="x.safetensors")
+        read_layout({METADATA_KEY: text}, source="x.safetensors")
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}])
 def test_files_of_others_are_no_packed_files(metadata):
-    assert FileLayout.from_metadata(metadata, source="a.safetensors") is None
+    assert read_layout(metadata, source="a.safetensors") is None
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_files_of_others_are_no_packed_files(metadata):
 )
 def test_malformed_metadata_names_the_file_and_the_remedy(metadata, message):
     with pytest.raises(ValueError, match=message) as caught:
-        FileLayout.from_metadata(metadata, source="shard-2.safetensors")
+        read_layout(metadata, source="shard-2.safetensors")
     assert "shard-2.safetensors" in str(caught.value)
     assert "Download the file again" in str(caught.value)
 
@@ -153,7 +154,7 @@ def test_malformed_metadata_names_the_file_and_the_remedy(metadata, message):
 def test_a_newer_version_is_refused_before_its_fields_are_read():
     metadata = body(format_version=FORMAT_VERSION + 1, layers="something this version cannot read")
     with pytest.raises(ValueError, match=r"x\.safetensors: format_version=3 is newer than 2.*pip install -U"):
-        FileLayout.from_metadata(metadata, source="x.safetensors")
+        read_layout(metadata, source="x.safetensors")
 
 
 def test_this_version_is_accepted():
