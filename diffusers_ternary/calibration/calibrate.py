@@ -19,6 +19,7 @@ from ..backend import (
     with_separate_projections,
 )
 from ..backend.config import TernaryConfig
+from ..backend.reports import attach_report
 from ..format import TernarySpec
 from ..rollouts import Rollouts, fingerprint, make_rollouts, weights_sha256
 from .allocation import Allocation, apply_choices, layer_sensitivities
@@ -45,7 +46,8 @@ def calibrate(
     calibration: CalibrationConfig | None = None,
     *,
     work_dir: str | os.PathLike[str] | None = None,
-) -> CalibrationReport:
+    return_report: bool = False,
+) -> DiffusionPipeline | tuple[DiffusionPipeline, CalibrationReport]:
     """Ternarizes the denoisers of a pipeline in place, with codes chosen on its own rollouts.
 
     The float pipeline draws the prompts with its own scheduler; the inputs of every layer to convert are summed up
@@ -68,9 +70,11 @@ def calibrate(
             How to run the pipeline and to solve the layers.
         work_dir (`str` or `os.PathLike`, *optional*):
             Folder for finished layers. A rerun with the same weights, prompts and settings takes them from there.
+        return_report (`bool`, *optional*, defaults to `False`):
+            Return `(pipeline, report)`.
 
     Returns:
-        [`CalibrationReport`]
+        `DiffusionPipeline`: the same pipeline, with the [`CalibrationReport`] as its `ternary_report`.
 
     Raises:
         TypeError: if `pipeline` is not a pipeline, or a prompt no string.
@@ -92,7 +96,8 @@ def calibrate(
     )
     plans = plan_pipeline(pipeline, config)
     with work_folder(work_dir):
-        return _calibrate(pipeline, plans, config, calibration, rollouts, work_dir)
+        report = _calibrate(pipeline, plans, config, calibration, rollouts, work_dir)
+    return attach_report(pipeline, report, return_report)
 
 
 def _calibrate(

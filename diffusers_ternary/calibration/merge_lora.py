@@ -4,7 +4,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -12,6 +12,7 @@ from diffusers.utils.logging import tqdm
 from torch import nn
 
 from ..backend import below_compiled_wrappers, bits_per_weight, with_separate_projections
+from ..backend.reports import attach_report
 from ..layers import TernaryLayer
 from ..lora.compat import BaseTunerLayer, ModulesToSaveWrapper, PeftModel, check_adapters_to_merge
 from ..lora.packed_base import PackedBaseMixin
@@ -25,6 +26,7 @@ from .statistics import GroupFinder, MomentCollector, split_passes
 
 
 logger = logging.getLogger(__name__)
+TargetT = TypeVar("TargetT")
 _DROWNED = 0.5  # part of an adapter's energy above which an error is worth a warning
 
 
@@ -70,14 +72,15 @@ class MergeReport:
 @below_compiled_wrappers
 @with_separate_projections
 def merge_lora(
-    pipeline_or_model: DiffusionPipeline | nn.Module,
+    pipeline_or_model: TargetT,
     adapter_names: Sequence[str] | None = None,
     *,
     requantize: bool = True,
     rank: int | None = None,
     prompts: Sequence[str] | None = None,
     calibration: CalibrationConfig | None = None,
-) -> MergeReport:
+    return_report: bool = False,
+) -> TargetT | tuple[TargetT, MergeReport]:
     """Folds adapters into the packed weights and removes them. Lossy, so never done implicitly.
 
     Two ways: new ternary codes for the sum of weight and adapters (`requantize=True`), or the codes as they are and
@@ -97,9 +100,10 @@ def merge_lora(
             as it is.
         prompts (`Sequence[str]`, *optional*): for statistics; needs a pipeline.
         calibration ([`CalibrationConfig`], *optional*): how to run the pipeline and to solve the layers.
+        return_report (`bool`, *optional*, defaults to `False`): return `(pipeline_or_model, report)`.
 
     Returns:
-        [`MergeReport`]
+        What was given, with the [`MergeReport`] as its `ternary_report`.
 
     Raises:
         ValueError: without adapters on packed layers, for fused adapters, unknown names, adapters on layers that
@@ -147,7 +151,7 @@ def merge_lora(
             len(rows),
             drowned[0],
         )
-    return report
+    return attach_report(pipeline_or_model, report, return_report)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +206,7 @@ class _Merger:
         return with_low_rank(codes, matrix, self.rank, whitening=whitening)
 
 
-def _models(pipeline_or_model: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
+def _models(pipeline_or_model: Any) -> dict[str, nn.Module]:
     if isinstance(pipeline_or_model, DiffusionPipeline):
         return {name: part for name, part in pipeline_or_model.components.items() if isinstance(part, nn.Module)}
     if isinstance(pipeline_or_model, PeftModel):

@@ -137,7 +137,7 @@ def calibrate_command(
             else:
                 pipeline = pipeline.to(place)
             try:
-                report = calibrate(pipeline, lines, config, calibration, work_dir=kept)
+                pipeline, report = calibrate(pipeline, lines, config, calibration, work_dir=kept, return_report=True)
             except (KeyboardInterrupt, SystemExit):
                 console.print(
                     f"Finished layers are kept in {kept}. The same command goes on from there.", markup=False

@@ -29,11 +29,12 @@ def main() -> None:
 
     torch.set_num_threads(1)  # the model is too small for more
     pipeline = demo_pipeline()
-    report = calibrate(
+    pipeline, report = calibrate(
         pipeline,
         training_prompts(arguments.prompts, seed=arguments.seed),
         TernaryConfig(),
         CalibrationConfig(call_kwargs=dict(DEMO_CALL), batch_size=16, seed=arguments.seed),
+        return_report=True,
     )
     for parameter in pipeline.transformer.parameters():
         if parameter.is_floating_point():

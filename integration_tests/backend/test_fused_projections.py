@@ -67,7 +67,9 @@ def test_calibrate_sees_the_inputs_of_all_projections(name):
     pipelines = {"separate": PIPELINES[name].build(), "fused": PIPELINES[name].build()}
     pipelines["fused"].transformer.fuse_qkv_projections()
     fused = copies(pipelines["fused"].transformer)
-    reports = {key: calibrate(pipeline, ["a cat"], EXACT, settings) for key, pipeline in pipelines.items()}
+    reports = {
+        key: calibrate(pipeline, ["a cat"], EXACT, settings).ternary_report for key, pipeline in pipelines.items()
+    }
     layers = {key: {layer.name: layer.error for layer in report.layers} for key, report in reports.items()}
     assert layers["fused"] == layers["separate"]
     assert copies(pipelines["fused"].transformer) == fused

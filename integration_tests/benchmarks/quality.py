@@ -118,7 +118,7 @@ def calibrated(
         # Budgets of different sizes, and none, share their layers.
         shared = repr((config, solver, correct_bias, sequential, activations)).encode()
         work_dir = seed.work / "layers" / f"{seed.number}-{hashlib.sha256(shared).hexdigest()[:8]}"
-        return calibrate(pipeline, seed.prompts(), ternary, settings, work_dir=work_dir).bits_per_weight
+        return calibrate(pipeline, seed.prompts(), ternary, settings, work_dir=work_dir).ternary_report.bits_per_weight
 
     return Method(apply, calibrated=True)
 

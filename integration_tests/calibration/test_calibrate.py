@@ -40,7 +40,7 @@ def test_every_pipeline_comes_closer_than_by_rounding(name):
     tiny = PIPELINES[name]
     teacher, rounded, calibrated = (tiny.build() for _ in range(3))
     quantize(rounded, TernaryConfig())
-    report = calibrate(calibrated, PROMPTS, TernaryConfig(), settings(name))
+    report = calibrate(calibrated, PROMPTS, TernaryConfig(), settings(name)).ternary_report
     model = getattr(calibrated, tiny.denoiser)
     assert {f"{tiny.denoiser}.{n}" for n, m in model.named_modules() if isinstance(m, TernaryLayer)} == {
         layer.name for layer in report.layers
@@ -80,7 +80,7 @@ def test_deterministic_and_independent_of_the_memory_limit():
     widest = max(m.in_features for m in PIPELINES["flux"].build().transformer.modules() if isinstance(m, nn.Linear))
     for limit in (None, None, 4 * widest * (widest + 1)):
         pipeline = PIPELINES["flux"].build()
-        report = calibrate(pipeline, PROMPTS, calibration=settings("flux", memory_limit=limit))
+        report = calibrate(pipeline, PROMPTS, calibration=settings("flux", memory_limit=limit)).ternary_report
         states.append(packed_state(pipeline.transformer))
         passes.append(report.passes)
         assert limit is None or report.statistics_bytes <= limit
@@ -93,7 +93,9 @@ def test_deterministic_and_independent_of_the_memory_limit():
 def test_int8_and_kept_layers():
     pipeline = PIPELINES["flux"].build()
     config = TernaryConfig(overrides={"*.ff.*": "int8", "*.norm1.linear": "keep"})
-    report = calibrate(pipeline, PROMPTS, config, settings("flux"))
+    calibrated, report = calibrate(pipeline, PROMPTS, config, settings("flux"), return_report=True)
+    assert calibrated is pipeline
+    assert pipeline.ternary_report is report
     assert isinstance(pipeline.transformer.transformer_blocks[0].ff.net[2], Int8Linear)
     assert type(pipeline.transformer.transformer_blocks[0].norm1.linear) is nn.Linear
     assert not any(".ff." in layer.name or ".norm1.linear" in layer.name for layer in report.layers)
@@ -134,12 +136,12 @@ def test_an_interrupted_run_goes_on_from_the_finished_layers(tmp_path, monkeypat
             calibrate(pipeline, PROMPTS, calibration=settings("flux"), work_dir=tmp_path)
     assert_same(packed_state(pipeline.transformer), untouched)
 
-    report = calibrate(pipeline, PROMPTS, calibration=settings("flux"), work_dir=tmp_path)
+    report = calibrate(pipeline, PROMPTS, calibration=settings("flux"), work_dir=tmp_path).ternary_report
     assert {layer.name for layer in report.layers if layer.resumed} == set(saved)
     assert_same(packed_state(pipeline.transformer), packed_state(expected.transformer))
 
     again = PIPELINES["flux"].build()
-    report = calibrate(again, PROMPTS, calibration=settings("flux"), work_dir=tmp_path)
+    report = calibrate(again, PROMPTS, calibration=settings("flux"), work_dir=tmp_path).ternary_report
     assert all(layer.resumed for layer in report.layers)
     assert report.passes == 0
     assert_same(packed_state(again.transformer), packed_state(expected.transformer))
@@ -159,7 +161,7 @@ def test_finished_layers_of_other_settings_are_not_used(tmp_path, change):
         config = TernaryConfig(group_size=16)
     else:
         options = {"solver": SolverConfig(descent_passes=1)}
-    report = calibrate(pipeline, prompts, config, settings("flux", **options), work_dir=tmp_path)
+    report = calibrate(pipeline, prompts, config, settings("flux", **options), work_dir=tmp_path).ternary_report
     assert not any(layer.resumed for layer in report.layers)
 
 
@@ -167,13 +169,15 @@ def test_a_damaged_file_of_a_finished_layer_is_calibrated_again(tmp_path):
     calibrate(PIPELINES["flux"].build(), PROMPTS, calibration=settings("flux"), work_dir=tmp_path)
     damaged = sorted(tmp_path.iterdir())[0]
     damaged.write_bytes(damaged.read_bytes()[:100])
-    report = calibrate(PIPELINES["flux"].build(), PROMPTS, calibration=settings("flux"), work_dir=tmp_path)
+    report = calibrate(
+        PIPELINES["flux"].build(), PROMPTS, calibration=settings("flux"), work_dir=tmp_path
+    ).ternary_report
     assert [layer.name for layer in report.layers if not layer.resumed] == [damaged.stem]
 
 
 def test_the_report_is_json_and_a_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    report = calibrate(PIPELINES["flux"].build(), PROMPTS, calibration=settings("flux", seed=7))
+    report = calibrate(PIPELINES["flux"].build(), PROMPTS, calibration=settings("flux", seed=7)).ternary_report
     assert isinstance(report, CalibrationReport)
     report.save_json(tmp_path / "report.json")
     report.plot(tmp_path / "report.png")
@@ -237,7 +241,7 @@ def test_sequential_layers_are_solved_for_the_inputs_behind_the_quantized_blocks
     plain, sequential, again = pipelines
     calibrate(plain, PROMPTS, TernaryConfig(group_size=16), settings("sd3"))
     options = settings("sd3", sequential=True)
-    report = calibrate(sequential, PROMPTS, TernaryConfig(group_size=16), options, work_dir=tmp_path)
+    report = calibrate(sequential, PROMPTS, TernaryConfig(group_size=16), options, work_dir=tmp_path).ternary_report
     blocks = len(sequential.transformer.transformer_blocks)
     assert report.passes == blocks
     states = [packed_state(pipeline.transformer) for pipeline in (plain, sequential)]
@@ -247,7 +251,7 @@ def test_sequential_layers_are_solved_for_the_inputs_behind_the_quantized_blocks
     # Interrupted: the last block is solved again, behind the same prefix.
     for file in tmp_path.glob(f"*transformer_blocks.{blocks - 1}.*"):
         file.unlink()
-    resumed = calibrate(again, PROMPTS, TernaryConfig(group_size=16), options, work_dir=tmp_path)
+    resumed = calibrate(again, PROMPTS, TernaryConfig(group_size=16), options, work_dir=tmp_path).ternary_report
     assert resumed.passes == 1
     assert_same(packed_state(again.transformer), states[1])
     assert not any(isinstance(m, TernaryLinear) for m in tiny.build().transformer.modules())

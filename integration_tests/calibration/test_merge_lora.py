@@ -61,7 +61,9 @@ def test_new_codes_stand_for_weight_and_adapter(tmp_path):
     untouched = {
         name: layer.weight.clone() for name, layer in packed_layers(model).items() if ".base_layer" not in name
     }
-    report = merge_lora(pipeline)
+    merged, report = merge_lora(pipeline, return_report=True)
+    assert merged is pipeline
+    assert pipeline.ternary_report is report
     assert report.adapters == ("style",)
     assert report.requantized
     assert {row.name for row in report.layers} == {f"transformer.{name}" for name in wanted}
@@ -92,7 +94,9 @@ def test_the_branch_takes_the_adapter_and_the_codes_stay(data):
         if name.endswith(".base_layer")
     }
     prompts = ["a cat", "a dog"] if data else None
-    report = merge_lora(pipeline, requantize=False, rank=2, prompts=prompts, calibration=calibration("sd3"))
+    report = merge_lora(
+        pipeline, requantize=False, rank=2, prompts=prompts, calibration=calibration("sd3")
+    ).ternary_report
     assert not report.requantized
     assert max(row.error for row in report.layers) < 1e-5  # rank 2 holds a rank-2 adapter, in float16
     for name, weight in codes.items():
@@ -124,7 +128,7 @@ def test_statistics_lower_the_error_on_the_inputs():
             draw("sd3", pipeline)
             for hook in hooks:
                 hook.remove()
-        report = merge_lora(pipeline, prompts=prompts, calibration=calibration("sd3"))
+        report = merge_lora(pipeline, prompts=prompts, calibration=calibration("sd3")).ternary_report
         assert report.prompts == len(prompts or ())
         error = 0.0
         for name, weight in wanted.items():
@@ -191,7 +195,7 @@ def test_what_was_trained_as_a_whole_stays(kept, tmp_path):
 def test_an_adapter_that_drowns_is_reported(caplog):
     pipeline, _ = pipeline_with_adapters(strength=0.01)
     with caplog.at_level(logging.WARNING, logger="diffusers_ternary"):
-        report = merge_lora(pipeline)
+        report = merge_lora(pipeline).ternary_report
     assert all(row.error > 0.5 * row.adapter_energy for row in report.layers)
     assert "more than half of what the adapters add" in caplog.text
 
@@ -248,7 +252,7 @@ class TestOverFusedAdapters:
         config = LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS, init_lora_weights=False)
         model.add_adapter(config, adapter_name="second")
         wanted = effective_weights(model, ["second"])
-        report = merge_lora(pipeline, requantize=requantize, rank=8)
+        report = merge_lora(pipeline, requantize=requantize, rank=8).ternary_report
         for row in report.layers:
             layer = row.name.partition(".")[2]
             merged = model.get_submodule(layer)

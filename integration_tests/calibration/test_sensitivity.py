@@ -52,7 +52,9 @@ def work(tmp_path_factory):
 
 def spend(work, budget, **options):
     pipeline = build()
-    return pipeline, calibrate(pipeline, PROMPTS, BASE, settings(size_budget=budget, **options), work_dir=work)
+    return pipeline, calibrate(
+        pipeline, PROMPTS, BASE, settings(size_budget=budget, **options), work_dir=work
+    ).ternary_report
 
 
 def test_the_sensitivity_of_a_layer_is_that_of_the_denoiser_with_that_layer_replaced(work):
@@ -169,7 +171,7 @@ def test_an_impossible_budget_names_the_smallest_before_any_rollout(monkeypatch,
     if isinstance(budget, str):
         smallest = float(str(caught.value).split("possible, ")[1].split(" bits")[0])
         monkeypatch.undo()
-        report = calibrate(build(), PROMPTS, BASE, settings(size_budget=f"{smallest} bits"))
+        report = calibrate(build(), PROMPTS, BASE, settings(size_budget=f"{smallest} bits")).ternary_report
         assert {row.chosen for row in report.sensitivity} == {"g16"}
 
 
@@ -187,7 +189,7 @@ def test_measurements_are_resumed(work, monkeypatch):
 
 def test_measuring_without_a_budget_changes_no_choice():
     pipeline = build()
-    report = calibrate(pipeline, PROMPTS, BASE, settings())
+    report = calibrate(pipeline, PROMPTS, BASE, settings()).ternary_report
     assert {row.chosen for row in report.sensitivity} == {"g16"}
     assert all(set(row.nmse) == {"g16"} for row in report.sensitivity)
     assert report.velocity_nmse["transformer"] > 0

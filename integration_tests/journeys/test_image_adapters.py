@@ -129,7 +129,7 @@ def test_calibration_with_a_picture():
         batch_size=1,
         solver=SolverConfig(refit=False, descent_passes=0, starts=1),
     )
-    report = calibrate(pipeline, ["a cat"], EXACT, settings)
+    report = calibrate(pipeline, ["a cat"], EXACT, settings).ternary_report
     assert not [layer.name for layer in report.layers if "processor" in layer.name]
     after = draw("stable_diffusion", pipeline)
     assert 0 < relative(after, before) < 1
