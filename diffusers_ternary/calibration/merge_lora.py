@@ -276,7 +276,7 @@ def _gather(
         model = pipeline.components[component]
         names = {f"{name}.base_layer": name for name in layers}
         with GroupFinder(model, list(names)) as finder:
-            dataclasses.replace(rollouts, prompts=rollouts.prompts[:1]).run(pipeline, description="Finding inputs")
+            rollouts.first(1).run(pipeline, description="Finding inputs")
         for part in split_passes(finder.groups(), limit=calibration.memory_limit_bytes, dtype=calibration.dtype):
             with MomentCollector(model, part, dtype=calibration.dtype) as collector:
                 rollouts.run(pipeline, description="Gathering statistics")

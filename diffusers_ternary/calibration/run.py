@@ -90,9 +90,8 @@ class CalibrationRun:
         return solved
 
     def _groups(self, model: nn.Module, names: Sequence[str]) -> list[InputGroup]:
-        first = dataclasses.replace(self.rollouts, prompts=self.rollouts.prompts[:1])
         with GroupFinder(model, names) as finder:
-            first.run(self.pipeline, description="Finding shared inputs")
+            self.rollouts.first(1).run(self.pipeline, description="Finding shared inputs")
         return finder.groups()
 
     def _collect(

@@ -62,6 +62,10 @@ class Rollouts:
         """Of the first prompt."""
         return self.seeds[0]
 
+    def first(self, count: int) -> "Rollouts":
+        """The trajectories of the first `count` prompts."""
+        return dataclasses.replace(self, prompts=self.prompts[:count], seeds=self.seeds[:count])
+
     def batches(self) -> Iterator[RolloutBatch]:
         """The pipeline calls, in order."""
         for start in range(0, len(self.prompts), self.batch_size):
