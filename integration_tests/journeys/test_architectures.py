@@ -2,20 +2,12 @@
 """Every transformer, UNet and ControlNet class of diffusers, tiny; and the table in the docs that says what works."""
 
 import pytest
-import torch
 
 from integration_tests.support import architectures
 from integration_tests.support.architecture_table import FILE, check, default_sizes, expected_run, row
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 RUN = [cls.__name__ for cls in architectures.exported_classes() if expected_run(cls.__name__) == "yes"]
 
 

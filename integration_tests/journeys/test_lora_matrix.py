@@ -25,18 +25,11 @@ from integration_tests.support.adapters import (
 from integration_tests.support.fresh_process import run_python
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PIPELINES = ["flux", "sd3", "sana", "qwen_image", "z_image", "sdxl", "wan"]
 # float32 sums in another order; the adapters change the prediction by fifty times as much.
 TOLERANCE = 1e-4
 VISIBLE = 0.005
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

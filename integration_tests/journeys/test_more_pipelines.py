@@ -11,12 +11,7 @@ from integration_tests.support.more_pipelines import MORE_PIPELINES, draw_more
 from integration_tests.support.pipelines import PIPELINES
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", MORE_PIPELINES)

@@ -16,15 +16,8 @@ from integration_tests.support.fresh_process import run_python
 from integration_tests.support.pipelines import PIPELINES, draw, quiet
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ON_THE_FLY = TernaryConfig(overrides={"*transformer_blocks.0.attn1.to_q": "int8"})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

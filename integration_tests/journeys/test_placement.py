@@ -26,16 +26,9 @@ from integration_tests.support import architectures
 from integration_tests.support.pipelines import PIPELINES, draw
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 CONFIG = TernaryConfig(activation_dtype="none")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["flux", "sdxl"])

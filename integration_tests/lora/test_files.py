@@ -22,6 +22,7 @@ from integration_tests.support.adapters import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RANK, ALPHA = 4, 3.0
 
 
@@ -81,14 +82,6 @@ LAYOUTS = {
     "z_image": underscored("attention.to_q", "attention.to_v"),
     "wan": wan_modules,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
