@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ..backend.checkpoint import load_tensor, owner, to_memory
 from ..files import read_json
 from ..format import Int8Spec
-from ..interop.source import empty_model
+from ..interop.foreign_model import empty_model
 from ..layers import Int8Linear, TernaryLinear
 from .source import PackedModel
 

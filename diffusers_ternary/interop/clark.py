@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from .foreign_model import ForeignModel, Item
 from .sana_names import BUFFERS, CONVOLUTIONS, rename, sana_config
-from .source import ForeignModel, Item
 from .tensor_files import SafetensorsFiles
 
 

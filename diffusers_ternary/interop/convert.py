@@ -29,11 +29,12 @@ from ..files.destinations import check_folder, output_folder
 from ..format import LayerSpec, TernarySpec, expand_scales, unpack_base3
 from ..layers import reason_not_to_pack
 from ..ternarize import TernaryFit, TernaryWeight, recover, ternary_fit
+from .foreign_model import ForeignModel, check_names, empty_model
 from .gguf_export import GgufReport, check_gguf_options, export_gguf
 from .mflux_export import MfluxReport, export_mflux
-from .open import open_foreign, pipeline_components
+from .open_foreign import open_foreign
+from .packed import pipeline_components
 from .report import ConversionReport
-from .source import ForeignModel, check_names, empty_model
 
 
 logger = logging.getLogger(__name__)

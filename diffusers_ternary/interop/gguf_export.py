@@ -19,13 +19,12 @@ from ..files.destinations import output_file
 from ..format import TernarySpec, expand_scales
 from .compat import TwoBitType, open_reader, writable_type
 from .gguf_blocks import BLOCK, ENCODERS, FALLBACKS, RUNTIMES, TERNARY_TYPES, block_scales, choose_type
-from .gguf_names import ARCHITECTURES, GgufTensor, gguf_tensors
+from .gguf_names import ARCHITECTURES, CONFIG_KEY, GgufTensor, gguf_tensors
 from .gguf_two_bit import dequantize_two_bit
 from .packed import open_packed
 
 
 logger = logging.getLogger(__name__)
-CONFIG_KEY = "diffusers_ternary.config"
 _MAGIC = b"GGUF"
 # As ComfyUI-GGUF's converter does: tensors of one dimension and tiny ones are float32.
 _SMALL = 1024

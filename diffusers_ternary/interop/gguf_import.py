@@ -12,12 +12,11 @@ from ..extras import import_extra
 from ..files import parse_json_object
 from .compat import TwoBitType
 from .compat import open_reader as open_any_reader
+from .foreign_model import ForeignModel, Item, empty_model
 from .gguf_config import config_of_shapes
-from .gguf_export import CONFIG_KEY
 from .gguf_header import check_header
-from .gguf_names import ARCHITECTURES, GgufTensor, architecture_of, gguf_tensors
+from .gguf_names import ARCHITECTURES, CONFIG_KEY, GgufTensor, architecture_of, gguf_tensors
 from .gguf_two_bit import dequantize_two_bit
-from .source import ForeignModel, Item, empty_model
 
 
 PREFIX = "model.diffusion_model."

@@ -21,6 +21,9 @@ from collections.abc import Collection, Iterator
 import torch
 
 
+CONFIG_KEY = "diffusers_ternary.config"
+"""Field of our own files that holds config.json."""
+
 ARCHITECTURES = {"FluxTransformer2DModel": "flux", "SD3Transformer2DModel": "sd3"}
 # A tensor that no other architecture has.
 _TELLTALES = {"flux": "double_blocks.0.img_attn.proj.weight", "sd3": "joint_blocks.0.x_block.attn.qkv.weight"}

@@ -12,7 +12,7 @@ from typing import Any
 from ..backend import StoredTensor, check_headers, read_headers
 from ..format import FileLayout, Int8Spec, LayerSpec
 from .contents import ForeignContents, gguf_contents, holds_ternary_values, safetensors_contents, state_dict_contents
-from .open import named_errors
+from .open_foreign import named_errors
 from .two_bit import FILES as STATE_DICTS
 
 

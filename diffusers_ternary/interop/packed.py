@@ -4,7 +4,6 @@
 import pathlib
 
 from ..backend.packed_folder import PackedFolder
-from .open import pipeline_components
 
 
 def open_packed(path: pathlib.Path) -> PackedFolder:

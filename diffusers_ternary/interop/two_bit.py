@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .source import ForeignModel, Item
+from .foreign_model import ForeignModel, Item
 from .tensor_files import TensorFiles
 
 

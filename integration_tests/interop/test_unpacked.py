@@ -233,7 +233,7 @@ class TestBadInput:
 
     def test_a_short_name_is_named_too(self, tmp_path):
         """ "in" is part of many sentences."""
-        from diffusers_ternary.interop.open import named_errors
+        from diffusers_ternary.interop.open_foreign import named_errors
 
         with pytest.raises(ValueError, match=rf"^{tmp_path}/in: nothing in it"), named_errors(tmp_path / "in"):
             raise ValueError("nothing in it")

@@ -24,10 +24,10 @@ from diffusers_ternary.cli.console import escape
 from diffusers_ternary.files import parse_size
 from diffusers_ternary.files.destinations import forget_local_paths, is_local_path
 from diffusers_ternary.hub.source import read_source
+from diffusers_ternary.interop.foreign_model import empty_model
 from diffusers_ternary.interop.gguf_header import check_header
 from diffusers_ternary.interop.inspection import inspect_path
 from diffusers_ternary.interop.packed import open_packed
-from diffusers_ternary.interop.source import empty_model
 from diffusers_ternary.interop.tensor_files import StateDictFile
 from diffusers_ternary.ternarize import ternarize
 from integration_tests.support import denoisers
@@ -336,7 +336,7 @@ def test_gemlite_metadata(levels, tmp_path):
         "x.orig_shape": torch.tensor([8, 16]),
     }
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
-    from diffusers_ternary.interop.open import open_foreign
+    from diffusers_ternary.interop.open_foreign import open_foreign
 
     torch.save(content, tmp_path / "qmodel.pt")
     with pytest.raises(ValueError, match=rf"{tmp_path.name}: x: gemlite metadata .* says {levels} levels per integer"):

@@ -4,17 +4,16 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from ..backend.config import TernaryConfig
-from ..backend.folder import explained_loading, pipeline_parts, quant_method, weight_files, weights_name
+from ..backend.folder import explained_loading, quant_method, weight_files, weights_name
 from ..backend.foreign import refuse_quantized_headers
 from ..files import read_json
 from .clark import is_clark, read_clark
-from .source import ForeignModel, Item
+from .foreign_model import ForeignModel, Item
 from .tensor_files import SafetensorsFiles, StateDictFile
 from .two_bit import find_state_dict, is_two_bit, read_two_bit
 
@@ -89,24 +88,6 @@ def _named_items(model: ForeignModel, path: pathlib.Path) -> Iterator[Item]:
             if values.is_floating_point() and not bool(torch.isfinite(values).all()):
                 raise ValueError(f"{path}: {name} holds NaN or Inf. The file is damaged: download it again.")
             yield name, tensor
-
-
-def pipeline_components(root: pathlib.Path, components: Sequence[str] | None) -> list[str]:
-    """Components of a pipeline folder to convert.
-
-    Raises:
-        ValueError: if it has no such component.
-    """
-    index = read_json(root / "model_index.json") or {}
-    known = list(pipeline_parts(index, source=root))
-    config = TernaryConfig(components=components)
-    missing = [name for name in components or [] if name not in known]
-    selected = [name for name in known if config.selects(name)]
-    if missing or not selected:
-        raise ValueError(
-            f"{root} has no component {', '.join(missing) or 'that denoises'}. Choose from {', '.join(known)}."
-        )
-    return selected
 
 
 def _given_config(path: pathlib.Path) -> dict[str, Any]:
