@@ -60,15 +60,8 @@ def load_quantized(
 
     index = read_source_json(source, "model_index.json")
     if index is not None:
-        known = list(pipeline_parts(index, source=source))
-        missing = [name for name in config.components or [] if name not in known]
-        if missing or not any(config.selects(name) for name in known):
-            raise ValueError(
-                f"{source} has no component {', '.join(missing) or 'that denoises'}. Choose from {', '.join(known)}."
-            )
-        for name in known:
-            if config.selects(name):
-                _refuse_quantized(read_source_json(source, f"{name}/config.json"), f"{source}/{name}")
+        for name in selected_components(index, config, source=source):
+            _refuse_quantized(read_source_json(source, f"{name}/config.json"), f"{source}/{name}")
         check_pipeline(index, source=source)
         with explained_loading(source):
             return diffusers.DiffusionPipeline.from_pretrained(
@@ -84,6 +77,29 @@ def load_quantized(
     cls = model_class(model, source=source)
     with explained_loading(source):
         return cls.from_pretrained(source, quantization_config=config, dtype=dtype, variant=variant)
+
+
+def selected_components(
+    index: Mapping[str, Any], config: TernaryConfig, *, source: str | os.PathLike[str]
+) -> list[str]:
+    """The components of a pipeline that a config chooses.
+
+    Args:
+        index (`Mapping`): content of `model_index.json`.
+        config ([`TernaryConfig`]): its `components`; without any, those that denoise.
+        source (`str` or `PathLike`): the pipeline, for messages.
+
+    Raises:
+        ValueError: if there is no such component.
+    """
+    known = list(pipeline_parts(index, source=source))
+    missing = [name for name in config.components or [] if name not in known]
+    selected = [name for name in known if config.selects(name)]
+    if missing or not selected:
+        raise ValueError(
+            f"{source} has no component {', '.join(missing) or 'that denoises'}. Choose from {', '.join(known)}."
+        )
+    return selected
 
 
 def check_weights(source: str, parts: Iterable[str]) -> None:

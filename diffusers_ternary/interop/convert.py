@@ -24,7 +24,8 @@ from ..backend.config import RECOVER, TernaryConfig
 from ..backend.folder import refuse_links
 from ..backend.packed_writer import PackedFolderWriter
 from ..backend.plan import float_layers
-from ..backend.sources import source_error
+from ..backend.sources import selected_components, source_error
+from ..files import read_json
 from ..files.destinations import check_folder, output_folder
 from ..format import LayerSpec, TernarySpec, expand_scales, unpack_base3
 from ..layers import reason_not_to_pack
@@ -33,7 +34,6 @@ from .foreign_model import ForeignModel, check_names, empty_model
 from .gguf_export import GgufReport, check_gguf_options, export_gguf
 from .mflux_export import MfluxReport, export_mflux
 from .open_foreign import open_foreign
-from .packed import pipeline_components
 from .report import ConversionReport
 
 
@@ -109,7 +109,10 @@ def convert(
     root = _local(source)
     if root.is_dir():
         refuse_links(root)
-    names = pipeline_components(root, components) if (root / "model_index.json").is_file() else [""]
+    index = read_json(root / "model_index.json")
+    names = [""]
+    if index is not None:
+        names = selected_components(index, TernaryConfig(components=components), source=root)
     # Everything that headers can tell is checked here, before the destination is touched.
     parts = [_open_part(root, name, config=config, variant=variant) for name in names]
     with output_folder(destination, sources=[root, config], overwrite=overwrite) as folder:

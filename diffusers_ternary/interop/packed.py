@@ -3,7 +3,10 @@
 
 import pathlib
 
+from ..backend.config import TernaryConfig
 from ..backend.packed_folder import PackedFolder
+from ..backend.sources import selected_components
+from ..files import read_json
 
 
 def open_packed(path: pathlib.Path) -> PackedFolder:
@@ -15,8 +18,9 @@ def open_packed(path: pathlib.Path) -> PackedFolder:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Give the folder of a packed model.")
-    if (path / "model_index.json").is_file():
-        (name, *others) = pipeline_components(path, None)
+    index = read_json(path / "model_index.json")
+    if index is not None:
+        (name, *others) = selected_components(index, TernaryConfig(), source=path)
         if others:
             raise ValueError(f"{path} has several denoisers ({name}, {', '.join(others)}). Give the folder of one.")
         path = path / name
