@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from . import PathLike, lock, new_file, read_json, recover_folder, replace_folder, staged_folder, write_json
+from .atomic import PathLike, lock, new_file, read_json, recover_folder, replace_folder, staged_folder, write_json
 
 
 # What save_pretrained of pipelines, models, schedulers, tokenizers and processors, and this package's commands write.
