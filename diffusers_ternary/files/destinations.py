@@ -11,7 +11,10 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .atomic import PathLike, lock, new_file, read_json, recover_folder, replace_folder, staged_folder, write_json
+from .atomic import new_file, recover_folder, replace_folder, staged_folder
+from .documents import read_json, write_json
+from .locks import lock
+from .names import PathLike
 
 
 # What save_pretrained of pipelines, models, schedulers, tokenizers and processors, and this package's commands write.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records that vouch for themselves and for tensors: what was changed or exchanged afterwards is noticed."""
+"""Hashes of files, and records that vouch for themselves and for tensors: what was changed afterwards is noticed."""
 
 import hashlib
 import json
@@ -8,8 +8,19 @@ from typing import Any
 
 import torch
 
+from .names import PathLike
+
 
 SEAL = "sha256"
+
+
+def file_sha256(path: PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def seal(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:

@@ -8,8 +8,7 @@ import shutil
 
 import pytest
 
-from diffusers_ternary import files
-from diffusers_ternary.files import destinations
+from diffusers_ternary.files import atomic, destinations
 from diffusers_ternary.files.destinations import check_folder, output_file, output_folder
 
 
@@ -212,12 +211,12 @@ def test_a_kill_between_any_two_steps_loses_neither(tmp_path, monkeypatch, step,
         return call
 
     if not exchange:
-        monkeypatch.setattr(files, "_exchanged", lambda *names: False)
+        monkeypatch.setattr(atomic, "_exchanged", lambda *names: False)
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", dies(os.rename))
         patch.setattr(pathlib.Path, "rename", dies(pathlib.Path.rename))
-        patch.setattr(files, "_exchanged", dies(files._exchanged))
-        patch.setattr(files.shutil, "rmtree", dies(files.shutil.rmtree))
+        patch.setattr(atomic, "_exchanged", dies(atomic._exchanged))
+        patch.setattr(atomic.shutil, "rmtree", dies(atomic.shutil.rmtree))
         patch.setattr(pathlib.Path, "unlink", dies(pathlib.Path.unlink))
         try:
             with output_folder(target, overwrite=True) as folder:
