@@ -148,5 +148,5 @@ def test_timesteps_that_do_not_fit_are_refused():
     scheduler = ran(FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ValueError, match="6 noise levels, but the denoiser was called at 2 timesteps"):
         noise_process(scheduler, [1.0, 0.5])
-    with pytest.raises(ValueError, match="no affine function"):
+    with pytest.raises(ValueError, match="not an affine function"):
         noise_process(scheduler, [float(t) ** 2 for t in scheduler.timesteps])

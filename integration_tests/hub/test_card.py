@@ -226,7 +226,7 @@ def test_reports_of_other_weights_are_refused(make):
         (wrong_shape, "group_size"),
         (wrong_layer, "blocks.9.to_q"),
         (wrong_bits, "1.6000 bits per weight"),
-        ({"layers": []}, "no report of a calibration"),
+        ({"layers": []}, "not a report of a calibration"),
         ({**CALIBRATION, "layers": [{"name": "transformer.blocks.0.to_q"}]}, "no errors of layers"),
         ("nowhere.json", "there is no file"),
     ):
@@ -234,16 +234,16 @@ def test_reports_of_other_weights_are_refused(make):
             make(calibration=calibration)
     with pytest.raises(ValueError, match="pipelines of class SanaPipeline"):
         make(report=evaluation(pipeline="SanaPipeline"))
-    with pytest.raises(ValueError, match="no result of evaluate"):
+    with pytest.raises(ValueError, match="not a result of evaluate"):
         make(report={"psnr_db": 1.0})
-    with pytest.raises(ValueError, match="no result of evaluate"):
+    with pytest.raises(ValueError, match="not a result of evaluate"):
         make(report={"psnr_db": 1.0, "images": [{"prompt": "x"}]})
     with pytest.raises(ValueError, match="neither a report"):
         make(report=3)
     measured = {**evaluation().to_dict(), "student_weights_sha256": "0" * 64}
     with pytest.raises(ValueError, match="measured weights of hash 0000"):
         make(report=measured)
-    with pytest.raises(ValueError, match="no report of a distillation"):
+    with pytest.raises(ValueError, match="not a report of a distillation"):
         make(distillation=CALIBRATION)
 
 
@@ -332,7 +332,7 @@ def test_a_base_that_cannot_be_read_leaves_the_licence_open():
     assert base.licence == Licence()
     assert base.pipeline_tag is None
     assert "is not known" in base.licence_warning()
-    with pytest.raises(ValueError, match="no Hub id"):
+    with pytest.raises(ValueError, match="not a Hub id"):
         read_base_card("./a/local/folder")
 
 
