@@ -5,39 +5,26 @@ import json
 import shutil
 
 import pytest
-import torch
 from diffusers import DiffusionPipeline
-from typer.testing import CliRunner
 
 import diffusers_ternary
-from diffusers_ternary.cli import app
-from integration_tests.support import pipelines
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("float") / "flux"
-    torch.manual_seed(0)
-    pipelines.PIPELINES["flux"].build().save_pretrained(folder)
-    return folder
+from integration_tests.support.command_line import run_command
 
 
 def test_quantize_then_inspect_then_load(source, tmp_path):
-    result = run("quantize", source, tmp_path / "out", "--override", "*.norm1.linear=int8", "--dtype", "float32")
+    result = run_command(
+        "quantize", source, tmp_path / "out", "--override", "*.norm1.linear=int8", "--dtype", "float32"
+    )
     assert result.exit_code == 0, result.output
     assert "bits per converted weight" in result.output
 
-    described = run("inspect", tmp_path / "out", "--json")
+    described = run_command("inspect", tmp_path / "out", "--json")
     assert described.exit_code == 0
     components = {part["name"]: part for part in json.loads(described.output)}
     assert components["transformer"]["format_version"] == 2
     assert components["text_encoder"]["format_version"] is None
 
-    table = run("inspect", tmp_path / "out" / "transformer")
+    table = run_command("inspect", tmp_path / "out" / "transformer")
     assert "transformer_blocks.*.attn.to_q" in table.output
     assert "int8" in table.output
 
@@ -47,17 +34,17 @@ def test_quantize_then_inspect_then_load(source, tmp_path):
 
 
 def test_the_embedded_model_by_name(tmp_path):
-    result = run("quantize", "demo", tmp_path / "out")
+    result = run_command("quantize", "demo", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "1.716 bits per converted weight" in result.output
-    assert "choose from" in run("quantize", "demo:nothing", tmp_path / "other").output
+    assert "choose from" in run_command("quantize", "demo:nothing", tmp_path / "other").output
 
 
 def test_a_single_model_and_a_text_encoder(source, tmp_path):
-    assert run("quantize", source / "transformer", tmp_path / "t", "--group-size", 0).exit_code == 0
-    assert "ternary per row" in run("inspect", tmp_path / "t").output
-    assert run("quantize", source / "text_encoder_2", tmp_path / "e").exit_code == 0
-    assert "encoder.block.*.layer.*.DenseReluDense.wo" in run("inspect", tmp_path / "e").output
+    assert run_command("quantize", source / "transformer", tmp_path / "t", "--group-size", 0).exit_code == 0
+    assert "ternary per row" in run_command("inspect", tmp_path / "t").output
+    assert run_command("quantize", source / "text_encoder_2", tmp_path / "e").exit_code == 0
+    assert "encoder.block.*.layer.*.DenseReluDense.wo" in run_command("inspect", tmp_path / "e").output
 
 
 @pytest.mark.parametrize(
@@ -72,7 +59,7 @@ def test_a_single_model_and_a_text_encoder(source, tmp_path):
     ],
 )
 def test_bad_options_say_what_to_do_and_leave_nothing(source, tmp_path, arguments, message, code):
-    result = run("quantize", source, tmp_path / "out", *arguments)
+    result = run_command("quantize", source, tmp_path / "out", *arguments)
     assert result.exit_code == code, result.output
     assert message in " ".join(result.output.split())
     assert list(tmp_path.iterdir()) == []
@@ -80,7 +67,7 @@ def test_bad_options_say_what_to_do_and_leave_nothing(source, tmp_path, argument
 
 def test_an_existing_destination_is_not_touched(source, tmp_path):
     (tmp_path / "mine").write_text("precious")
-    result = run("quantize", source, tmp_path)
+    result = run_command("quantize", source, tmp_path)
     assert result.exit_code == 3
     assert "--overwrite" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
@@ -99,13 +86,13 @@ def test_overwriting_never_deletes_the_source_or_the_current_folder(source, tmp_
         ("flux", "flux/transformer"): "is part of the source",
     }
     for (place, target), message in cases.items():
-        result = run("quantize", place, target, "--overwrite")
+        result = run_command("quantize", place, target, "--overwrite")
         assert result.exit_code == 3, (place, target, result.output)
         assert message in result.output
         assert "which no result may replace" in result.output or "part of the source" in result.output
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    result = run("quantize", "flux", tmp_path / "mine", "--overwrite")
+    result = run_command("quantize", "flux", tmp_path / "mine", "--overwrite")
     assert result.exit_code == 3
     assert "notes.txt, which neither this package nor save_pretrained wrote" in result.output
     (tmp_path / "mine" / "notes.txt").unlink()
@@ -113,11 +100,11 @@ def test_overwriting_never_deletes_the_source_or_the_current_folder(source, tmp_
 
 
 def test_usage_errors_and_help():
-    assert run("quantize").exit_code == 2
-    assert run("nonsense").exit_code == 2
-    assert run("inspect", "/no/such/path").exit_code == 3
+    assert run_command("quantize").exit_code == 2
+    assert run_command("nonsense").exit_code == 2
+    assert run_command("inspect", "/no/such/path").exit_code == 3
     for command in ("quantize", "calibrate", "distill", "convert", "inspect", "evaluate", "push", "demo"):
-        result = run(command, "--help")
+        result = run_command(command, "--help")
         assert result.exit_code == 0
         assert "Example" in result.output, command
-    assert diffusers_ternary.__version__ in run("--version").output
+    assert diffusers_ternary.__version__ in run_command("--version").output

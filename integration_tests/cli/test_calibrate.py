@@ -4,22 +4,12 @@
 import json
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from diffusers_ternary.calibration.store import LayerStore
-from diffusers_ternary.cli.calibrate import calibrate_command
 from diffusers_ternary.cli.console import ExitCode
 from diffusers_ternary.files import lock
 from diffusers_ternary.interop.inspection import inspect_path
-from integration_tests.support.pipelines import PIPELINES
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("float")
-    PIPELINES["flux"].build().save_pretrained(folder)
-    return folder
+from integration_tests.support.command_line import run_command
 
 
 @pytest.fixture
@@ -30,11 +20,9 @@ def prompts(tmp_path):
 
 
 def run(*arguments: object):
-    app = typer.Typer()
-    app.command()(calibrate_command)
     small = ["--steps", "2", "--height", "16", "--width", "16", "--set", "max_sequence_length=16"]
     small += ["--passes", "1", "--starts", "1"]
-    return CliRunner().invoke(app, [*map(str, arguments), *small, "--dtype", "float32", "--device", "cpu"])
+    return run_command("calibrate", *arguments, *small, "--dtype", "float32", "--device", "cpu")
 
 
 def test_writes_a_packed_pipeline_and_a_report(source, prompts, tmp_path):

@@ -6,16 +6,14 @@ import math
 
 import pytest
 import torch
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 
 from diffusers_ternary.cli.console import ExitCode
-from diffusers_ternary.cli.demo import demo_command
 from diffusers_ternary.demo import demo_pipeline
 from diffusers_ternary.demo.grammar import held_out_prompts
 from diffusers_ternary.demo.run import FULL_PROMPTS, QUICK_PROMPTS, DemoRow
 from diffusers_ternary.demo.variants import STUDENTS, TEACHER, find_variant, stored_size
+from integration_tests.support.command_line import run_command
 
 
 KEYS = [
@@ -28,15 +26,12 @@ KEYS = [
     "velocity_nmse",
     "seconds",
 ]
-app = typer.Typer()
-app.command()(demo_command)
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    arguments = ["--json", str(folder / "demo.json"), "--output", str(folder / "out")]
-    return folder, CliRunner().invoke(app, arguments)
+    return folder, run_command("demo", "--json", folder / "demo.json", "--output", folder / "out")
 
 
 @pytest.mark.slow
@@ -79,17 +74,17 @@ def test_full_has_at_least_256_prompts() -> None:
 
 
 def test_bad_paths_fail_before_anything_is_drawn(tmp_path) -> None:
-    run = CliRunner().invoke(app, ["--json", str(tmp_path / "missing" / "demo.json")])
+    run = run_command("demo", "--json", tmp_path / "missing" / "demo.json")
     assert run.exit_code == ExitCode.BAD_INPUT
     assert "does not exist" in run.output
-    assert CliRunner().invoke(app, ["--threads", "0"]).exit_code == ExitCode.USAGE
+    assert run_command("demo", "--threads", 0).exit_code == ExitCode.USAGE
 
 
 def test_files_of_others_are_kept(tmp_path) -> None:
     (tmp_path / "package.json").write_text('{"mine": 1}')
     (tmp_path / "contact_sheet.png").write_text("mine")
     for options in (["--json", tmp_path / "package.json", "--output", tmp_path / "new"], ["--output", tmp_path]):
-        run = CliRunner().invoke(app, list(map(str, options)))
+        run = run_command("demo", *options)
         assert run.exit_code == ExitCode.BAD_INPUT, run.output
         assert "another kind of file" in " ".join(run.output.split())
     assert (tmp_path / "package.json").read_text() == '{"mine": 1}'
@@ -111,7 +106,7 @@ def test_stored_size_is_that_of_the_saved_file(tmp_path) -> None:
 
 def test_a_file_is_no_output_folder(tmp_path) -> None:
     (tmp_path / "out").touch()
-    outcome = CliRunner().invoke(app, ["--output", str(tmp_path / "out")])
+    outcome = run_command("demo", "--output", tmp_path / "out")
     assert outcome.exit_code == ExitCode.BAD_INPUT, outcome.output
     assert "is a file. Name a folder." in " ".join(outcome.output.split())
 

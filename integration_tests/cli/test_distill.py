@@ -9,25 +9,17 @@ import sys
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from diffusers_ternary.cli.app import app
 from diffusers_ternary.cli.console import ExitCode
 from diffusers_ternary.interop.inspection import inspect_path
 from diffusers_ternary.rollouts import prompts_sha256
 from diffusers_ternary.rollouts.prompts import read_prompts, split_held_out
-from integration_tests.support.pipelines import PIPELINES
+from integration_tests.support.command_line import run_command
 
 
 CALL = ["--inference-steps", "2", "--height", "16", "--width", "16", "--set", "max_sequence_length=16"]
 SMALL = [*CALL, "--steps", "2", "--batch-size", "2", "--rounded", "--dtype", "float32", "--cpu"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("float")
-    PIPELINES["flux"].build().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -39,7 +31,7 @@ def prompts(tmp_path):
 
 
 def run(*arguments: object):
-    return CliRunner().invoke(app, ["distill", *map(str, arguments), *SMALL])
+    return run_command("distill", *arguments, *SMALL)
 
 
 def test_writes_a_packed_pipeline_and_a_report(source, prompts, tmp_path):

@@ -7,21 +7,17 @@ import sys
 
 import pytest
 import torch
-import typer
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import diffusers_ternary
 from diffusers_ternary.cli.console import ExitCode
-from diffusers_ternary.cli.evaluate import evaluate_command
 from diffusers_ternary.cli.options import load_pipeline, read_prompts
+from integration_tests.support.command_line import run_command
 from integration_tests.support.evaluate_pipelines import tiny_flux
 
 
 CALL = ["--steps", "2", "--height", "16", "--width", "16", "--set", "max_sequence_length=16", "--device", "cpu"]
-app = typer.Typer()
-app.command()(evaluate_command)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +34,10 @@ def folders(tmp_path_factory):
 def invoke(
     folders, *arguments: object, student: str = "student", prompts: str | None = None, stdin: str | None = None
 ):
-    command = [folders / student, folders / "teacher", "--prompts", prompts or folders / "prompts.txt", *CALL]
-    return CliRunner().invoke(app, [str(part) for part in (*command, *arguments)], input=stdin)
+    models = folders / student, folders / "teacher"
+    return run_command(
+        "evaluate", *models, "--prompts", prompts or folders / "prompts.txt", *CALL, *arguments, stdin=stdin
+    )
 
 
 def test_a_report_is_written(folders, tmp_path) -> None:
@@ -112,8 +110,7 @@ def test_wrong_usage_exits_with_2(folders) -> None:
 @pytest.mark.parametrize("source", ["/no/such/folder", "no such name", "nobody/nothing"])
 def test_a_source_that_is_nowhere_is_one_sentence(folders, source) -> None:
     for student, teacher in ((folders / "student", source), (source, folders / "teacher")):
-        command = [str(student), str(teacher), "--prompts", str(folders / "prompts.txt"), *CALL]
-        outcome = CliRunner().invoke(app, command)
+        outcome = run_command("evaluate", student, teacher, "--prompts", folders / "prompts.txt", *CALL)
         assert outcome.exit_code == ExitCode.BAD_INPUT, outcome.output
         assert outcome.output.startswith(f"error: {source} is not a local folder, ")
         assert outcome.output.count("\n") == 1

@@ -12,10 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import YolosConfig, YolosForObjectDetection
-from typer.testing import CliRunner
 
 from diffusers_ternary import evaluate, quantize
-from diffusers_ternary.cli.app import app
 from diffusers_ternary.demo import DEMO_CALL, demo_pipeline
 from diffusers_ternary.evaluation import write_report
 from diffusers_ternary.evaluation.benchmarks import GenEval, T2ICompBench, judge_all, make_benchmark
@@ -35,6 +33,7 @@ from diffusers_ternary.evaluation.t2i_compbench import (
     t2i_compbench_tasks,
 )
 from integration_tests.support import vision
+from integration_tests.support.command_line import run_command
 
 
 NAMES = ("person", "dog", "computer mouse", "couch")  # as GenEval calls the classes of the tiny detectors
@@ -435,8 +434,7 @@ def test_command_line_draws_a_benchmark(tmp_path) -> None:
         "6",
     ]
     options += ["--velocity-prompts", "0"]
-    arguments = ["evaluate", "demo:rounded", "demo", *options, *models, "--report", str(tmp_path / "report")]
-    done = CliRunner().invoke(app, arguments)
+    done = run_command("evaluate", "demo:rounded", "demo", *options, *models, "--report", tmp_path / "report")
     assert done.exit_code == 0, done.output
     stored = json.loads((tmp_path / "report" / "result.json").read_text())["benchmark"]
     assert stored["name"] == "GenEval"
@@ -455,6 +453,6 @@ def test_command_line_draws_a_benchmark(tmp_path) -> None:
     ],
 )
 def test_command_line_says_what_a_benchmark_needs(options, message, code) -> None:
-    done = CliRunner().invoke(app, ["evaluate", "demo:rounded", "demo", *options], input="a cat\n")
+    done = run_command("evaluate", "demo:rounded", "demo", *options, stdin="a cat\n")
     assert done.exit_code == code
     assert message in " ".join(done.output.split())

@@ -7,15 +7,10 @@ import sys
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
-from diffusers_ternary.cli import app
 from integration_tests.support import foreign, pipelines
+from integration_tests.support.command_line import run_command
 from integration_tests.support.fresh_process import run_python
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +33,7 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(published, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "flux"
-    result = run("convert", published, folder)
+    result = run_command("convert", published, folder)
     assert result.exit_code == 0, result.output
     assert "20 ternary layers packed" in result.output
     assert "every weight equals the source" in result.output
@@ -46,9 +41,9 @@ def converted(published, tmp_path_factory):
 
 
 def test_inspect_says_what_to_do(published, converted):
-    before = run("inspect", published)
+    before = run_command("inspect", published)
     assert "diffusers-ternary convert" in before.output
-    after = {part["name"]: part for part in json.loads(run("inspect", converted, "--json").output)}
+    after = {part["name"]: part for part in json.loads(run_command("inspect", converted, "--json").output)}
     assert after["transformer"]["format_version"] == 2
     assert after["text_encoder"]["format_version"] is None
 
@@ -85,13 +80,13 @@ def test_everything_else_is_copied(published, converted):
 
 def test_gguf_and_back(converted, tmp_path):
     pytest.importorskip("gguf")
-    exported = run("convert", converted, tmp_path / "flux.gguf", "--json")
+    exported = run_command("convert", converted, tmp_path / "flux.gguf", "--json")
     assert exported.exit_code == 0, exported.output
     report = json.loads(exported.output[exported.output.index("{") :])
     assert report["types"]["tq2_0"] == 13
     assert report["inexact"] == []
-    assert "tq2_0" in run("inspect", tmp_path / "flux.gguf").output
-    back = run("convert", tmp_path / "flux.gguf", tmp_path / "back", "--json")
+    assert "tq2_0" in run_command("inspect", tmp_path / "flux.gguf").output
+    back = run_command("convert", tmp_path / "flux.gguf", tmp_path / "back", "--json")
     assert back.exit_code == 0, back.output
     layers = json.loads(back.output[back.output.index("[") :])[0]["layers"]
     assert len(layers) == 20
@@ -110,7 +105,7 @@ def test_gguf_and_back(converted, tmp_path):
     ],
 )
 def test_wrong_option_values_exit_with_2_whatever_the_source(tmp_path, options, message):
-    result = run("convert", "nowhere/at/all", tmp_path / "out", *options)
+    result = run_command("convert", "nowhere/at/all", tmp_path / "out", *options)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())
     assert not list(tmp_path.iterdir())
@@ -129,7 +124,7 @@ def test_wrong_option_values_exit_with_2_whatever_the_source(tmp_path, options, 
 def test_bad_input_has_exit_code_3_and_writes_nothing(published, converted, tmp_path, arguments, message):
     source, destination, *options = arguments
     source = source.format(published=published, converted=converted)
-    result = run("convert", source, tmp_path / destination, *options)
+    result = run_command("convert", source, tmp_path / destination, *options)
     assert result.exit_code == 3
     assert message in result.output
     assert not list(tmp_path.iterdir())
@@ -137,6 +132,6 @@ def test_bad_input_has_exit_code_3_and_writes_nothing(published, converted, tmp_
 
 def test_without_the_gguf_package(converted, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    result = run("convert", converted, tmp_path / "flux.gguf")
+    result = run_command("convert", converted, tmp_path / "flux.gguf")
     assert result.exit_code == 3
     assert "pip install diffusers-ternary[gguf]" in result.output

@@ -12,15 +12,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from diffusers_ternary import TernaryConfig, quantize
-from diffusers_ternary.cli.app import app
 from diffusers_ternary.interop import convert, export_mflux
 from diffusers_ternary.interop.mflux_export import dequantize_affine
 from diffusers_ternary.interop.mflux_names import CLASSES, mflux_module
 from diffusers_ternary.interop.mlx_affine import encode_affine
 from integration_tests.support import denoisers
+from integration_tests.support.command_line import run_command
 
 
 NAMES = json.loads((Path(__file__).parents[1] / "support" / "mflux_names.json").read_text())
@@ -175,12 +174,11 @@ def test_one_verb_for_all_formats(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             convert(tmp_path / "in", tmp_path / "out", **options)
-    done = CliRunner().invoke(app, ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "mflux"])
+    done = run_command("convert", tmp_path / "in", tmp_path / "out", "--to", "mflux")
     assert done.exit_code == 0, done.output
     assert "0 of " in done.output
     assert "weights differ from the packed model" in " ".join(done.output.split())
-    again = ["convert", str(tmp_path / "in"), str(tmp_path / "model.gguf"), "--for", "sdcpp-gpu", "--json"]
-    done = CliRunner().invoke(app, again)
+    done = run_command("convert", tmp_path / "in", tmp_path / "model.gguf", "--for", "sdcpp-gpu", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["types"]["q2_0"] > 0
 

@@ -13,13 +13,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from rich.text import Text
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from diffusers_ternary import TernaryConfig, convert, quantize
 from diffusers_ternary.backend.folder import explained_loading, model_class, pipeline_parts
 from diffusers_ternary.backend.packed_writer import PackedFolderWriter
 from diffusers_ternary.backend.sources import load_quantized
-from diffusers_ternary.cli.app import app
 from diffusers_ternary.cli.console import escape
 from diffusers_ternary.files import parse_size
 from diffusers_ternary.files.destinations import forget_local_paths, is_local_path
@@ -32,6 +30,7 @@ from diffusers_ternary.interop.tensor_files import StateDictFile
 from diffusers_ternary.ternarize import ternarize
 from integration_tests.support import denoisers
 from integration_tests.support.checkpoints import edit_json
+from integration_tests.support.command_line import run_command
 
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -320,7 +319,7 @@ def test_pickled_weights_that_attack(float_folder, tmp_path, monkeypatch):
     folder = copy(float_folder, tmp_path / "model")
     (folder / FILE).unlink()
     (folder / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"x": Attack()}))
-    result = CliRunner().invoke(app, ["quantize", str(folder), str(tmp_path / "out")])
+    result = run_command("quantize", folder, tmp_path / "out")
     assert result.exit_code == 3, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
@@ -350,7 +349,7 @@ def test_gemlite_metadata(levels, tmp_path):
 def test_sizes_that_are_none(size, tmp_path):
     with pytest.raises(ValueError, match=r"--max-shard-size=.* is not a positive size such as '400MB'"):
         parse_size(size, name="--max-shard-size")
-    result = CliRunner().invoke(app, ["quantize", str(tmp_path), str(tmp_path / "out"), f"--max-shard-size={size}"])
+    result = run_command("quantize", tmp_path, tmp_path / "out", f"--max-shard-size={size}")
     assert result.exit_code == 2
     assert "is not a positive size such as '400MB' or '6GiB'" in " ".join(result.output.split())
 
@@ -372,13 +371,13 @@ def test_messages_show_what_they_say(text):
 
 def test_a_path_that_looks_like_markup(tmp_path):
     for name in ("a\\[b", "[red]x", "x[/]"):
-        result = CliRunner().invoke(app, ["inspect", name])
+        result = run_command("inspect", name)
         assert result.exit_code == 3, (name, result.output)
         assert f"{name} does not exist" in " ".join(result.output.split())
 
 
 def test_local_paths_are_forgotten(float_folder, tmp_path):
-    result = CliRunner().invoke(app, ["quantize", str(float_folder), str(tmp_path / "out")])
+    result = run_command("quantize", float_folder, tmp_path / "out")
     assert result.exit_code == 0, result.output
     text = (tmp_path / "out" / "config.json").read_text()
     assert str(float_folder.parent) not in text
