@@ -156,7 +156,8 @@ def noise_process(
     if not error <= _TOLERANCE:
         raise ValueError(
             f"The timesteps {[round(t, 4) for t in received]} that the denoiser receives are not an affine function "
-            f"of the noise levels {[round(level, 4) for level in levels]} of {name}: this pipeline cannot be distilled."
+            f"of the noise levels {[round(level, 4) for level in levels]} of {name}: this pipeline cannot be "
+            "distilled."
         )
     return process
 
