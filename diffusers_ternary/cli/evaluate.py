@@ -84,7 +84,7 @@ def evaluate_command(
     """
     from ..evaluation import ClipScore, evaluate
     from ..evaluation.benchmarks import make_benchmark
-    from ..evaluation.report import fill_report
+    from ..evaluation.report_page import fill_report
     from .quiet import hide_loading_bars
 
     hide_loading_bars()

@@ -7,7 +7,7 @@ from .benchmarks import Benchmark, GenEval, Scenes, T2ICompBench
 from .clip import ClipScore
 from .contact_sheet import contact_sheet
 from .evaluation import Scorer, TeacherRun, compare, evaluate, observe_teacher
-from .report import write_report
+from .report_page import write_report
 from .result import EvaluationResult
 
 

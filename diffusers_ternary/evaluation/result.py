@@ -17,7 +17,7 @@ from ..files import new_file, write_json
 from ..rollouts import VelocityError
 from .benchmarks import BenchmarkScores
 from .contact_sheet import contact_sheet
-from .plot import plot_velocity_error
+from .velocity_plot import plot_velocity_error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from diffusers_ternary.evaluation.clip_colors import ClipColors
 from diffusers_ternary.evaluation.detectors import Found, load_detector
 from diffusers_ternary.evaluation.geneval import TASKS, Detection, Requirement, Task
 from diffusers_ternary.evaluation.geneval_prompts import CLASSES, COLORS, geneval_tasks
-from diffusers_ternary.evaluation.report import render
+from diffusers_ternary.evaluation.report_page import render
 from diffusers_ternary.evaluation.result import BenchmarkPair
 from diffusers_ternary.evaluation.scenes.detector import Detector as SceneDetector
 from diffusers_ternary.evaluation.t2i_compbench import (

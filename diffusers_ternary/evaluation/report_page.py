@@ -16,8 +16,8 @@ from PIL import Image
 
 from ..files.destinations import output_folder
 from .benchmarks import BenchmarkScores
-from .plot import plot_velocity_error
 from .result import EvaluationResult
+from .velocity_plot import plot_velocity_error
 
 
 EMBEDDED_SIZE = 512  # pixels; larger images are embedded scaled, and written in full beside the page
@@ -94,7 +94,7 @@ def render(result: EvaluationResult, *, student_name: str, teacher_name: str, ma
     """The page as text; see [`write_report`]."""
     import jinja2
 
-    source = importlib.resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    source = importlib.resources.files(__package__).joinpath("report_page.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
