@@ -168,23 +168,22 @@ class FluxTrainee(nn.Module):
         self.text_encoder = pipeline.text_encoder
         self.text_encoder_2 = pipeline.text_encoder_2
         self.tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
-        side = LATENT_SIDE // 2
-        positions = FluxPipeline._prepare_latent_image_ids(1, side, side, torch.device("cpu"), torch.float32)
-        self.register_buffer("image_positions", positions, persistent=False)
 
     def forward(self, latents: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Predict the velocity [B, 4, 16, 16] at ``timestep`` in [0, 1] the way FluxPipeline does."""
+        """Predict the velocity, of the latents' shape, at ``timestep`` in [0, 1] the way FluxPipeline does."""
+        side = latents.shape[-1]
+        positions = FluxPipeline._prepare_latent_image_ids(1, side // 2, side // 2, latents.device, torch.float32)
         packed = FluxPipeline._pack_latents(latents, *latents.shape)
         velocity = self.transformer(
             hidden_states=packed,
             timestep=timestep,
             encoder_hidden_states=self.text_encoder_2(ids[:, 1])[0],
             pooled_projections=self.text_encoder(ids[:, 0]).pooler_output,
-            txt_ids=self.image_positions.new_zeros(ids.shape[-1], 3),
-            img_ids=self.image_positions,
+            txt_ids=positions.new_zeros(ids.shape[-1], 3),
+            img_ids=positions,
             return_dict=False,
         )[0]
-        return FluxPipeline._unpack_latents(velocity, LATENT_SIDE, LATENT_SIDE, vae_scale_factor=1)
+        return FluxPipeline._unpack_latents(velocity, side, side, vae_scale_factor=1)
 
 
 def build_sana(vae: AutoencoderTiny, *, width: int, num_layers: int) -> SanaPipeline:
@@ -256,7 +255,7 @@ class SanaTrainee(nn.Module):
         pipeline.tokenizer.padding_side = "right"  # as SanaPipeline sets it
 
     def forward(self, latents: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Predict the velocity [B, 4, 16, 16] at ``timestep`` in [0, 1] the way SanaPipeline does."""
+        """Predict the velocity, of the latents' shape, at ``timestep`` in [0, 1] the way SanaPipeline does."""
         mask = (ids[:, 0] != self.text_encoder.config.pad_token_id).long()
         return self.transformer(
             latents,

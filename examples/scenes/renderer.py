@@ -23,6 +23,7 @@ from diffusers_ternary.evaluation.scenes.vocabulary import CLASSES, COLORS
 
 SPRITES = Path(__file__).with_name("sprites.npz")
 CANVAS = 64  # pixels
+CLOSE_UP = 32  # pixels, of a canvas that one object fills
 GRID = 3
 CELL = CANVAS // GRID
 JITTER = 2  # pixels either way
@@ -41,14 +42,16 @@ class Layout:
     Args:
         objects: int64 [batch, ``MAX_OBJECTS``, 5]: class, color, size index, left, top; class ``NOTHING`` for none.
         background: int64 [batch].
+        canvas: Pixels on a side.
     """
 
     objects: torch.Tensor
     background: torch.Tensor
+    canvas: int = CANVAS
 
     def to(self, device: torch.device | str) -> Layout:
         """The same on another device."""
-        return Layout(self.objects.to(device), self.background.to(device))
+        return Layout(self.objects.to(device), self.background.to(device), self.canvas)
 
 
 class Sprites:
@@ -117,8 +120,18 @@ def layout_of(tasks: Sequence[Task], sprites: Sprites, rng: random.Random, *, tr
     return Layout(objects, background)
 
 
+def close_up_of(tasks: Sequence[Task], sprites: Sprites, rng: random.Random) -> Layout:
+    """Lay out the one object of each prompt on a canvas of ``CLOSE_UP`` pixels, for training."""
+    layout = layout_of(tasks, sprites, rng, training=True)
+    for kind, _, size, *place in layout.objects[:, 0]:
+        for axis, extent in enumerate(sprites.extents[int(kind), int(size)]):
+            slack = (CLOSE_UP - int(extent)) // 2
+            place[axis].fill_(slack + rng.randint(-min(slack, 2 * JITTER), min(slack, 2 * JITTER)))
+    return Layout(layout.objects, layout.background, CLOSE_UP)
+
+
 class Renderer:
-    """Composites layouts: float32 pictures [batch, 3, 64, 64] in [-1, 1].
+    """Composites layouts: float32 pictures [batch, 3, canvas, canvas] in [-1, 1].
 
     Args:
         sprites: The masks.
@@ -132,14 +145,15 @@ class Renderer:
         shades = torch.linspace(1.0 + _SHADING, 1.0 - _SHADING, CANVAS, device=device)
         plain = torch.tensor(BACKGROUNDS, device=device)
         self.backgrounds = (plain[:, :, None] * shades) / 127.5 - 1.0  # [backgrounds, 3, rows]
-        self.pixels = torch.arange(CANVAS, device=device)
+        self.device = device
 
     def coverage(self, layout: Layout) -> torch.Tensor:
-        """How much of each pixel each object covers: float32 [batch, ``MAX_OBJECTS``, 64, 64] in [0, 1]."""
+        """How much of each pixel each object covers: float32 [batch, ``MAX_OBJECTS``, canvas, canvas] in [0, 1]."""
         kind, _, size, left, top = layout.objects.unbind(-1)  # each [batch, objects]
         last = self.masks.shape[-1] - 1
-        row = (self.pixels - top[..., None] + 1).clamp(0, last)  # [batch, objects, 64]
-        column = (self.pixels - left[..., None] + 1).clamp(0, last)
+        pixels = torch.arange(layout.canvas, device=self.device)
+        row = (pixels - top[..., None] + 1).clamp(0, last)  # [batch, objects, canvas]
+        column = (pixels - left[..., None] + 1).clamp(0, last)
         masks = self.masks[
             kind.clamp(min=0)[..., None, None],
             size.clamp(min=0)[..., None, None],
@@ -168,7 +182,9 @@ class Renderer:
     def draw(self, layout: Layout) -> torch.Tensor:
         """The pictures of a layout."""
         cover = self.coverage(layout)
-        pictures = self.backgrounds[layout.background][..., None].expand(-1, -1, -1, CANVAS)
+        first = (CANVAS - layout.canvas) // 2  # a close-up shows the middle of the background
+        pictures = self.backgrounds[layout.background, :, first : first + layout.canvas, None]
+        pictures = pictures.expand(-1, -1, -1, layout.canvas)
         colors = self.colors[layout.objects[..., 1].clamp(min=0)]  # [batch, objects, 3]
         for slot in range(layout.objects.shape[1]):
             pictures = torch.lerp(pictures, colors[:, slot, :, None, None], cover[:, slot, None])

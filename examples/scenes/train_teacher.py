@@ -25,7 +25,7 @@ from accelerate.utils import set_seed
 from components import LATENT_CHANNELS, LATENT_SIDE, FluxTrainee, SanaTrainee, build_flux, build_sana, token_ids
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.training_utils import EMAModel
-from renderer import Layout, Renderer, Sprites, layout_of
+from renderer import CANVAS, Layout, Renderer, Sprites, close_up_of, layout_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
@@ -36,6 +36,7 @@ from diffusers_ternary.evaluation.scenes.prompts import COMPOSED, training_task
 
 
 logger = logging.getLogger("train_teacher")
+CLOSE_UP_TASKS = ("single_object", "colors", "colors")
 MIXTURE = dict(zip((*TASKS, COMPOSED), (8, 12, 22, 10, 20, 16, 12), strict=True))  # percent of the pictures
 
 
@@ -57,8 +58,20 @@ class Recipe:
     ema_decay: float = 0.999
     no_caption: float = 0.1
     timestep_mean: float = 0.4
-    content_weight: float = 0.1
+    content_weight: float = 1.0
+    close_ups: float = 0.6  # of the steps, as long as there are any
+    close_up_steps: int = 4_000
     seed: int = 0
+
+
+def is_close_up(step: int, recipe: Recipe) -> bool:
+    """Whether a step draws single objects that fill a small canvas.
+
+    What each word looks like is learned there at a quarter of the price, before scenes ask for several at once: the
+    training at low resolution that large models begin with.
+    """
+    drawn = random.Random(f"close-up {recipe.seed} {step}").random()
+    return step < recipe.close_up_steps and drawn < recipe.close_ups
 
 
 class Batches(Dataset):
@@ -74,19 +87,25 @@ class Batches(Dataset):
         return self.last - self.first
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One batch: objects, background, ids, noise [B, 4, 16, 16] and t = sigmoid(N(``timestep_mean``, 1))."""
+        """One batch: objects, background, ids, noise [B, 4, side, side] and t = sigmoid(N(``timestep_mean``, 1))."""
         step, size = self.first + index, self.recipe.batch_size
         rng = random.Random(f"scenes {self.recipe.seed} {step}")
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
-        tags = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()), k=size)
-        tasks = [training_task(tag, rng) for tag in tags]
-        layout = layout_of(tasks, self.sprites, rng, training=True)
+        if is_close_up(step, self.recipe):
+            size *= 2  # a quarter of the image tokens: twice as many pictures cost less
+            tasks = [training_task(rng.choice(CLOSE_UP_TASKS), rng) for _ in range(size)]
+            layout = close_up_of(tasks, self.sprites, rng)
+        else:
+            tags = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()), k=size)
+            tasks = [training_task(tag, rng) for tag in tags]
+            layout = layout_of(tasks, self.sprites, rng, training=True)
+        side = layout.canvas * LATENT_SIDE // CANVAS
         captions = ["" if rng.random() < self.recipe.no_caption else task.prompt for task in tasks]
         return {
             "objects": layout.objects,
             "background": layout.background,
             "ids": token_ids(self.tokenizers, captions),
-            "noise": torch.randn(size, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE, generator=generator),
+            "noise": torch.randn(size, LATENT_CHANNELS, side, side, generator=generator),
             "timestep": (torch.randn(size, generator=generator) + self.recipe.timestep_mean).sigmoid(),
         }
 
@@ -100,7 +119,7 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, layout: Layout) -> torch.Tensor:
-        """float32 [B, 4, 16, 16] with mean 0 and standard deviation 1."""
+        """float32 [B, 4, canvas / 4, canvas / 4] with mean 0 and standard deviation 1."""
         pictures = self.renderer.draw(layout).contiguous(memory_format=torch.channels_last)
         latents = self.vae.encode(pictures).latents.float()
         return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
@@ -179,7 +198,7 @@ def compile_parts(transformer: nn.Module, *, on_cpu: bool) -> None:
             whole = not (on_cpu and type(block).__name__ == "FluxTransformerBlock")
             parts = [block] if whole else [block.norm1, block.norm1_context, block.ff, block.ff_context]
             for part in parts:
-                part.compile(fullgraph=True)
+                part.compile(fullgraph=True, dynamic=False)  # two sizes of canvas
 
 
 class Checkpoints:
@@ -268,19 +287,20 @@ def train(
     )
     # scaled_dot_product_attention's CPU flash kernel is slower than plain matmuls at 82 tokens
     attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext()
-    average = torch.zeros((), device=accelerator.device)
+    losses: list[torch.Tensor] = []  # of whole scenes
     with attention, (work / "losses.csv").open("a") as log:
         for step, host in enumerate(batches, first):
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in host.items()}
             t = batch["timestep"][:, None, None, None]
-            layout = Layout(batch["objects"], batch["background"])
+            side = batch["noise"].shape[-1]
+            layout = Layout(batch["objects"], batch["background"], side * CANVAS // LATENT_SIDE)
             with accelerator.autocast():
                 clean = encoder.encode(layout)
                 noisy = (1.0 - t) * clean + t * batch["noise"]
                 velocity = model(noisy, batch["timestep"], batch["ids"])
                 named = trainee.content()
             loss = nn.functional.mse_loss(velocity.float(), batch["noise"] - clean)
-            shown = content_loss(*named, encoder.renderer.content(layout, LATENT_SIDE // 2))
+            shown = content_loss(*named, encoder.renderer.content(layout, side // 2))
             accelerator.backward(loss + recipe.content_weight * shown)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             for part in (*optimizers, *schedules):
@@ -288,11 +308,13 @@ def train(
             for optimizer in optimizers:
                 optimizer.zero_grad()
             ema.step(trainee.parameters())
-            average += loss.detach()
-            if (step + 1) % 50 == 0:
-                log.write(f"{step + 1},{average.item() / 50:.5f},{spent + time.process_time():.0f}\n")
+            if layout.canvas == CANVAS:
+                losses.append(loss.detach())
+            if (step + 1) % 50 == 0 and losses:
+                average = torch.stack(losses).mean().item()
+                log.write(f"{step + 1},{average:.5f},{spent + time.process_time():.0f}\n")
                 log.flush()
-                average.zero_()
+                losses.clear()
             if (step + 1) % checkpoint_every == 0 or step + 1 == last:
                 if not loss.isfinite():  # and so are the weights: keep the checkpoint before
                     raise FloatingPointError(f"The loss of step {step + 1} is {loss.item()}; nothing was written.")
