@@ -248,7 +248,7 @@ class SanaTrainee(nn.Module):
     def __init__(self, pipeline: SanaPipeline) -> None:
         super().__init__()
         blocks = pipeline.transformer.transformer_blocks
-        self.content = ContentHead(blocks[len(blocks) // 3], pipeline.transformer.inner_dim)
+        self.content = ContentHead(blocks[len(blocks) // 3], pipeline.transformer.config.cross_attention_dim)
         self.transformer = pipeline.transformer
         self.text_encoder = pipeline.text_encoder
         self.tokenizers = (pipeline.tokenizer,)

@@ -117,3 +117,33 @@ def test_every_class_has_a_shape_of_its_own(sprites):
     either = masks.sum(1)[:, None] + masks.sum(1) - together
     likeness = (together / either).fill_diagonal_(0)
     assert likeness.max() < 0.9
+
+
+def test_content_is_what_the_boxes_cover():
+    """The share of each class in each patch, against the pictures of one object at a time."""
+    sprites, rng = renderer.Sprites(), random.Random(5)
+    tasks = [training_task("color_attr", rng) for _ in range(4)]
+    layout = renderer.layout_of(tasks, sprites, rng, training=True)
+    classes, colors = renderer.Renderer(sprites).content(layout, 8)
+    torch.testing.assert_close(classes.sum(-1), torch.ones(4, 64))
+    torch.testing.assert_close(colors.sum(-1), torch.ones(4, 64))
+    for picture, objects in enumerate(layout.objects):
+        for kind, color, size, left, top in (row.tolist() for row in objects if row[0] >= 0):
+            whole = torch.zeros(64, 64)
+            width, height = sprites.extents[kind, size]
+            mask = sprites.masks[kind, size, :height, :width] / 255.0
+            whole[top : top + height, left : left + width] = mask
+            share = torch.nn.functional.avg_pool2d(whole[None], 8).flatten()
+            torch.testing.assert_close(classes[picture, :, kind], share)
+            assert (colors[picture, :, color] >= share - 1e-6).all()
+
+
+def test_close_ups_show_one_whole_object():
+    sprites, rng = renderer.Sprites(), random.Random(6)
+    tasks = [training_task("colors", rng) for _ in range(64)]
+    layout = renderer.close_up_of(tasks, sprites, rng)
+    boxes = renderer.boxes_of(layout, sprites)[:, 0]
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] <= renderer.CLOSE_UP).all()
+    pictures = renderer.Renderer(sprites).draw(layout)
+    assert pictures.shape == (64, 3, renderer.CLOSE_UP, renderer.CLOSE_UP)
