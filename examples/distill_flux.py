@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=64, help="prompts that are never trained on")
     parser.add_argument("--mode", default="lora", choices=MODES)
     parser.add_argument("--rank", type=int, default=64, help="of the correction, in mode lora")
-    parser.add_argument("--steps", type=int, default=2000, help="updates")
+    parser.add_argument("--updates", type=int, default=2000, help="updates of the weights")
     parser.add_argument("--rows", type=int, default=8, help="of an update, one forward each")
     parser.add_argument("--size", type=int, default=1024, help="pixels")
     parser.add_argument("--call", type=json.loads, default={}, help="further arguments of the pipeline call, JSON")
@@ -50,9 +50,9 @@ def main() -> None:
     run = DistillConfig(
         mode=arguments.mode,
         rank=arguments.rank,
-        steps=arguments.steps,
+        updates=arguments.updates,
         batch_size=1,
-        gradient_accumulation=arguments.rows,
+        gradient_accumulation_steps=arguments.rows,
         gradient_checkpointing=True,
         call_kwargs={**call, **arguments.call},
     )

@@ -2,7 +2,7 @@
 """Distills the embedded pixel-people pipeline on one core, and judges the result on prompts it was not trained on.
 
 python examples/distill_pixel_people.py                            # every code trained
-python examples/distill_pixel_people.py --mode scales --steps 120  # scales, biases and norms only
+python examples/distill_pixel_people.py --mode scales --updates 120  # scales, biases and norms only
 python examples/distill_pixel_people.py --mode control             # biases and norms only: what do the codes add?
 """
 
@@ -28,7 +28,7 @@ def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", default="full", choices=["scales", "blockwise", "full", "lora", "control"])
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--updates", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0, help="of training prompts, held-out prompts and all noise")
     parser.add_argument("--prompts", type=int, default=2048, help="training prompts")
     parser.add_argument("--images", type=int, default=256, help="held-out prompts to judge, one image each")
@@ -65,7 +65,7 @@ def main() -> None:
         demo_pipeline(),
         training_prompts(arguments.prompts, 500 + arguments.seed),
         distill_config=DistillConfig(
-            steps=arguments.steps, seed=arguments.seed, call_kwargs=dict(DEMO_CALL), **RECIPE, **options
+            updates=arguments.updates, seed=arguments.seed, call_kwargs=dict(DEMO_CALL), **RECIPE, **options
         ),
         output_dir=output,
         student=find_variant("calibrated").load(torch.float32),

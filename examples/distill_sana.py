@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", default="template:4000", help="file, template:N or datasets:NAME")
     parser.add_argument("--held-out", type=int, default=64, help="prompts that are never trained on")
     parser.add_argument("--mode", default="full", choices=MODES)
-    parser.add_argument("--steps", type=int, default=4000, help="updates")
+    parser.add_argument("--updates", type=int, default=4000, help="updates of the weights")
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a forward; 8 forwards make an update")
     parser.add_argument("--size", type=int, default=1024, help="pixels")
     parser.add_argument("--call", type=json.loads, default={}, help="further arguments of the pipeline call, JSON")
@@ -54,9 +54,9 @@ def main() -> None:
     config = TernaryConfig()
     run = DistillConfig(
         mode=arguments.mode,
-        steps=arguments.steps,
+        updates=arguments.updates,
         batch_size=arguments.batch_size,
-        gradient_accumulation=8,
+        gradient_accumulation_steps=8,
         calibration=CalibrationConfig(batch_size=arguments.batch_size),
         call_kwargs={**call, **arguments.call},
     )

@@ -160,9 +160,9 @@ def distill_command(
             settings = demo_settings(settings, inference_steps, guidance)
         distill_config = DistillConfig(
             mode=mode,
-            steps=steps,
+            updates=steps,
             batch_size=batch_size,
-            gradient_accumulation=accumulate,
+            gradient_accumulation_steps=accumulate,
             seed=seed,
             rank=rank,
             train_other=train_other,

@@ -2,7 +2,9 @@
 """How to distill."""
 
 import dataclasses
+import functools
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +16,33 @@ TRAINED_OTHERS = ("none", "vectors", "all")
 TIMESTEPS = ("auto", "logit_normal", "schedule")
 OPTIMIZERS = ("auto", "adamw", "adamw8bit")
 PRECISIONS = (None, "no", "bf16")
+FORMER_NAMES = {"steps": "updates", "gradient_accumulation": "gradient_accumulation_steps"}
 
 
+def _takes_former_names(cls: type) -> type:
+    """Lets a configuration be made with the former names of its fields, with a warning."""
+    made = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(made)
+    def init(self: Any, *args: Any, **settings: Any) -> None:
+        for former in FORMER_NAMES.keys() & settings.keys():
+            name = FORMER_NAMES[former]
+            if name in settings:
+                raise TypeError(f"{former} is the former name of {name}, and both are given. Leave {former} out.")
+            warnings.warn(f"{cls.__name__}: {former} is now called {name}.", FutureWarning, stacklevel=2)
+            settings[name] = settings.pop(former)
+        made(self, *args, **settings)
+
+    cls.__init__ = init  # type: ignore[misc]
+    return cls
+
+
+@_takes_former_names
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """What [`distill`] trains, for how long, and how.
 
-    Learning rates that are `None` follow the layer's mean scale s: latents get s / d with d = steps / 2 between 200
+    Learning rates that are `None` follow the layer's mean scale s: latents get s / d with d = updates / 2 between 200
     and 2500; an absolute rate would be right for one model and destroy the start of another.
 
     Args:
@@ -28,9 +50,10 @@ class DistillConfig:
             `"scales"`: the scales, codes frozen; the cheap one. `"blockwise"`: codes and scales of one block after
             the other, each against the teacher's output of that block, then all scales. `"full"`: all codes (through
             float32 latents) and scales. `"lora"`: a low-rank correction and the scales, codes frozen.
-        steps (`int`, *optional*, defaults to 2000): updates.
+        updates (`int`, *optional*, defaults to 2000): of the weights; formerly `steps`.
         batch_size (`int`, *optional*, defaults to 32): rows of one forward on one device.
-        gradient_accumulation (`int`, *optional*, defaults to 1): forwards of one update.
+        gradient_accumulation_steps (`int`, *optional*, defaults to 1): forwards of one update; formerly
+            `gradient_accumulation`.
         seed (`int`, *optional*, defaults to 0): of the order of the data, the noise and the timesteps.
         rank (`int`, *optional*, defaults to 16): of the correction in mode `"lora"`.
         train_scales (`bool`, *optional*, defaults to `True`): `False` freezes the scales: with mode `"scales"` only
@@ -52,7 +75,7 @@ class DistillConfig:
             models are drawn from it.
         held_out (`int`, *optional*, defaults to 32): prompts set aside for the held-out evaluation, if none
             are given; chosen by their hash, so that the order of the list has no part in it.
-        evaluate_every, checkpoint_every (`int`, *optional*): in updates; default: a tenth of the steps.
+        evaluate_every, checkpoint_every (`int`, *optional*): in updates; default: a tenth of them.
         optimizer (`str`, *optional*, defaults to `"auto"`): `"adamw"`, `"adamw8bit"` (bitsandbytes), or `"auto"`: 8
             bits where mode is `"full"` on a GPU and bitsandbytes is installed.
         mixed_precision (`str`, *optional*): `"no"` or `"bf16"`; `None` = what `accelerate launch` says.
@@ -71,9 +94,9 @@ class DistillConfig:
     """
 
     mode: str = "scales"
-    steps: int = 2000
+    updates: int = 2000
     batch_size: int = 32
-    gradient_accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     seed: int = 0
     rank: int = 16
     train_scales: bool = True
@@ -135,12 +158,12 @@ class DistillConfig:
     @property
     def evaluation_interval(self) -> int:
         """Updates between held-out evaluations."""
-        return self.evaluate_every or max(1, self.steps // 10)
+        return self.evaluate_every or max(1, self.updates // 10)
 
     @property
     def checkpoint_interval(self) -> int:
         """Updates between checkpoints."""
-        return self.checkpoint_every or max(1, self.steps // 10)
+        return self.checkpoint_every or max(1, self.updates // 10)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dictionary of all fields; call arguments that are not JSON appear as their `repr`."""
@@ -162,9 +185,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "mixed_precision": PRECISIONS,
 }
 _INTEGERS = {
-    "steps": 1,
+    "updates": 1,
     "batch_size": 1,
-    "gradient_accumulation": 1,
+    "gradient_accumulation_steps": 1,
     "seed": 0,
     "rank": 1,
     "held_out": 1,

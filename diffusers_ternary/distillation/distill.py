@@ -18,6 +18,7 @@ from torch import nn
 
 from ..backend import below_compiled_wrappers, bits_per_weight, packed_layers, with_separate_projections
 from ..backend.config import TernaryConfig
+from ..backend.reports import attach_report
 from ..extras import check_extra
 from ..files import new_folder
 from ..rollouts import Rollouts, check_prompts, evaluation_mode, make_rollouts, weights_sha256
@@ -60,7 +61,8 @@ def distill(
     cache_dir: str | os.PathLike[str] | None = None,
     accelerator: Accelerator | None = None,
     progress: bool = True,
-) -> DiffusionPipeline:
+    return_report: bool = False,
+) -> Any:
     """Trains a ternary student to predict what its float teacher predicts. No images: the teacher draws the data.
 
     The teacher's latents for the prompts are cached with the pipeline's own scheduler, guidance and resolution. The
@@ -95,9 +97,12 @@ def distill(
             Default: made from `distill_config` and the environment.
         progress (`bool`, *optional*, defaults to `True`):
             Show progress bars.
+        return_report (`bool`, *optional*, defaults to `False`):
+            Return the report beside the pipeline.
 
     Returns:
-        `DiffusionPipeline`: the teacher's other parts with the packed student that had the lowest held-out error.
+        `DiffusionPipeline`: the teacher's other parts with the packed student that had the lowest held-out error. Its
+        `ternary_report` is the [`DistillReport`]. With `return_report`, `(pipeline, report)`.
 
     Raises:
         TypeError: for arguments of the wrong type.
@@ -132,7 +137,8 @@ def distill(
             accelerator,
             progress=progress,
         )
-    return with_denoiser(teacher_pipeline, component, trained)
+    report = DistillReport.load_json(folder / _REPORT)
+    return attach_report(with_denoiser(teacher_pipeline, component, trained), report, return_report)
 
 
 def _distill(
@@ -256,7 +262,7 @@ def _make_accelerator(config: DistillConfig, teacher: nn.Module, folder: pathlib
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.block_weight == 0)
     return Accelerator(
         mixed_precision=precision,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=list(config.trackers) or None,
         project_dir=folder,  # some trackers write files
         kwargs_handlers=[unused],

@@ -67,7 +67,7 @@ class Trainer:
         self.folder = folder
         self.blocks = block_names(ternary_layers(student))
         self.progress = Progress()
-        total = config.steps
+        total = config.updates
         self._bar = tqdm(total=total, desc="Distilling", disable=not (show_progress and accelerator.is_main_process))
 
     def run(self) -> Progress:
@@ -128,13 +128,15 @@ class Trainer:
         """One update; returns why there must not be another."""
         start = time.perf_counter(), time.process_time()
         total = 0.0
-        for forward in range(self.config.gradient_accumulation):
+        for forward in range(self.config.gradient_accumulation_steps):
             made = self.inputs.make(self.progress.step, forward)
             inputs = made.to(self.accelerator.device, float_dtype(self.teacher))
             targets = teacher(inputs)
             with self.accelerator.accumulate(network):
                 loss = network(made.to(self.accelerator.device, float_dtype(self.student)), targets)
-                total += float(self.accelerator.reduce(loss.detach(), "mean")) / self.config.gradient_accumulation
+                total += (
+                    float(self.accelerator.reduce(loss.detach(), "mean")) / self.config.gradient_accumulation_steps
+                )
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)

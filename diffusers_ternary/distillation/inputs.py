@@ -57,7 +57,7 @@ class InputMaker:
         generator = seeded(self.config.seed, step, forward, self.process)
         rows = self.config.batch_size
         # All processes walk through one shuffled list, side by side.
-        place = (step * self.config.gradient_accumulation + forward) * self.processes + self.process
+        place = (step * self.config.gradient_accumulation_steps + forward) * self.processes + self.process
         batch = self.data.batch(self._indices(place * rows, rows), generator)
         levels = self.noise.draw_levels(rows, generator)
         noise = torch.randn(batch.sample.shape, generator=generator)

@@ -166,7 +166,7 @@ def check_memory(
     remedy = f"What fits: {'; '.join(advice)}." if advice else "No mode fits, not even with one row at a time."
     raise MemoryError(
         f"{needed}, and {available / 1e9:.1f} GB are there. {remedy} FSDP over more processes divides what is "
-        "trained; fewer pixels or a smaller batch_size with gradient_accumulation lower the activations."
+        "trained; fewer pixels or a smaller batch_size with gradient_accumulation_steps lower the activations."
     )
 
 
@@ -183,7 +183,7 @@ def available_memory(device: torch.device, denoiser: nn.Module) -> int:
 def _alternatives(config: DistillConfig) -> Iterator[DistillConfig]:
     """What to try instead, best first: the same mode leaner, then the other modes by quality."""
     leaner = dataclasses.replace(config, gradient_checkpointing=True)
-    single = dataclasses.replace(leaner, batch_size=1, gradient_accumulation=config.batch_size)
+    single = dataclasses.replace(leaner, batch_size=1, gradient_accumulation_steps=config.batch_size)
     rows = [leaner] if config.gradient_checkpointing is not True else []
     rows += [single] if config.batch_size > 1 else []
     yield from (changed for changed in rows if changed != config)

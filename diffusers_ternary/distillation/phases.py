@@ -45,12 +45,12 @@ def plan_phases(config: DistillConfig, layers: Sequence[str], order: Sequence[st
         ValueError: for a blockwise run with fewer steps than phases.
     """
     if config.mode != "blockwise":
-        return (Phase(config.mode, config.steps, _all(config, layers), config.train_other),)
-    final = max(1, round(_FINAL_SHARE * config.steps))
-    each, left = divmod(config.steps - final, len(order))
+        return (Phase(config.mode, config.updates, _all(config, layers), config.train_other),)
+    final = max(1, round(_FINAL_SHARE * config.updates))
+    each, left = divmod(config.updates - final, len(order))
     if each < 1:
         raise ValueError(
-            f"steps={config.steps} is too few for mode='blockwise' on {len(order)} blocks: give at least "
+            f"updates={config.updates} is too few for mode='blockwise' on {len(order)} blocks: give at least "
             f"{2 * (len(order) + 1)}."
         )
     phases = []

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..files import is_leftover, lock, read_json, recover_contents, recover_folder, write_json
+from .config import FORMER_NAMES
 
 
 _IDENTITY = "run.json"
@@ -24,8 +25,9 @@ def check_run(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
         ValueError: if it holds another run; names what differs.
         FileExistsError: if it holds something else.
     """
-    known = read_json(folder / _IDENTITY, remedy="Choose another output folder, or delete this one.")
-    if known is None:
+    stored = read_json(folder / _IDENTITY, remedy="Choose another output folder, or delete this one.")
+    known = {_current_name(name): value for name, value in (stored or {}).items()}
+    if stored is None:
         if folder.is_file() or (folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir())):
             raise FileExistsError(f"{folder} exists and holds no distillation run. Choose another output folder.")
         return
@@ -74,6 +76,12 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{name}"] = value
     return found
+
+
+def _current_name(name: str) -> str:
+    """Of a setting, as dotted names call it today."""
+    part, _, field = name.rpartition(".")
+    return f"{part}.{FORMER_NAMES.get(field, field)}" if part == "distill_config" else name
 
 
 def _brief(value: Any) -> str:

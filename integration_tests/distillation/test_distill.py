@@ -32,12 +32,12 @@ def report(folder: Path) -> DistillReport:
 
 @pytest.mark.parametrize("mode", ["scales", "full", "lora", "blockwise"])
 def test_every_mode_learns(mode, tmp_path):
-    changes = {"steps": 24, "other_lr": 1e-3} if mode == "blockwise" else {"steps": 12, "other_lr": 1e-3}
+    changes = {"updates": 24, "other_lr": 1e-3} if mode == "blockwise" else {"updates": 12, "other_lr": 1e-3}
     student = distillation.run(tmp_path, mode=mode, rank=2, **changes)
     result = report(tmp_path)
     assert result.best_error < 0.8 * result.start_error
     assert result.stopped is None
-    assert result.steps == changes["steps"]
+    assert result.steps == changes["updates"]
     assert list(result.trained_parameters) == (
         ["transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "scales"]
         if mode == "blockwise"
@@ -51,7 +51,7 @@ def test_every_mode_learns(mode, tmp_path):
 def test_the_teacher_is_not_changed_and_the_student_draws(tmp_path):
     pipeline = distillation.teacher()
     before = distillation.weights_hash(pipeline.transformer)
-    student = distillation.run(tmp_path, pipeline=pipeline, steps=2)
+    student = distillation.run(tmp_path, pipeline=pipeline, updates=2)
     assert distillation.weights_hash(pipeline.transformer) == before
     assert not pipeline.transformer._forward_hooks
     assert not any(module._forward_hooks for module in pipeline.transformer.modules())
@@ -65,7 +65,7 @@ def test_what_was_evaluated_is_what_is_kept(tmp_path):
     from diffusers_ternary.distillation.held_out import HeldOutError
 
     pipeline = distillation.teacher()
-    student = distillation.run(tmp_path, pipeline=pipeline, mode="full", steps=4)
+    student = distillation.run(tmp_path, pipeline=pipeline, mode="full", updates=4)
     data = TeacherCache.open(tmp_path / "cache" / "held_out")
     error = HeldOutError(data, None, pipeline.transformer, batch_size=3, device=torch.device("cpu"))
     assert error.of(student.transformer) == pytest.approx(report(tmp_path).best_error, rel=1e-5)
@@ -86,15 +86,15 @@ def test_control_leaves_codes_and_scales_alone(tmp_path):
 def test_starts_from_a_folder_and_from_calibration(tmp_path):
     from diffusers_ternary.calibration import CalibrationConfig
 
-    distillation.run(tmp_path / "one", steps=1, calibration=CalibrationConfig(), calibration_prompts=4)
-    rounded = distillation.run(tmp_path / "rounded", steps=1)
+    distillation.run(tmp_path / "one", updates=1, calibration=CalibrationConfig(), calibration_prompts=4)
+    rounded = distillation.run(tmp_path / "rounded", updates=1)
     assert report(tmp_path / "one").start_error < report(tmp_path / "rounded").start_error
     rounded.transformer.save_pretrained(tmp_path / "start")
     distill(
         distillation.teacher(),
         distillation.PROMPTS,
         None,
-        distillation.settings(steps=1),
+        distillation.settings(updates=1),
         tmp_path / "two",
         student=tmp_path / "start",
         progress=False,
@@ -106,7 +106,13 @@ def test_starts_from_a_folder_and_from_calibration(tmp_path):
 @pytest.mark.parametrize(("mode", "kills"), [("full", (76, 23)), ("blockwise", (12, 77))])
 def test_killed_and_resumed_is_bit_for_bit_the_same(mode, kills, tmp_path):
     """SIGKILL while caching (12), and between checkpoints; caching and set-up ask the teacher 59 times, later 14."""
-    settings = {"mode": mode, "steps": 13, "checkpoint_every": 3, "evaluate_every": 4, "gradient_accumulation": 2}
+    settings = {
+        "mode": mode,
+        "updates": 13,
+        "checkpoint_every": 3,
+        "evaluate_every": 4,
+        "gradient_accumulation_steps": 2,
+    }
     whole = run_python(RUN + _HASH, tmp_path / "whole", json.dumps(settings))
     for calls in kills:
         _kill(tmp_path / "killed", calls, settings)
@@ -133,15 +139,48 @@ def _kill(folder: Path, calls: int, settings: dict) -> None:
 
 
 def test_a_finished_run_is_only_loaded(tmp_path):
-    first = distillation.run(tmp_path, steps=2)
+    first = distillation.run(tmp_path, updates=2)
     pipeline = distillation.teacher()
     pipeline.transformer.register_forward_hook(lambda *_: pytest.fail("the teacher was asked again"))
-    again = distillation.run(tmp_path, pipeline=pipeline, steps=2)
+    again = distillation.run(tmp_path, pipeline=pipeline, updates=2)
     assert distillation.weights_hash(again.transformer) == distillation.weights_hash(first.transformer)
 
 
+def test_the_report_hangs_on_the_student(tmp_path):
+    student = distillation.run(tmp_path, updates=1)
+    assert student.ternary_report == report(tmp_path)
+    settings = distillation.settings(updates=1)
+    arguments = (distillation.teacher(), distillation.PROMPTS, distillation.CONFIG, settings, tmp_path)
+    again, found = distill(*arguments, progress=False, return_report=True)
+    assert found is again.ternary_report
+    assert found == report(tmp_path)
+
+
+def test_former_names_of_settings(tmp_path):
+    with pytest.warns(FutureWarning, match="DistillConfig: steps is now called updates") as seen:
+        former = DistillConfig(**{"steps": 3, "gradient_accumulation": 2})
+    assert len(seen) == 2
+    assert former == DistillConfig(updates=3, gradient_accumulation_steps=2)
+    with pytest.raises(TypeError, match="steps is the former name of updates, and both are given"):
+        DistillConfig(**{"steps": 3, "updates": 3})
+
+
+def test_a_run_folder_of_the_former_names_goes_on(tmp_path):
+    distillation.run(tmp_path, updates=1)
+    identity = json.loads((tmp_path / "run.json").read_text())
+    former = {"distill_config.updates": "steps", "distill_config.gradient_accumulation_steps": "gradient_accumulation"}
+    renamed = {f"distill_config.{former[name]}" if name in former else name: v for name, v in identity.items()}
+    assert renamed.keys() != identity.keys()
+    (tmp_path / "run.json").write_text(json.dumps(renamed))
+    pipeline = distillation.teacher()
+    pipeline.transformer.register_forward_hook(lambda *_: pytest.fail("the run was started again"))
+    distillation.run(tmp_path, pipeline=pipeline, updates=1)
+    with pytest.raises(ValueError, match=r"updates: 1 there, 2 now"):
+        distillation.run(tmp_path, updates=2)
+
+
 def test_a_run_that_diverges_stops_with_the_best_student(tmp_path):
-    student = distillation.run(tmp_path, mode="full", steps=200, latent_lr=1e4, scale_lr=1e4, other_lr=1e4)
+    student = distillation.run(tmp_path, mode="full", updates=200, latent_lr=1e4, scale_lr=1e4, other_lr=1e4)
     result = report(tmp_path)
     assert result.stopped is not None
     assert result.steps < 200
@@ -155,7 +194,7 @@ def test_guidance_inputs_are_drawn(tmp_path):
     pipeline.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["guidance"].clone()), with_kwargs=True
     )
-    distillation.run(tmp_path, pipeline=pipeline, steps=2, guidance_range=(2.0, 3.0))
+    distillation.run(tmp_path, pipeline=pipeline, updates=2, guidance_range=(2.0, 3.0))
     drawn = torch.cat(seen[-2:])
     assert len(drawn.unique()) == len(drawn)
     assert 2 <= float(drawn.min()) <= float(drawn.max()) <= 3
@@ -206,7 +245,7 @@ def test_prompts_are_held_out_by_their_hash(tmp_path):
     prompts = [f"prompt {i}" for i in range(7)]
     train, unseen = split_held_out(prompts, 2)
     assert unseen != prompts[-2:]
-    settings = distillation.settings(steps=1, held_out=2)
+    settings = distillation.settings(updates=1, held_out=2)
     distill(distillation.teacher(), prompts, distillation.CONFIG, settings, tmp_path, progress=False)
     result = report(tmp_path)
     assert result.training_prompts_sha256 == prompts_sha256(train)
@@ -218,10 +257,10 @@ def test_folders_of_others_are_left_alone(tmp_path):
     (tmp_path / "photos" / "cat.png").write_text("cat")
     refuse("holds no distillation run", FileExistsError, folder=tmp_path / "photos")
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.png"]
-    distillation.run(tmp_path / "run", steps=2)
+    distillation.run(tmp_path / "run", updates=2)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    with pytest.raises(ValueError, match=r"checkpoints of another run .*steps: 2 there, 3 now"):
-        distillation.run(tmp_path / "run", steps=3)
+    with pytest.raises(ValueError, match=r"checkpoints of another run .*updates: 2 there, 3 now"):
+        distillation.run(tmp_path / "run", updates=3)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
@@ -237,8 +276,8 @@ def test_pipelines_without_one_denoiser_are_refused(tmp_path):
     ("changes", "error", "match"),
     [
         ({"mode": "all"}, ValueError, "mode='all' is not one of scales, blockwise, full, lora"),
-        ({"steps": 0}, ValueError, "steps=0 is below 1"),
-        ({"steps": 2.5}, TypeError, "steps=2.5 is not an integer"),
+        ({"updates": 0}, ValueError, "updates=0 is below 1"),
+        ({"updates": 2.5}, TypeError, "updates=2.5 is not an integer"),
         ({"cfg_dropout": 1.5}, ValueError, "cfg_dropout=1.5 is not a fraction"),
         ({"latent_lr": -1.0}, ValueError, "latent_lr=-1.0 is not a positive learning rate"),
         ({"trackers": "tensorboard"}, TypeError, "trackers='tensorboard' is one string"),
@@ -256,8 +295,8 @@ def test_settings_are_json():
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
-    plain = distillation.run(tmp_path / "plain", mode="full", steps=2, gradient_checkpointing=False)
-    checkpointed = distillation.run(tmp_path / "checkpointed", mode="full", steps=2, gradient_checkpointing=True)
+    plain = distillation.run(tmp_path / "plain", mode="full", updates=2, gradient_checkpointing=False)
+    checkpointed = distillation.run(tmp_path / "checkpointed", mode="full", updates=2, gradient_checkpointing=True)
     errors = [report(tmp_path / name).best_error for name in ("plain", "checkpointed")]
     assert errors[0] == pytest.approx(errors[1], rel=1e-5)
     assert type(plain.transformer) is type(checkpointed.transformer)
@@ -276,7 +315,7 @@ def test_the_teacher_teaches_in_evaluation_mode(tmp_path):
     teacher = distillation.teacher()
     modes = []
     teacher.transformer.train().register_forward_pre_hook(lambda module, *_: modes.append(module.training))
-    distillation.run(tmp_path / "run", pipeline=teacher, steps=2)
+    distillation.run(tmp_path / "run", pipeline=teacher, updates=2)
     assert len(modes) > 10
     assert not any(modes)
     assert teacher.transformer.training
@@ -287,7 +326,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         lock(tmp_path / "run", "a test"),
         pytest.raises(BlockingIOError, match=r"run is in use by another distillation\. Wait until"),
     ):
-        distillation.run(tmp_path / "run", steps=2)
+        distillation.run(tmp_path / "run", updates=2)
     assert not (tmp_path / "run").exists()
 
 
@@ -296,7 +335,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     for name in (".run.json.0a1b2c3d.partial", ".start.0a1b2c3d.partial"):  # the first that it writes
         run.mkdir(exist_ok=True)
         (run / name).write_text("half")
-    distillation.run(run, steps=1)
+    distillation.run(run, updates=1)
     assert not list(run.rglob("*.partial"))
     assert report(run).steps == 1
 

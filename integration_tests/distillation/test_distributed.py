@@ -15,7 +15,7 @@ from diffusers_ternary.distillation import DistillReport
 from integration_tests.support.fresh_process import ROOT
 
 
-SETTINGS = {"mode": "full", "steps": 4, "checkpoint_every": 2}
+SETTINGS = {"mode": "full", "updates": 4, "checkpoint_every": 2}
 DDP = """
     import json, sys
     from accelerate.state import AcceleratorState

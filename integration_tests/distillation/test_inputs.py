@@ -56,7 +56,7 @@ def test_processes_and_forwards_share_an_epoch():
     seen = []
     for process in range(2):
         data = Rows()
-        made = maker(data, process=process, processes=2, gradient_accumulation=2)
+        made = maker(data, process=process, processes=2, gradient_accumulation_steps=2)
         for step in range(5):
             for forward in range(2):
                 made.make(step, forward)
@@ -124,7 +124,7 @@ def test_the_rate_warms_up_and_decays(steps):
 def test_phases():
     layers = ["blocks.0.a", "blocks.0.b", "blocks.1.a", "blocks.2.a"]
     order = ["blocks.1", "blocks.0", "blocks.2"]
-    phases = plan_phases(DistillConfig(mode="blockwise", steps=40), layers, order)
+    phases = plan_phases(DistillConfig(mode="blockwise", updates=40), layers, order)
     assert [(phase.name, phase.steps) for phase in phases] == [
         ("blocks.1", 10),
         ("blocks.0", 10),
@@ -134,11 +134,11 @@ def test_phases():
     assert list(phases[1].training) == ["blocks.0.a", "blocks.0.b"]
     assert all(training.latents for training in phases[1].training.values())
     assert not any(training.latents for training in phases[3].training.values())
-    (full,) = plan_phases(DistillConfig(mode="full", steps=40), layers, order)
+    (full,) = plan_phases(DistillConfig(mode="full", updates=40), layers, order)
     assert full.block is None
     assert set(full.training) == set(layers)
-    with pytest.raises(ValueError, match="steps=3 is too few"):
-        plan_phases(DistillConfig(mode="blockwise", steps=3), layers, order)
+    with pytest.raises(ValueError, match="updates=3 is too few"):
+        plan_phases(DistillConfig(mode="blockwise", updates=3), layers, order)
 
 
 def test_the_guard_stops_at_nan_and_at_explosions():

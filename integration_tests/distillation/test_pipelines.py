@@ -16,7 +16,7 @@ def test_a_pipeline_is_distilled(name, tmp_path):
     pipeline = tiny.build()
     settings = DistillConfig(
         mode="full",
-        steps=6,
+        updates=6,
         batch_size=2,
         held_out=2,
         evaluate_every=3,

@@ -15,7 +15,7 @@ from integration_tests.support.pipelines import PIPELINES
 
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-OPTIONS = ["--prompts", "template:9", "--held-out", "3", "--steps", "2", "--float32"]
+OPTIONS = ["--prompts", "template:9", "--held-out", "3", "--updates", "2", "--float32"]
 EXTRA = {"sana": ["--batch-size", "2"], "flux": ["--rows", "2", "--rank", "2"]}
 
 

@@ -42,7 +42,7 @@ def teacher(*, guidance_embeds: bool = False) -> DiffusionPipeline:
 
 def settings(**changes: Any) -> DistillConfig:
     """Settings of a short run; calibration is left out."""
-    defaults = {"steps": 6, "batch_size": 3, "held_out": 4, "calibration": None, "call_kwargs": CALL}
+    defaults = {"updates": 6, "batch_size": 3, "held_out": 4, "calibration": None, "call_kwargs": CALL}
     return DistillConfig(**{**defaults, **changes})
 
 
