@@ -127,16 +127,14 @@ class Trainer:
     def _step(self, network: nn.Module, teacher: TeacherNetwork, optimizer: Any) -> str | None:
         """One update; returns why there must not be another."""
         start = time.perf_counter(), time.process_time()
-        total = 0.0
-        for forward in range(self.config.gradient_accumulation_steps):
+        total, forwards = 0.0, self.config.gradient_accumulation_steps
+        for forward in range(forwards):
             made = self.inputs.make(self.progress.step, forward)
             inputs = made.to(self.accelerator.device, float_dtype(self.teacher))
             targets = teacher(inputs)
             with self.accelerator.accumulate(network):
                 loss = network(made.to(self.accelerator.device, float_dtype(self.student)), targets)
-                total += (
-                    float(self.accelerator.reduce(loss.detach(), "mean")) / self.config.gradient_accumulation_steps
-                )
+                total += float(self.accelerator.reduce(loss.detach(), "mean")) / forwards
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
