@@ -3,9 +3,9 @@
 
 from ..rollouts.prompt_templates import template_prompts
 from ..rollouts.prompts import read_prompts
-from .batch import TeacherBatch
 from .config import DistillConfig
 from .distill import distill
+from .layout import TeacherBatch
 from .report import DistillReport
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`distill`: trains a ternary student on its own teacher, with prompts only."""
 
+import dataclasses
 import importlib.metadata
 import math
 import os
@@ -20,20 +21,21 @@ from ..backend import below_compiled_wrappers, bits_per_weight, packed_layers, w
 from ..backend.config import TernaryConfig
 from ..backend.reports import attach_report
 from ..extras import check_extra
-from ..files import new_folder
-from ..rollouts import Rollouts, check_prompts, evaluation_mode, make_rollouts, weights_sha256
+from ..rollouts import check_prompts, evaluation_mode, float_dtype, make_rollouts, weights_sha256
 from ..rollouts.prompts import check_disjoint, split_held_out
 from .cache import TeacherCache
 from .config import DistillConfig
 from .engine import Trainer
-from .held_out import HeldOutError, float_dtype
+from .held_out import HeldOutError
+from .identity import flat, json_values
 from .inputs import InputMaker
 from .memory import available_memory, check_memory, observed_tokens
-from .noise import observe_noise
+from .noise import NoiseProcess, observe_noise
 from .online import TeacherPool
 from .progress import Progress
+from .recording import TeacherRecorder
 from .report import DistillReport
-from .run_folder import check_run, flat, own_run, recover_run, start_run
+from .run_folder import check_run, load_student, own_run, recover_run, save_student, start_run
 from .start import StudentSource, given_student, make_student, teacher_component, with_denoiser
 
 
@@ -119,135 +121,41 @@ def distill(
     if distill_config.optimizer == "adamw8bit":
         check_extra("bitsandbytes", "optimizer='adamw8bit'")
     start = None if student is None else given_student(student, component, teacher)
-    training, held_out = _split(teacher_pipeline, prompts, held_out_prompts, distill_config)
+    training, held_out = _recorders(teacher_pipeline, component, prompts, held_out_prompts, distill_config)
     folder = pathlib.Path(output_dir)
     accelerator = accelerator or _make_accelerator(distill_config, teacher, folder)
     parts = teacher_pipeline.components.values()
     with own_run(folder, main_process=accelerator.is_main_process), evaluation_mode(parts):
-        trained = _distill(
-            teacher_pipeline,
-            component,
-            start,
+        run = _Run(
             training,
             held_out,
+            start,
             config,
             distill_config,
             folder,
             pathlib.Path(cache_dir) if cache_dir is not None else folder / "cache",
             accelerator,
-            progress=progress,
         )
-    report = DistillReport.load_json(folder / _REPORT)
+        trained = run.finish(show_progress=progress)
+        report = DistillReport.load_json(folder / _REPORT)
     return attach_report(with_denoiser(teacher_pipeline, component, trained), report, return_report)
 
 
-def _distill(
-    teacher_pipeline: DiffusionPipeline,
+def _recorders(
+    pipeline: DiffusionPipeline,
     component: str,
-    start: nn.Module | None,
-    training: Rollouts,
-    held_out: Rollouts,
-    config: TernaryConfig,
-    distill_config: DistillConfig,
-    folder: pathlib.Path,
-    caches: pathlib.Path,
-    accelerator: Accelerator,
-    *,
-    progress: bool,
-) -> nn.Module:
-    """The run itself, in a folder that is its own; returns the best student."""
-    teacher = teacher_pipeline.components[component]
-    identity = _identity(teacher_pipeline, config, distill_config, training, held_out, start, accelerator)
-    # Before anything is written, and in all processes before the first of them writes.
-    check_run(folder, identity)
-    if accelerator.is_main_process:
-        recover_run(folder)
-    accelerator.wait_for_everyone()
-    if (folder / _REPORT).is_file():  # the run has ended before
-        return _load(teacher, folder / "best", accelerator)
-    teacher.to(accelerator.device)
-    with observed_tokens(teacher) as tokens:
-        noise = observe_noise(
-            teacher_pipeline,
-            teacher,
-            held_out,
-            timesteps=distill_config.timesteps,
-            uniform_fraction=distill_config.uniform_fraction,
-        )
-    check_memory(
-        teacher,
-        config,
-        distill_config,
-        tokens=tokens[0],
-        available=available_memory(accelerator.device, teacher),
-        shards=accelerator.num_processes if accelerator.is_fsdp2 else 1,
-    )
-    if accelerator.is_main_process:
-        start_run(folder, identity)
-        if not (folder / "start").exists():
-            if start is None:
-                work = folder / "calibration"
-                start = make_student(
-                    teacher_pipeline, component, training.prompts, config, distill_config, work_dir=work
-                )
-            _save_start(start, folder)
-    accelerator.wait_for_everyone()
-    data: TeacherCache | TeacherPool
-    if distill_config.online_pool:
-        data = _pool(teacher_pipeline, training, distill_config.online_pool, component, accelerator)
-    else:
-        data = _cache(teacher_pipeline, training, caches / "training", component, accelerator)
-    unseen = _cache(teacher_pipeline, held_out, caches / "held_out", component, accelerator)
-    if distill_config.trackers:
-        accelerator.init_trackers("diffusers-ternary", config=flat(distill_config.to_dict()))
-    trainer = Trainer(
-        accelerator,
-        teacher,
-        _load(teacher, folder / "start", accelerator),
-        inputs=InputMaker(
-            data,
-            noise,
-            distill_config,
-            random_guidance=bool(getattr(teacher.config, "guidance_embeds", False)),
-            listed=data.layout.listed,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
-        ),
-        held_out=HeldOutError(
-            unseen,
-            noise,
-            teacher,
-            batch_size=distill_config.batch_size,
-            device=accelerator.device,
-            listed=unseen.layout.listed,
-        ),
-        config=distill_config,
-        folder=folder,
-        show_progress=progress,
-    )
-    result = trainer.run()
-    if isinstance(data, TeacherPool):
-        data.close()
-    for tracker in accelerator.trackers:
-        tracker.finish()  # not end_training(): the process group is the caller's
-    if accelerator.is_main_process:
-        report = _report(trainer.student, result, identity, config, distill_config, accelerator)
-        report.save_json(folder / _REPORT)
-    accelerator.wait_for_everyone()
-    return trainer.student
-
-
-def _split(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], held_out: Sequence[str] | None, config: DistillConfig
-) -> tuple[Rollouts, Rollouts]:
-    """Training and held-out trajectories, checked."""
+    prompts: Sequence[str],
+    held_out: Sequence[str] | None,
+    config: DistillConfig,
+) -> tuple[TeacherRecorder, TeacherRecorder]:
+    """What draws the training and the held-out trajectories, checked."""
     if held_out is None:
         prompts, held_out = split_held_out(check_prompts(prompts), config.held_out)
     rows, call = config.batch_size, config.call_kwargs
     training = make_rollouts(pipeline, prompts, seed=config.seed * _SEED_STRIDE, batch_size=rows, call_kwargs=call)
     unseen = make_rollouts(pipeline, held_out or (), seed=_HELD_OUT_SEED, batch_size=rows, call_kwargs=call)
     check_disjoint(training.prompts, unseen.prompts)
-    return training, unseen
+    return TeacherRecorder(pipeline, component, training), TeacherRecorder(pipeline, component, unseen)
 
 
 def _make_accelerator(config: DistillConfig, teacher: nn.Module, folder: pathlib.Path) -> Accelerator:
@@ -269,102 +177,172 @@ def _make_accelerator(config: DistillConfig, teacher: nn.Module, folder: pathlib
     )
 
 
-def _identity(
-    pipeline: DiffusionPipeline,
-    config: TernaryConfig,
-    distill_config: DistillConfig,
-    training: Rollouts,
-    held_out: Rollouts,
-    start: nn.Module | None,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """Everything that the result depends on."""
-    settings = distill_config.to_dict()
-    for name in _WITHOUT_EFFECT:
-        settings.pop(name)
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    return flat(
-        {
-            "teacher": weights_sha256(modules),
-            "student": None if start is None else weights_sha256({"student": start}),
-            "training_prompts": training.sha256(),
-            "held_out_prompts": held_out.sha256(),
-            "config": config.to_dict() if start is None else None,
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A run in a folder that is its own.
+
+    Args:
+        training, held_out ([`TeacherRecorder`]): the teacher with the prompts of either kind.
+        start (`nn.Module`, *optional*): packed student to start from; `None` = made of the teacher.
+        config ([`TernaryConfig`]), distill_config ([`DistillConfig`]): how.
+        folder (`pathlib.Path`): of the run.
+        caches (`pathlib.Path`): where the teacher's latents are kept.
+        accelerator (`Accelerator`): device, processes, precision and trackers.
+    """
+
+    training: TeacherRecorder
+    held_out: TeacherRecorder
+    start: nn.Module | None
+    config: TernaryConfig
+    distill_config: DistillConfig
+    folder: pathlib.Path
+    caches: pathlib.Path
+    accelerator: Accelerator
+
+    def finish(self, *, show_progress: bool) -> nn.Module:
+        """Trains until `best/` and the report are in the folder, unless they are there; returns the best student."""
+        accelerator, teacher = self.accelerator, self.training.denoiser
+        identity = self._identity()
+        # Before anything is written, and in all processes before the first of them writes.
+        check_run(self.folder, identity)
+        if accelerator.is_main_process:
+            recover_run(self.folder)
+        accelerator.wait_for_everyone()
+        if (self.folder / _REPORT).is_file():
+            return load_student(self.folder / "best", teacher, accelerator.device)
+        teacher.to(accelerator.device)
+        noise = self._observe_noise()
+        if accelerator.is_main_process:
+            start_run(self.folder, identity)
+            self._make_start()
+        accelerator.wait_for_everyone()
+        data = self._training_data()
+        inputs = InputMaker(
+            data,
+            noise,
+            self.distill_config,
+            random_guidance=bool(getattr(teacher.config, "guidance_embeds", False)),
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        held_out = HeldOutError(
+            self._cache(self.held_out, "held_out"),
+            noise,
+            teacher,
+            batch_size=self.distill_config.batch_size,
+            device=accelerator.device,
+        )
+        if self.distill_config.trackers:
+            accelerator.init_trackers("diffusers-ternary", config=flat(json_values(self.distill_config.to_dict())))
+        student = load_student(self.folder / "start", teacher, accelerator.device)
+        trainer = Trainer(
+            accelerator,
+            teacher,
+            student,
+            inputs=inputs,
+            held_out=held_out,
+            config=self.distill_config,
+            folder=self.folder,
+            show_progress=show_progress,
+        )
+        result = trainer.run()
+        if isinstance(data, TeacherPool):
+            data.close()
+        for tracker in accelerator.trackers:
+            tracker.finish()  # not end_training(): the process group is the caller's
+        if accelerator.is_main_process:
+            self._report(trainer.student, result, identity).save_json(self.folder / _REPORT)
+        accelerator.wait_for_everyone()
+        return trainer.student
+
+    def _identity(self) -> dict[str, Any]:
+        """Everything that the result depends on."""
+        settings = {name: v for name, v in self.distill_config.to_dict().items() if name not in _WITHOUT_EFFECT}
+        identity = {
+            "teacher": self.training.weights_sha256(),
+            "student": None if self.start is None else weights_sha256({"student": self.start}),
+            "training_prompts": self.training.rollouts.sha256(),
+            "held_out_prompts": self.held_out.rollouts.sha256(),
+            "config": self.config.to_dict() if self.start is None else None,
             "distill_config": settings,
-            "processes": accelerator.num_processes,
+            "processes": self.accelerator.num_processes,
             "version": importlib.metadata.version("diffusers-ternary"),
         }
-    )
+        return flat(json_values(identity))
 
+    def _observe_noise(self) -> NoiseProcess:
+        """The pipeline's noise process, from a trajectory that also tells whether the run fits into memory."""
+        teacher, config = self.training.denoiser, self.distill_config
+        with observed_tokens(teacher) as tokens:
+            noise = observe_noise(
+                self.held_out.pipeline,
+                teacher,
+                self.held_out.rollouts,
+                timesteps=config.timesteps,
+                uniform_fraction=config.uniform_fraction,
+            )
+        check_memory(
+            teacher,
+            self.config,
+            config,
+            tokens=tokens[0],
+            available=available_memory(self.accelerator.device, teacher),
+            shards=self.accelerator.num_processes if self.accelerator.is_fsdp2 else 1,
+        )
+        return noise
 
-def _save_start(student: nn.Module, folder: pathlib.Path) -> None:
-    with new_folder(folder / "start") as temporary:
-        student.save_pretrained(temporary)  # type: ignore[operator]
+    def _make_start(self) -> None:
+        """Stores the student that training starts from, unless an earlier call has done it."""
+        if (self.folder / "start").exists():
+            return
+        start = self.start
+        if start is None:
+            start = make_student(
+                self.training.pipeline,
+                self.training.component,
+                self.training.rollouts.prompts,
+                self.config,
+                self.distill_config,
+                work_dir=self.folder / "calibration",
+            )
+        save_student(start, self.folder / "start")
 
+    def _training_data(self) -> TeacherCache | TeacherPool:
+        size = self.distill_config.online_pool
+        if not size:
+            return self._cache(self.training, "training")
+        rollouts = dataclasses.replace(
+            self.training.rollouts,
+            # A pool for each process, of other noise.
+            seed=self.training.rollouts.seed + self.accelerator.process_index * _POOL_SEED_STRIDE,
+            batch_size=math.gcd(size, self.training.rollouts.batch_size),
+        )
+        return TeacherPool(dataclasses.replace(self.training, rollouts=rollouts), size)
 
-def _load(teacher: nn.Module, folder: pathlib.Path, accelerator: Accelerator) -> nn.Module:
-    student = type(teacher).from_pretrained(folder, dtype=float_dtype(teacher))  # type: ignore[attr-defined]
-    return student.to(accelerator.device).eval()
+    def _cache(self, recorder: TeacherRecorder, name: str) -> TeacherCache:
+        processes = {"process": self.accelerator.process_index, "processes": self.accelerator.num_processes}
+        cache = TeacherCache.build(recorder, self.caches / name, **processes)
+        self.accelerator.wait_for_everyone()
+        return cache
 
-
-def _cache(
-    pipeline: DiffusionPipeline, rollouts: Rollouts, folder: pathlib.Path, component: str, accelerator: Accelerator
-) -> TeacherCache:
-    cache = TeacherCache.build(
-        pipeline,
-        rollouts.prompts,
-        folder=folder,
-        call_kwargs=rollouts.call_kwargs,
-        seed=rollouts.seed,
-        batch_size=rollouts.batch_size,
-        component=component,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
-    accelerator.wait_for_everyone()
-    return cache
-
-
-def _pool(
-    pipeline: DiffusionPipeline, rollouts: Rollouts, size: int, component: str, accelerator: Accelerator
-) -> TeacherPool:
-    """A pool for each process, of other noise."""
-    return TeacherPool(
-        pipeline,
-        rollouts.prompts,
-        call_kwargs=rollouts.call_kwargs,
-        seed=rollouts.seed + accelerator.process_index * _POOL_SEED_STRIDE,
-        size=size,
-        batch_size=math.gcd(size, rollouts.batch_size),
-        component=component,
-    )
-
-
-def _report(
-    student: nn.Module,
-    progress: Progress,
-    identity: Mapping[str, Any],
-    config: TernaryConfig,
-    distill_config: DistillConfig,
-    accelerator: Accelerator,
-) -> DistillReport:
-    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
-    return DistillReport(
-        start_error=progress.history[0].held_out,
-        best_error=progress.best.held_out,
-        best_step=progress.best.step,
-        steps=progress.step,
-        stopped=progress.stopped,
-        history=progress.history,
-        bits_per_weight=bits_per_weight({name: layer.spec for name, layer in packed_layers(student).items()}),
-        trained_parameters=progress.trained,
-        teacher_sha256=identity["teacher"],
-        training_prompts_sha256=identity["training_prompts"],
-        held_out_prompts_sha256=identity["held_out_prompts"],
-        seconds=progress.seconds,
-        cpu_seconds=progress.cpu_seconds,
-        processes=accelerator.num_processes,
-        config=config.to_dict(),
-        distill_config=distill_config.to_dict(),
-        versions={**versions, "python": platform.python_version(), "device": str(accelerator.device)},
-    )
+    def _report(self, student: nn.Module, progress: Progress, identity: Mapping[str, Any]) -> DistillReport:
+        versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+        return DistillReport(
+            start_error=progress.history[0].held_out,
+            best_error=progress.best.held_out,
+            best_step=progress.best.step,
+            steps=progress.step,
+            stopped=progress.stopped,
+            history=tuple(progress.history),
+            bits_per_weight=bits_per_weight({name: layer.spec for name, layer in packed_layers(student).items()}),
+            trained_parameters=progress.trained,
+            teacher_sha256=identity["teacher"],
+            training_prompts_sha256=identity["training_prompts"],
+            held_out_prompts_sha256=identity["held_out_prompts"],
+            seconds=progress.seconds,
+            cpu_seconds=progress.cpu_seconds,
+            processes=self.accelerator.num_processes,
+            config=self.config.to_dict(),
+            distill_config=self.distill_config.to_dict(),
+            versions={**versions, "python": platform.python_version(), "device": str(self.accelerator.device)},
+        )

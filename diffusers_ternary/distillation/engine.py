@@ -12,18 +12,18 @@ from accelerate import Accelerator
 from diffusers.utils.logging import tqdm
 from torch import nn
 
-from ..files import new_folder
+from ..rollouts import float_dtype
 from .blocks import BlockRecorder, block_names
 from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import DistillConfig
-from .guard import DivergenceGuard
-from .held_out import HeldOutError, float_dtype
+from .held_out import HeldOutError
 from .inputs import InputMaker
-from .loss import StudentNetwork, TeacherNetwork
+from .loss import DenoiserInputs, StudentNetwork, TeacherNetwork
 from .online import load_pool, save_pool
 from .optimizer import MAX_GRADIENT_NORM, make_optimizer, parameter_groups, rate_factor
 from .phases import Phase, plan_phases
-from .progress import Progress
+from .progress import Evaluation, Progress
+from .run_folder import load_student, save_student
 from .trainable import whole
 from .trainee import make_trainee, ternary_layers, train_others, write_back
 
@@ -89,7 +89,7 @@ class Trainer:
             resumed = checkpoint if checkpoint is not None and self.progress.phase == number else None
             self._run_phase(phase, number, resumed if self.progress.phase_step else None)
             self.accelerator.free_memory()
-            self.progress = dataclasses.replace(self.progress, phase=number + 1, phase_step=0, guard=DivergenceGuard())
+            self.progress.start_phase(number + 1)
         self._bar.close()
         self._load(self.folder / "best")
         return self.progress
@@ -99,8 +99,7 @@ class Trainer:
         train_others(trainee, phase.train_other)
         self._enable_gradient_checkpointing(trainee)
         blocks = [phase.block] if phase.block else list(self.blocks) if self.config.block_weight else []
-        trained = {phase.name: sum(p.numel() for p in trainee.parameters() if p.requires_grad)}
-        self.progress = dataclasses.replace(self.progress, trained={**self.progress.trained, **trained})
+        self.progress.trained[phase.name] = sum(p.numel() for p in trainee.parameters() if p.requires_grad)
         groups = parameter_groups(trainee, self.config, steps=phase.steps)
         optimizer = make_optimizer(groups, self.config, self.accelerator.device)
         network: Any = StudentNetwork(trainee, blocks, block_weight=self.config.block_weight, stop_after=phase.block)
@@ -116,7 +115,7 @@ class Trainer:
                     group["lr"] = peak * rate_factor(step, phase.steps)
                 fault = self._step(network, teacher, optimizer)
                 if fault is not None:
-                    self.progress = dataclasses.replace(self.progress, stopped=f"step {self.progress.step}: {fault}")
+                    self.progress.stopped = f"step {self.progress.step}: {fault}"
                     return
                 self._after_step(trainee, network, optimizer, last=step + 1 == phase.steps)
         finally:
@@ -129,11 +128,10 @@ class Trainer:
         start = time.perf_counter(), time.process_time()
         total, forwards = 0.0, self.config.gradient_accumulation_steps
         for forward in range(forwards):
-            made = self.inputs.make(self.progress.step, forward)
-            inputs = made.to(self.accelerator.device, float_dtype(self.teacher))
+            inputs = self._inputs(self.progress.step, forward)
             targets = teacher(inputs)
             with self.accelerator.accumulate(network):
-                loss = network(made.to(self.accelerator.device, float_dtype(self.student)), targets)
+                loss = network(inputs, targets)
                 total += float(self.accelerator.reduce(loss.detach(), "mean")) / forwards
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
@@ -143,10 +141,15 @@ class Trainer:
                         return fault
                 optimizer.step()
                 optimizer.zero_grad()
-        self.progress = self.progress.advanced(
-            seconds=time.perf_counter() - start[0], cpu_seconds=time.process_time() - start[1], loss=total
-        )
+        self.progress.step += 1
+        self.progress.phase_step += 1
+        self.progress.loss = total
+        self.progress.seconds += time.perf_counter() - start[0]
+        self.progress.cpu_seconds += time.process_time() - start[1]
         return None
+
+    def _inputs(self, step: int, forward: int) -> DenoiserInputs:
+        return self.inputs.make(step, forward).to(self.accelerator.device, float_dtype(self.teacher))
 
     def _after_step(self, trainee: nn.Module, network: nn.Module, optimizer: Any, *, last: bool) -> None:
         step = self.progress.step
@@ -166,29 +169,25 @@ class Trainer:
                 step,
                 network,
                 optimizer.optimizer,
-                self.progress.to_dict(),
+                dataclasses.asdict(self.progress),
                 main_process=self.accelerator.is_main_process,
             )
 
     def _evaluate(self) -> None:
         """Held-out error of the packed student; the best one is kept."""
-        error = self.held_out.of(self.student)
-        better = error < self.progress.best_error
-        self.progress = self.progress.evaluated(error)
-        self.accelerator.log({"held_out_error": error}, step=self.progress.step)
-        if better or not (self.folder / "best").exists():
+        now = Evaluation(self.progress.step, self.progress.loss, self.held_out.of(self.student))
+        self.progress.history.append(now)
+        self.accelerator.log({"held_out_error": now.held_out}, step=now.step)
+        if self.progress.best is now or not (self.folder / "best").exists():
             self._save_student(self.folder / "best")
 
     def _save_student(self, target: pathlib.Path) -> None:
         if self.accelerator.is_main_process:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with new_folder(target) as temporary:
-                self.student.save_pretrained(temporary)  # type: ignore[operator]
+            save_student(self.student, target)
         self.accelerator.wait_for_everyone()
 
     def _load(self, folder: pathlib.Path) -> None:
-        stored = type(self.student).from_pretrained(folder, dtype=float_dtype(self.student))  # type: ignore[attr-defined]
-        self.student = stored.to(self.accelerator.device)
+        self.student = load_student(folder, self.teacher, self.accelerator.device)
 
     def _enable_gradient_checkpointing(self, trainee: nn.Module) -> None:
         wanted = self.config.gradient_checkpointing
@@ -205,7 +204,7 @@ class Trainer:
         """Blocks as they run, which is not always the order in which they are defined."""
         recorder = BlockRecorder(self.teacher, self.blocks)
         with torch.no_grad(), recorder:
-            self.inputs.make(0, 0).to(self.accelerator.device, float_dtype(self.teacher)).call(self.teacher)
+            self._inputs(0, 0).call(self.teacher)
         recorder.close()
         return list(recorder.outputs)
 

@@ -4,6 +4,7 @@
 import torch
 from torch import nn
 
+from ..rollouts import float_dtype, normalized_error
 from .inputs import TeacherData, held_out_inputs
 from .loss import DenoiserInputs
 from .noise import NoiseProcess
@@ -21,41 +22,23 @@ class HeldOutError:
         teacher (`nn.Module`): asked once for each state.
         batch_size (`int`): rows of a forward.
         device (`torch.device`): where both denoisers are.
-        listed (`bool`, *optional*, defaults to `False`): see [`DenoiserInputs`].
     """
 
     def __init__(
-        self,
-        data: TeacherData,
-        noise: NoiseProcess,
-        teacher: nn.Module,
-        *,
-        batch_size: int,
-        device: torch.device,
-        listed: bool = False,
+        self, data: TeacherData, noise: NoiseProcess, teacher: nn.Module, *, batch_size: int, device: torch.device
     ) -> None:
-        self._device = device
+        self._device, self._dtype = device, float_dtype(teacher)
         self._cases: list[tuple[DenoiserInputs, torch.Tensor]] = []
-        dtype = float_dtype(teacher)
-        with torch.no_grad():
-            for draw in range(_DRAWS):
-                for start in range(0, len(data), batch_size):
-                    rows = range(start, min(start + batch_size, len(data)))
-                    inputs = held_out_inputs(data, noise, rows, draw=draw, listed=listed)
-                    self._cases.append((inputs, inputs.to(device, dtype).call(teacher).float().cpu()))
+        for draw in range(_DRAWS):
+            for start in range(0, len(data), batch_size):
+                rows = range(start, min(start + batch_size, len(data)))
+                inputs = held_out_inputs(data, noise, rows, draw=draw)
+                self._cases.append((inputs, self._predict(teacher, inputs)))
 
-    @torch.no_grad()
     def of(self, student: nn.Module) -> float:
         """The error of a student; NaN if it predicts NaN."""
-        dtype = float_dtype(student)
-        error = norm = 0.0
-        for inputs, expected in self._cases:
-            predicted = inputs.to(self._device, dtype).call(student).float().cpu()
-            error += float((predicted - expected).double().square().sum())
-            norm += float(expected.double().square().sum())
-        return error / norm if norm else float("nan")
+        return normalized_error((self._predict(student, inputs), expected) for inputs, expected in self._cases)
 
-
-def float_dtype(module: nn.Module) -> torch.dtype:
-    """Dtype of a module's first floating parameter."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    @torch.no_grad()
+    def _predict(self, denoiser: nn.Module, inputs: DenoiserInputs) -> torch.Tensor:
+        return inputs.to(self._device, self._dtype).call(denoiser).float().cpu()

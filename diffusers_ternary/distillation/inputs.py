@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from .batch import TeacherBatch
 from .config import DistillConfig
+from .layout import TeacherBatch
 from .loss import DenoiserInputs
 from .noise import NoiseProcess
 
@@ -40,7 +40,6 @@ class InputMaker:
         noise ([`NoiseProcess`]): of the pipeline.
         config ([`DistillConfig`]): shares of rollout states, dropped prompts, ...
         random_guidance (`bool`): whether the denoiser takes a guidance input that is to be drawn.
-        listed (`bool`): whether the denoiser takes its sample as a list.
         process (`int`), processes (`int`): which of the processes this is.
     """
 
@@ -48,7 +47,6 @@ class InputMaker:
     noise: NoiseProcess
     config: DistillConfig
     random_guidance: bool
-    listed: bool = False
     process: int = 0
     processes: int = 1
 
@@ -76,7 +74,7 @@ class InputMaker:
             low, high = self.config.guidance_range
             guidance = low + (high - low) * torch.rand(rows, generator=generator)
             conditioning["guidance"] = guidance.to(conditioning["guidance"].dtype)
-        return DenoiserInputs(sample, timestep, conditioning, self.listed)
+        return DenoiserInputs(sample, timestep, conditioning, batch.listed)
 
     def _indices(self, start: int, count: int) -> list[int]:
         size = len(self.data)
@@ -85,9 +83,7 @@ class InputMaker:
         return [orders[position // size][position % size] for position in range(start, start + count)]
 
 
-def held_out_inputs(
-    data: TeacherData, noise: NoiseProcess, indices: Sequence[int], *, draw: int, listed: bool = False
-) -> DenoiserInputs:
+def held_out_inputs(data: TeacherData, noise: NoiseProcess, indices: Sequence[int], *, draw: int) -> DenoiserInputs:
     """Inputs for the held-out evaluation: the same in every run.
 
     States of the teacher's own trajectories where there are any, else noised latents.
@@ -97,16 +93,15 @@ def held_out_inputs(
         noise ([`NoiseProcess`]): of the pipeline.
         indices (`Sequence[int]`): rows.
         draw (`int`): which random state of each row.
-        listed (`bool`): whether the denoiser takes its sample as a list.
     """
     generator = seeded(0, draw, indices[0], 0)
     batch = data.batch(indices, generator)
     if batch.rollout is not None:
         sample, timestep = batch.rollout
-        return DenoiserInputs(sample.float(), timestep.float(), batch.conditioning, listed)
+        return DenoiserInputs(sample.float(), timestep.float(), batch.conditioning, batch.listed)
     levels = noise.draw_levels(len(indices), generator)
     sample = noise.mix(batch.sample, torch.randn(batch.sample.shape, generator=generator), levels)
-    return DenoiserInputs(sample, noise.timesteps(levels), batch.conditioning, listed)
+    return DenoiserInputs(sample, noise.timesteps(levels), batch.conditioning, batch.listed)
 
 
 def seeded(*numbers: int) -> torch.Generator:

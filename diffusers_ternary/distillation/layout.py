@@ -2,18 +2,75 @@
 """Takes the denoiser's inputs apart into rows (one per prompt), and puts rows together to a batch again."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-
-from .batch import TeacherBatch
 
 
 Path = tuple[str, ...]
 # How an input is made of rows: a tensor [rows, ...], a list with a tensor per row (of any length each), a list that
 # repeats one constant, a padding mask that is left out where nothing is padded, or the same for all rows.
 STACKED, LISTED, REPEATED, MASK, SHARED = KINDS = ("stacked", "listed", "repeated", "mask", "shared")
+_SAMPLE, _STATES, _TIMESTEPS, _INPUT = "sample", "states", "timesteps", "input"
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherBatch:
+    """B rows of the teacher's own data, on the CPU. No real image is in them.
+
+    Args:
+        sample (`torch.Tensor`): float32 [B, ...], x0: clean latents that the teacher drew, in the denoiser's own
+            input layout (Flux: packed tokens [B, tokens, channels]).
+        conditioning (`Mapping[str, Any]`): the denoiser's other keyword arguments as the pipeline passes them (text
+            embeddings, pooled embeddings, guidance, position ids, ...), without the sample and the timestep. Tensors
+            with a row per prompt are stacked to [B, ...]; what all prompts share (`txt_ids`, `img_ids`) is as the
+            pipeline passes it.
+        null_conditioning (`Mapping[str, Any]`, *optional*): the same for the unconditional branch, if the pipeline
+            runs classifier-free guidance.
+        rollout (`tuple[torch.Tensor, torch.Tensor]`, *optional*): true states of the teacher's trajectories, one
+            random step per row: x_t float32 [B, ...] and the timestep [B] as the denoiser receives it.
+        listed (`bool`): whether the denoiser takes the sample as a list with a tensor per row.
+    """
+
+    sample: torch.Tensor
+    conditioning: Mapping[str, Any]
+    null_conditioning: Mapping[str, Any] | None = None
+    rollout: tuple[torch.Tensor, torch.Tensor] | None = None
+    listed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherRow:
+    """What the teacher made of one prompt.
+
+    Args:
+        sample (`torch.Tensor`): float32, x0 in the denoiser's input layout.
+        inputs (`Mapping[tuple[str, ...], torch.Tensor]`): the prompt's part of the denoiser's inputs.
+        states (`torch.Tensor`, *optional*): [S, ...], x_t at S steps as the denoiser received it.
+        timesteps (`torch.Tensor`, *optional*): [S], of these states.
+    """
+
+    sample: torch.Tensor
+    inputs: Mapping[Path, torch.Tensor]
+    states: torch.Tensor | None = None
+    timesteps: torch.Tensor | None = None
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """All of it under keys that begin with a name, for a file."""
+        found = {join(name, (_INPUT, *path)): tensor for path, tensor in self.inputs.items()}
+        own = {_SAMPLE: self.sample, _STATES: self.states, _TIMESTEPS: self.timesteps}
+        return {**found, **{join(name, (part,)): tensor for part, tensor in own.items() if tensor is not None}}
+
+    @classmethod
+    def of(cls, tensors: Mapping[Path, torch.Tensor]) -> "TeacherRow":
+        """The row in tensors of a file, by their keys' paths."""
+        return cls(
+            sample=tensors[_SAMPLE,],
+            inputs={path[1:]: tensor for path, tensor in tensors.items() if path[0] == _INPUT},
+            states=tensors.get((_STATES,)),
+            timesteps=tensors.get((_TIMESTEPS,)),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +117,9 @@ class Branch:
         """
         inputs: dict[str, Any] = {}
         for path, kind in self.kinds.items():
+            place = inputs
+            for name in path[:-1]:
+                place = place.setdefault(name, {})
             if kind == SHARED:
                 value = self.shared[path]
             elif kind == REPEATED:
@@ -70,7 +130,7 @@ class Branch:
                 value = self._mask(path, rows)
             else:
                 value = self._stack(path, rows)
-            _insert(inputs, path, value)
+            place[path[-1]] = value
         return inputs
 
     def _stack(self, path: Path, rows: Sequence[Mapping[Path, torch.Tensor]]) -> torch.Tensor:
@@ -116,35 +176,18 @@ class InputLayout:
     null_row: Mapping[Path, torch.Tensor] | None = None
     position: int = 0
 
-
-@dataclasses.dataclass(frozen=True)
-class TeacherRow:
-    """What the teacher made of one prompt.
-
-    Args:
-        sample (`torch.Tensor`): float32, x0 in the denoiser's input layout.
-        inputs (`Mapping[tuple[str, ...], torch.Tensor]`): the prompt's part of the denoiser's inputs.
-        states (`torch.Tensor`, *optional*): [S, ...], x_t at S steps as the denoiser received it.
-        timesteps (`torch.Tensor`, *optional*): [S], of these states.
-    """
-
-    sample: torch.Tensor
-    inputs: Mapping[Path, torch.Tensor]
-    states: torch.Tensor | None = None
-    timesteps: torch.Tensor | None = None
-
-
-def assemble(layout: InputLayout, rows: Sequence[TeacherRow], generator: torch.Generator | None) -> TeacherBatch:
-    """A batch of these rows; the step of each rollout state is drawn from `generator`."""
-    null = None
-    if layout.unconditional is not None and layout.null_row is not None:
-        null = layout.unconditional.assemble([layout.null_row] * len(rows))
-    return TeacherBatch(
-        sample=torch.stack([row.sample for row in rows]),
-        conditioning=layout.conditional.assemble([row.inputs for row in rows]),
-        null_conditioning=null,
-        rollout=_rollout(rows, generator),
-    )
+    def assemble(self, rows: Sequence[TeacherRow], generator: torch.Generator | None) -> TeacherBatch:
+        """A batch of these rows; the step of each rollout state is drawn from `generator`."""
+        null = None
+        if self.unconditional is not None and self.null_row is not None:
+            null = self.unconditional.assemble([self.null_row] * len(rows))
+        return TeacherBatch(
+            sample=torch.stack([row.sample for row in rows]),
+            conditioning=self.conditional.assemble([row.inputs for row in rows]),
+            null_conditioning=null,
+            rollout=_rollout(rows, generator),
+            listed=self.listed,
+        )
 
 
 def _rollout(
@@ -185,6 +228,20 @@ def find_kinds(one: Mapping[str, Any], two: Mapping[str, Any], *, rows_of_one: i
     return kinds
 
 
+def join(name: str, path: Path) -> str:
+    """Key of a tensor in a file."""
+    return "/".join((name, *path))
+
+
+def keys_by_name(keys: Iterable[str]) -> dict[str, dict[Path, str]]:
+    """The keys of a file by name and path."""
+    found: dict[str, dict[Path, str]] = {}
+    for key in keys:
+        name, *path = key.split("/")
+        found.setdefault(name, {})[tuple(path)] = key
+    return found
+
+
 def leaves(inputs: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Values by their path through nested dictionaries."""
     for name, value in inputs.items():
@@ -196,13 +253,10 @@ def leaves(inputs: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path,
 
 def same(first: Any, second: Any) -> bool:
     """Whether two inputs are equal, tensors bit by bit."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
     if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
-        return (
-            isinstance(first, torch.Tensor)
-            and isinstance(second, torch.Tensor)
-            and first.dtype == second.dtype
-            and torch.equal(first, second)
-        )
+        return False
     if isinstance(first, (list, tuple)) and type(first) is type(second):
         return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
     return bool(first == second)
@@ -220,12 +274,6 @@ def _length(value: Any) -> int | None:
     if isinstance(value, torch.Tensor):
         return value.shape[0] if value.dim() else None
     return len(value) if isinstance(value, list) else None
-
-
-def _insert(inputs: dict[str, Any], path: Path, value: Any) -> None:
-    for name in path[:-1]:
-        inputs = inputs.setdefault(name, {})
-    inputs[path[-1]] = value
 
 
 def _brief(value: Any) -> str:

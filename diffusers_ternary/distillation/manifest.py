@@ -8,19 +8,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
-from ..files import parse_json_object
+from ..files import read_json, recover_folder, write_text
 from ..rollouts import fingerprint, prompts_sha256
-from .layout import KINDS, Branch, InputLayout, Path
+from .layout import KINDS, Branch, InputLayout, join, keys_by_name
+from .shards import find_fault, hash_path, write_tensors
 
 
 FORMAT_VERSION = 1
+_MANIFEST, _SHARED = "manifest.json", "shared.safetensors"
 _NULL_ROW = "null_row"
+_REMEDY = "Delete the folder and cache again."
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Everything about a cache but its tensors.
+    """Everything about a cache but its rows.
 
     Args:
         identity (`Mapping[str, Any]`): what the content depends on: weights, scheduler, call, prompts, ... (JSON).
@@ -39,115 +43,86 @@ class Manifest:
         """SHA-256 of the identity."""
         return fingerprint(**self.identity)
 
-    def to_files(self) -> tuple[str, dict[str, torch.Tensor]]:
-        """The JSON text, and the tensors that it refers to.
+    def write(self, folder: pathlib.Path) -> None:
+        """Writes the manifest, and the tensors that it refers to, into the folder of a cache.
 
         Raises:
             ValueError: if the pipeline passes something to the denoiser that is not data.
         """
-        tensors: dict[str, torch.Tensor] = {}
-        layout = self.layout
+        null_row = self.layout.null_row or {}
+        tensors = {join(_NULL_ROW, path): tensor for path, tensor in null_row.items()}
+        branches = {"conditional": self.layout.conditional, "unconditional": self.layout.unconditional}
         content = {
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "identity": self.identity,
             "shard_prompts": self.shard_prompts,
             "layout": {
-                "sample": layout.sample,
-                "timestep": layout.timestep,
-                "listed": layout.listed,
-                "position": layout.position,
-                "conditional": _branch_to_json(layout.conditional, "conditional", tensors),
-                "unconditional": None
-                if layout.unconditional is None
-                else _branch_to_json(layout.unconditional, "unconditional", tensors),
+                "sample": self.layout.sample,
+                "timestep": self.layout.timestep,
+                "listed": self.layout.listed,
+                "position": self.layout.position,
+                **{
+                    name: None if branch is None else _branch_to_json(branch, name, tensors)
+                    for name, branch in branches.items()
+                },
             },
             "prompts": list(self.prompts),
         }
-        for path, tensor in (layout.null_row or {}).items():
-            tensors[join(_NULL_ROW, path)] = tensor
-        return json.dumps(content, indent=1, ensure_ascii=False) + "\n", tensors
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (folder / _SHARED, hash_path(folder / _SHARED), folder / _MANIFEST):
+            recover_folder(name)
+        write_tensors(folder / _SHARED, tensors)
+        write_text(folder / _MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
-    def from_files(cls, path: pathlib.Path, tensors: Mapping[str, torch.Tensor]) -> "Manifest":
-        """Reads what [`to_files`] gave.
+    def read(cls, folder: pathlib.Path) -> "Manifest | None":
+        """The manifest of a folder, or `None` if there is none.
 
         Raises:
-            ValueError: if the JSON is damaged, or of a newer format.
+            ValueError: if it is damaged, or of a newer format.
         """
-        content = read_manifest(path)
-        try:
-            layout = content["layout"]
-            null_row = {split(name)[1]: tensor for name, tensor in tensors.items() if split(name)[0] == _NULL_ROW}
-            guided = layout["unconditional"]
-            prompts = prompts_sha256(content["prompts"])
-            if content["fingerprint"] != fingerprint(**content["identity"]):
-                raise KeyError("its fingerprint is of another identity")
-            if content["identity"].get("prompts_sha256", prompts) != prompts:
-                raise KeyError("its prompts are others than were cached")
-            return cls(
-                identity=content["identity"],
-                prompts=tuple(content["prompts"]),
-                shard_prompts=content["shard_prompts"],
-                layout=InputLayout(
-                    sample=layout["sample"],
-                    timestep=layout["timestep"],
-                    listed=layout["listed"],
-                    conditional=_branch_from_json(layout["conditional"], tensors),
-                    unconditional=None if guided is None else _branch_from_json(guided, tensors),
-                    null_row=null_row if guided is not None else None,
-                    position=layout["position"],
-                ),
+        content = read_json(folder / _MANIFEST, remedy=f"It is damaged. {_REMEDY}")
+        if content is None:
+            return None
+        version = content.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{folder / _MANIFEST} has format version {version}; this diffusers-ternary reads {FORMAT_VERSION}. "
+                "Use the version that wrote it, or another folder."
             )
+        fault = find_fault(folder / _SHARED)
+        if fault is not None:
+            raise ValueError(f"{folder / _SHARED} {fault}. {_REMEDY}")
+        try:
+            return cls._parse(content, load_file(folder / _SHARED))
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}). Delete the folder and cache again.") from error
+            raise ValueError(f"{folder / _MANIFEST} is damaged ({error!r}). {_REMEDY}") from error
 
-
-def read_manifest(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a manifest without its tensors.
-
-    Raises:
-        ValueError: if the JSON is damaged, or of a newer format.
-    """
-    try:
-        content = parse_json_object(path.read_bytes(), source=path)
-        version = content["format_version"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}). Delete the folder and cache again.") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version}; this diffusers-ternary reads {FORMAT_VERSION}. Use the version "
-            "that wrote it, or another folder."
+    @classmethod
+    def _parse(cls, content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "Manifest":
+        layout, prompts = content["layout"], tuple(content["prompts"])
+        if content["fingerprint"] != fingerprint(**content["identity"]):
+            raise KeyError("its fingerprint is of another identity")
+        sha256 = prompts_sha256(prompts)
+        if content["identity"].get("prompts_sha256", sha256) != sha256:
+            raise KeyError("its prompts are others than were cached")
+        guided = layout["unconditional"] is not None
+        null_row = {path: tensors[key] for path, key in keys_by_name(tensors).get(_NULL_ROW, {}).items()}
+        return cls(
+            identity=content["identity"],
+            prompts=prompts,
+            shard_prompts=content["shard_prompts"],
+            layout=InputLayout(
+                sample=layout["sample"],
+                timestep=layout["timestep"],
+                listed=layout["listed"],
+                conditional=_branch_from_json(layout["conditional"], tensors),
+                unconditional=_branch_from_json(layout["unconditional"], tensors) if guided else None,
+                null_row=null_row if guided else None,
+                position=layout["position"],
+            ),
         )
-    return content
-
-
-def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two identities, e.g. `scheduler.shift: 3.0 there, 1.0 here`."""
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-        there, here = old.get(name), new.get(name)
-        if isinstance(there, dict) and isinstance(here, dict):
-            found += find_differences(there, here, f"{prefix}{name}.")
-        elif there != here:
-            found.append(f"{prefix}{name}: {_short(there)} there, {_short(here)} here")
-    return found
-
-
-def json_values(value: Any) -> Any:
-    """`value` as it comes back from JSON; what JSON does not know appears as its `repr`."""
-    return json.loads(json.dumps(value, default=repr, sort_keys=True))
-
-
-def join(name: str, path: Path) -> str:
-    """Key of a tensor."""
-    return "/".join((name, *path))
-
-
-def split(key: str) -> tuple[str, Path]:
-    """Name and path of a key."""
-    name, *path = key.split("/")
-    return name, tuple(path)
 
 
 def _branch_to_json(branch: Branch, name: str, tensors: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
@@ -161,15 +136,13 @@ def _branch_to_json(branch: Branch, name: str, tensors: dict[str, torch.Tensor])
 
 
 def _branch_from_json(entries: list[dict[str, Any]], tensors: Mapping[str, torch.Tensor]) -> Branch:
-    kinds, shared = {}, {}
-    for entry in entries:
-        path = tuple(entry["path"])
-        if entry["kind"] not in KINDS:
-            raise KeyError(entry["kind"])
-        kinds[path] = entry["kind"]
-        if "shared" in entry:
-            shared[path] = _decode(entry["shared"], tensors)
-    return Branch(kinds, shared)
+    unknown = {entry["kind"] for entry in entries} - set(KINDS)
+    if unknown:
+        raise KeyError(*unknown)
+    return Branch(
+        kinds={tuple(entry["path"]): entry["kind"] for entry in entries},
+        shared={tuple(entry["path"]): _decode(entry["shared"], tensors) for entry in entries if "shared" in entry},
+    )
 
 
 def _encode(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -199,8 +172,3 @@ def _decode(entry: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
         items = [_decode(item, tensors) for item in content]
         return tuple(items) if kind == "tuple" else items
     return content
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:24]}...{text[-8:]}"

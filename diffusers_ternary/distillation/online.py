@@ -2,24 +2,21 @@
 """The teacher's data without a disk: a pool of finished trajectories, and one that is advanced step by step."""
 
 import copy
-import io
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
-from ..files import write_bytes
-from ..files.seals import is_sealed, seal
-from ..rollouts import RolloutBatch, make_rollouts, prepared
-from .batch import TeacherBatch
-from .layout import InputLayout, Path, TeacherRow, assemble
+from ..files.seals import read_sealed, write_sealed
+from ..rollouts import RolloutBatch, prepared
+from .layout import InputLayout, TeacherBatch, TeacherRow, keys_by_name
 from .recording import TeacherRecorder
 from .stepped import SteppedCall
 
 
-_RESTART = "The run cannot go on as it was: start it in another folder."
+_METADATA_KEY = "diffusers_ternary_pool"
 
 
 class TeacherPool:
@@ -27,49 +24,27 @@ class TeacherPool:
 
     Gives rows like a [`TeacherCache`]. Every batch that is taken advances one pipeline call by a scheduler step; when
     it is done, its rows replace the oldest of the pool. Prompts come in a new order in every round, each time with
-    other noise, so that no row is seen for long. All of it follows from `seed`; after [`~TeacherPool.load_state_dict`]
-    the pool goes on with the same bits.
+    other noise, so that no row is seen for long. All of it follows from the seed of the rollouts; after
+    [`~TeacherPool.load_state_dict`] the pool goes on with the same bits.
 
     Args:
-        pipeline (`DiffusionPipeline`): the teacher. Its denoiser may be called by others between two batches.
-        prompts (`Sequence[str]`): to draw.
-        call_kwargs (`Mapping[str, Any]`, *optional*): arguments of the pipeline call (steps, guidance, size, ...).
-        seed (`int`, *optional*, defaults to 0): of the order of the prompts and of the noise.
+        recorder ([`TeacherRecorder`]): draws the prompts. Its denoiser may be called by others between two batches.
         size (`int`, *optional*, defaults to 256): rows that the pool holds.
-        batch_size (`int`, *optional*, defaults to 1): prompts per pipeline call.
-        rollout_states (`int`, *optional*, defaults to 4): states x_t of each trajectory to keep; 0 = none.
-        component (`str`, *optional*): the denoiser; default: `transformer` or `unet`.
 
     Raises:
-        TypeError: if a prompt is not a string.
-        ValueError: for bad prompts, call arguments or sizes.
+        ValueError: for an impossible size.
     """
 
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        prompts: Sequence[str],
-        *,
-        call_kwargs: Mapping[str, Any] | None = None,
-        seed: int = 0,
-        size: int = 256,
-        batch_size: int = 1,
-        rollout_states: int = 4,
-        component: str | None = None,
-    ) -> None:
-        for name, value, least in (
-            ("size", size, 1),
-            ("batch_size", batch_size, 1),
-            ("rollout_states", rollout_states, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} is not an integer of {least} or more.")
-        if size % batch_size:
-            raise ValueError(f"size={size} is not a multiple of batch_size={batch_size}.")
-        own = copy.copy(pipeline)
-        own.scheduler = copy.deepcopy(pipeline.scheduler)  # stopped in the middle of a schedule, most of the time
-        self._rollouts = make_rollouts(own, prompts, seed=seed, batch_size=batch_size, call_kwargs=call_kwargs)
-        self._recorder = TeacherRecorder(own, self._rollouts, rollout_states=rollout_states, component=component)
+    def __init__(self, recorder: TeacherRecorder, size: int = 256) -> None:
+        rollouts = recorder.rollouts
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"size={size!r} is not an integer of 1 or more.")
+        if size % rollouts.batch_size:
+            raise ValueError(f"size={size} is not a multiple of batch_size={rollouts.batch_size}.")
+        own = copy.copy(recorder.pipeline)
+        own.scheduler = copy.deepcopy(own.scheduler)  # stopped in the middle of a schedule, most of the time
+        self._recorder = dataclasses.replace(recorder, pipeline=own)
+        self._rollouts = rollouts
         self._size = size
         self._layout: InputLayout | None = None
         self._rows: list[TeacherRow] = []
@@ -78,16 +53,6 @@ class TeacherPool:
 
     def __len__(self) -> int:
         return self._size
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """All prompts, in the order that they were given in."""
-        return self._rollouts.prompts
-
-    @property
-    def prompts_sha256(self) -> str:
-        """Hash of the prompts, in order."""
-        return self._rollouts.sha256()
 
     @property
     def layout(self) -> InputLayout:
@@ -113,7 +78,7 @@ class TeacherPool:
         while len(self._rows) < self._size:
             self._advance()
         self._advance()
-        return assemble(self.layout, [self._rows[int(index)] for index in indices], generator)
+        return self.layout.assemble([self._rows[int(index)] for index in indices], generator)
 
     def close(self) -> None:
         """Abandons the trajectory that is under way; a later batch starts it again."""
@@ -122,14 +87,13 @@ class TeacherPool:
             self._call = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything to go on from, as plain values and tensors that `torch.save` keeps."""
+        """Everything to go on from: JSON values, and the tensors of the rows by name under `"rows"`."""
+        rows = [row.tensors(f"{number:06d}") for number, row in enumerate(self._rows)]
         return {
-            "prompts_sha256": self.prompts_sha256,
-            "seed": self._rollouts.seed,
-            "size": self._size,
+            **self._identity(),
             "drawn": self._drawn,
             "steps": 0 if self._call is None else self._call.steps,
-            "rows": [_row_state(row) for row in self._rows],
+            "rows": {key: tensor for row in rows for key, tensor in row.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -138,17 +102,22 @@ class TeacherPool:
         Raises:
             ValueError: if the state is of other prompts, another seed or another size.
         """
-        ours = {"prompts_sha256": self.prompts_sha256, "seed": self._rollouts.seed, "size": self._size}
-        for name, value in ours.items():
+        for name, value in self._identity().items():
             if state[name] != value:
                 raise ValueError(f"The state is of a pool with {name}={state[name]!r}; this one has {value!r}.")
         self.close()
-        self._rows = [_row_from_state(row) for row in state["rows"]]
+        rows = keys_by_name(state["rows"])
+        self._rows = [
+            TeacherRow.of({path: state["rows"][key] for path, key in rows[name].items()}) for name in sorted(rows)
+        ]
         self._drawn = state["drawn"]
         if state["steps"]:
             self._call = self._start()
             for _ in range(state["steps"]):
                 self._call.advance()
+
+    def _identity(self) -> dict[str, Any]:
+        return {"prompts_sha256": self._rollouts.sha256(), "seed": self._rollouts.seed, "size": self._size}
 
     def _advance(self) -> None:
         """One step of the teacher."""
@@ -174,15 +143,15 @@ class TeacherPool:
 
     def _next_batch(self) -> RolloutBatch:
         numbers = range(self._drawn, self._drawn + self._rollouts.batch_size)
-        count, seed = len(self.prompts), self._rollouts.seed
+        prompts, seed = self._rollouts.prompts, self._rollouts.seed
         orders: dict[int, torch.Tensor] = {}
-        prompts = []
+        chosen = []
         for number in numbers:
-            rounds, place = divmod(number, count)
+            rounds, place = divmod(number, len(prompts))
             if rounds not in orders:
-                orders[rounds] = torch.randperm(count, generator=torch.Generator().manual_seed(seed + rounds))
-            prompts.append(self.prompts[int(orders[rounds][place])])
-        return RolloutBatch(tuple(prompts), tuple(seed + number for number in numbers))
+                orders[rounds] = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed + rounds))
+            chosen.append(prompts[int(orders[rounds][place])])
+        return RolloutBatch(tuple(chosen), tuple(seed + number for number in numbers))
 
 
 def save_pool(data: Any, folder: pathlib.Path, step: int, process: int) -> None:
@@ -194,15 +163,12 @@ def save_pool(data: Any, folder: pathlib.Path, step: int, process: int) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     older = sorted(folder.glob(_pool_name("*", process)))
-    buffer = io.BytesIO()
-    torch.save(data.state_dict(), buffer)
-    name = _pool_name(f"{step:08d}", process)
-    state = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-    sealed = io.BytesIO()
-    torch.save({"record": seal({"pool": name}, {"state": state}), "state": state}, sealed)
-    write_bytes(folder / name, sealed.getvalue())
-    for path in older[:-1]:  # the last one belongs to the checkpoint that is there until the new one is complete
-        path.unlink(missing_ok=True)
+    path = folder / _pool_name(f"{step:08d}", process)
+    state = data.state_dict()
+    rows = state.pop("rows")
+    write_sealed(path, {"pool": path.name, **state}, rows, metadata_key=_METADATA_KEY)
+    for file in older[:-1]:  # the last one belongs to the checkpoint that is there until the new one is complete
+        file.unlink(missing_ok=True)
 
 
 def load_pool(data: Any, folder: pathlib.Path, step: int, process: int) -> None:
@@ -218,24 +184,13 @@ def load_pool(data: Any, folder: pathlib.Path, step: int, process: int) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, so the run cannot go on as it was. Start it in another folder.")
     try:
-        stored = torch.load(path, weights_only=True)
-        intact = is_sealed(stored["record"], {"state": stored["state"]}) and stored["record"]["pool"] == path.name
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path} cannot be read ({error}). {_RESTART}") from error
-    if not intact:
-        raise ValueError(f"{path} is not as it was written, or of another step. {_RESTART}")
-    data.load_state_dict(torch.load(io.BytesIO(stored["state"].numpy().tobytes()), weights_only=True))
+        record, rows = read_sealed(path, metadata_key=_METADATA_KEY)
+        if record.get("pool") != path.name:
+            raise ValueError(f"{path} is of another step")
+    except ValueError as error:
+        raise ValueError(f"{error}. The run cannot go on as it was: start it in another folder.") from error
+    data.load_state_dict({**record, "rows": rows})
 
 
 def _pool_name(step: str, process: int) -> str:
-    return f"pool-{step}-process-{process}.pt"
-
-
-def _row_state(row: TeacherRow) -> dict[str, Any]:
-    inputs = {"/".join(path): tensor for path, tensor in row.inputs.items()}
-    return {"sample": row.sample, "inputs": inputs, "states": row.states, "timesteps": row.timesteps}
-
-
-def _row_from_state(state: Mapping[str, Any]) -> TeacherRow:
-    inputs: dict[Path, torch.Tensor] = {tuple(name.split("/")): tensor for name, tensor in state["inputs"].items()}
-    return TeacherRow(state["sample"], inputs, state["states"], state["timesteps"])
+    return f"pool-{step}-process-{process}.safetensors"

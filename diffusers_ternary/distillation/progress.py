@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a run has come; what a checkpoint keeps beside tensors."""
+"""How far a run has come, and whether it may go on; what a checkpoint keeps beside tensors."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from .guard import DivergenceGuard
+
+_MEMORY = 0.95  # of the running mean: about twenty steps
+_EXPLOSION = 4.0
+_PATIENCE = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,36 @@ class Evaluation:
     held_out: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
+class DivergenceGuard:
+    """Watches the loss of a phase.
+
+    A run has diverged when a loss is not finite, or when the running mean stays above four times the lowest it has
+    been for ten steps. Learning rates that are merely too high double the loss before it falls again.
+
+    Args:
+        mean (`float`, *optional*): running mean of the loss.
+        lowest (`float`): lowest running mean so far.
+        above (`int`): consecutive steps above the limit.
+    """
+
+    mean: float | None = None
+    lowest: float = math.inf
+    above: int = 0
+
+    def update(self, loss: float) -> str | None:
+        """Takes the loss of a step; returns why the run has diverged, or `None`."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        self.mean = loss if self.mean is None else _MEMORY * self.mean + (1 - _MEMORY) * loss
+        self.lowest = min(self.lowest, self.mean)
+        self.above = self.above + 1 if self.mean > _EXPLOSION * self.lowest else 0
+        if self.above >= _PATIENCE:
+            return f"the loss rose to {self.mean:.4g}, from {self.lowest:.4g} at its best"
+        return None
+
+
+@dataclasses.dataclass
 class Progress:
     """Where a run stands.
 
@@ -33,11 +65,11 @@ class Progress:
         phase (`int`): index of the phase.
         phase_step (`int`): updates done in it.
         loss (`float`, *optional*): of the last update.
-        history (`tuple[Evaluation, ...]`): held-out evaluations.
+        history (`list[Evaluation]`): held-out evaluations.
         guard ([`DivergenceGuard`]): of the phase.
         seconds (`float`): wall time of the updates.
         cpu_seconds (`float`): CPU time of the updates, of this process.
-        trained (`Mapping[str, int]`): phase → parameters that it trains.
+        trained (`dict[str, int]`): phase → parameters that it trains.
         stopped (`str`, *optional*): why the run ended early.
     """
 
@@ -45,11 +77,11 @@ class Progress:
     phase: int = 0
     phase_step: int = 0
     loss: float | None = None
-    history: tuple[Evaluation, ...] = ()
+    history: list[Evaluation] = dataclasses.field(default_factory=list)
     guard: DivergenceGuard = dataclasses.field(default_factory=DivergenceGuard)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    trained: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    trained: dict[str, int] = dataclasses.field(default_factory=dict)
     stopped: str | None = None
 
     @property
@@ -57,38 +89,12 @@ class Progress:
         """The evaluation with the lowest held-out error."""
         return min(self.history, key=lambda entry: math.inf if math.isnan(entry.held_out) else entry.held_out)
 
-    @property
-    def best_error(self) -> float:
-        """The lowest held-out error; infinite before the first evaluation."""
-        return self.best.held_out if self.history else math.inf
-
-    def advanced(self, *, loss: float, seconds: float, cpu_seconds: float) -> "Progress":
-        """After one more update."""
-        return dataclasses.replace(
-            self,
-            step=self.step + 1,
-            phase_step=self.phase_step + 1,
-            loss=loss,
-            seconds=self.seconds + seconds,
-            cpu_seconds=self.cpu_seconds + cpu_seconds,
-        )
-
-    def evaluated(self, error: float) -> "Progress":
-        """After an evaluation."""
-        return dataclasses.replace(self, history=(*self.history, Evaluation(self.step, self.loss, error)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; an error that is not finite becomes `None`."""
-        values = dataclasses.asdict(self)
-        for entry in values["history"]:
-            entry["held_out"] = entry["held_out"] if math.isfinite(entry["held_out"]) else None
-        return {**values, "history": list(values["history"]), "guard": self.guard.to_dict()}
+    def start_phase(self, number: int) -> None:
+        """Begins a phase."""
+        self.phase, self.phase_step, self.guard = number, 0, DivergenceGuard()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Progress":
-        """Reads what `to_dict` made."""
-        history = tuple(
-            Evaluation(e["step"], e["loss"], math.nan if e["held_out"] is None else e["held_out"])
-            for e in values["history"]
-        )
-        return cls(**{**values, "history": history, "guard": DivergenceGuard.from_dict(values["guard"])})
+        """Reads what `dataclasses.asdict` made, also as JSON."""
+        history = [Evaluation(**entry) for entry in values["history"]]
+        return cls(**{**values, "history": history, "guard": DivergenceGuard(**values["guard"])})

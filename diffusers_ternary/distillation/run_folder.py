@@ -2,13 +2,17 @@
 """The folder of a run: whose it is, and that nobody else writes there."""
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..files import is_leftover, lock, read_json, recover_contents, recover_folder, write_json
+import torch
+from torch import nn
+
+from ..files import is_leftover, lock, new_folder, read_json, recover_contents, recover_folder, write_json
+from ..rollouts import float_dtype
 from .config import FORMER_NAMES
+from .identity import differences
 
 
 _IDENTITY = "run.json"
@@ -19,27 +23,22 @@ def check_run(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
 
     Args:
         folder (`pathlib.Path`): the output folder.
-        identity (`Mapping[str, Any]`): JSON values that the result depends on.
+        identity (`Mapping[str, Any]`): JSON values that the result depends on, with dotted names.
 
     Raises:
         ValueError: if it holds another run; names what differs.
         FileExistsError: if it holds something else.
     """
-    stored = read_json(folder / _IDENTITY, remedy="Choose another output folder, or delete this one.")
-    known = {_current_name(name): value for name, value in (stored or {}).items()}
-    if stored is None:
+    known = read_json(folder / _IDENTITY, remedy="Choose another output folder, or delete this one.")
+    if known is None:
         if folder.is_file() or (folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir())):
             raise FileExistsError(f"{folder} exists and holds no distillation run. Choose another output folder.")
         return
-    differences = [
-        f"{name}: {_brief(known.get(name))} there, {_brief(identity.get(name))} now"
-        for name in sorted(known.keys() | identity.keys())
-        if known.get(name) != identity.get(name)
-    ]
-    if differences:
+    found = differences({_current_name(name): value for name, value in known.items()}, identity)
+    if found:
         raise ValueError(
-            f"{folder} holds the checkpoints of another run ({'; '.join(differences)}). Nothing was changed. Choose "
-            "another output folder, delete this one, or repeat the settings it was started with."
+            f"{folder} holds the checkpoints of another run ({found}). Nothing was changed. Choose another output "
+            "folder, delete this one, or repeat the settings it was started with."
         )
 
 
@@ -67,23 +66,19 @@ def start_run(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
     write_json(folder / _IDENTITY, identity)
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested JSON settings as one level with dotted names, so that differences can be named."""
-    found: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(dict(settings))).items():
-        if isinstance(value, dict) and value:
-            found.update(flat(value, f"{prefix}{name}."))
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
+def save_student(student: nn.Module, folder: pathlib.Path) -> None:
+    """Saves a packed denoiser, in place of an earlier one."""
+    with new_folder(folder) as temporary:
+        student.save_pretrained(temporary)  # type: ignore[operator]
+
+
+def load_student(folder: pathlib.Path, teacher: nn.Module, device: torch.device) -> nn.Module:
+    """A packed denoiser that computes in the dtype of its teacher."""
+    student = type(teacher).from_pretrained(folder, dtype=float_dtype(teacher))  # type: ignore[attr-defined]
+    return student.to(device).eval()
 
 
 def _current_name(name: str) -> str:
-    """Of a setting, as dotted names call it today."""
-    part, _, field = name.rpartition(".")
-    return f"{part}.{FORMER_NAMES.get(field, field)}" if part == "distill_config" else name
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    """What a setting is called today, of a run that may be older."""
+    part, _, setting = name.rpartition(".")
+    return f"{part}.{FORMER_NAMES.get(setting, setting)}" if part == "distill_config" else name

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pipeline call that stops after every step of its scheduler."""
 
-import functools
 import threading
-from typing import Any
 
 import torch
 
 from ..rollouts import DenoiserCall, RolloutBatch, prepared, recorded_calls
-from .recording import TeacherRecorder
+from .recording import TeacherRecorder, watched_steps
 
 
 class _Abandoned(BaseException):
@@ -61,33 +59,28 @@ class SteppedCall:
 
     def _run(self, threads: int) -> None:
         torch.set_num_threads(threads)  # a setting of each thread
-        self._go.acquire()
-        scheduler = self._recorder.pipeline.scheduler
-        original = scheduler.step
-
-        @functools.wraps(original)  # pipelines look at its signature
-        def step(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            self.steps += 1
-            self._wait()
-            return result
-
+        recorder = self._recorder
         try:
-            if self._abandoned:
-                return
-            scheduler.step = step
-            with prepared(self._recorder.pipeline), recorded_calls(self._recorder.denoiser) as self.calls:
-                self.latents = self._recorder.draw(self.batch)
+            self._wait()
+            with (
+                watched_steps(recorder.pipeline.scheduler, self._step_done),
+                prepared(recorder.pipeline),
+                recorded_calls(recorder.denoiser) as self.calls,
+            ):
+                self.latents = recorder.draw(self.batch)
         except _Abandoned:
             return
         except BaseException as error:  # raised where the caller waits
             self._error = error
         finally:
-            vars(scheduler).pop("step", None)
             self._stopped.release()
 
-    def _wait(self) -> None:
+    def _step_done(self, _: torch.Tensor) -> None:
+        self.steps += 1
         self._stopped.release()
+        self._wait()
+
+    def _wait(self) -> None:
         self._go.acquire()
         if self._abandoned:
             raise _Abandoned

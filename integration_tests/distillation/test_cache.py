@@ -10,8 +10,9 @@ from torch import nn
 
 from diffusers_ternary.distillation.cache import TeacherCache
 from diffusers_ternary.distillation.layout import MASK, SHARED, STACKED, Branch
+from diffusers_ternary.distillation.recording import TeacherRecorder
 from diffusers_ternary.files import lock
-from diffusers_ternary.rollouts import named_arguments, recorded_calls, sample_name, timestep_name
+from diffusers_ternary.rollouts import make_rollouts, named_arguments, recorded_calls, sample_name, timestep_name
 from integration_tests.support.fresh_process import run_python
 from integration_tests.support.pipelines import PIPELINES
 
@@ -26,9 +27,17 @@ def call_kwargs(name: str, **extra):
     return {**tiny.call, "height": tiny.size, "width": tiny.size, "num_inference_steps": STEPS, **extra}
 
 
-def build(folder, name="flux", pipeline=None, prompts=PROMPTS, **options):
-    options = {"call_kwargs": call_kwargs(name), "batch_size": 2, "rollout_states": 2, **options}
-    return TeacherCache.build(pipeline or PIPELINES[name].build(), prompts, folder=folder, **options)
+def recorder(name="flux", pipeline=None, prompts=PROMPTS, *, component=None, rollout_states=2, **options):
+    """Draws the prompts, two at a time."""
+    options = {"call_kwargs": call_kwargs(name), "batch_size": 2, "seed": 0, **options}
+    pipeline = pipeline or PIPELINES[name].build()
+    component = component or PIPELINES[name].denoiser
+    return TeacherRecorder(pipeline, component, make_rollouts(pipeline, prompts, **options), rollout_states)
+
+
+def build(folder, name="flux", pipeline=None, prompts=PROMPTS, process=0, processes=1, **options):
+    found = recorder(name, pipeline, prompts, **options)
+    return TeacherCache.build(found, folder, process=process, processes=processes)
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -128,10 +137,10 @@ def test_a_second_build_draws_nothing(tmp_path):
         cache = build(tmp_path, pipeline=pipeline)
     assert not calls
     assert contents(tmp_path) == before
-    assert cache.prompts == tuple(PROMPTS)
+    assert cache.manifest.prompts == tuple(PROMPTS)
     assert len(cache) == 3
-    opened = TeacherCache.open(tmp_path, cache.fingerprint)
-    assert opened.prompts_sha256 == cache.prompts_sha256
+    opened = TeacherCache.open(tmp_path, cache.manifest.fingerprint)
+    assert opened.manifest.identity["prompts_sha256"] == cache.manifest.identity["prompts_sha256"]
 
 
 def many(count: int) -> list[str]:
@@ -221,11 +230,11 @@ def changed_scheduler(pipeline):
     ("change", "options", "message"),
     [
         (changed_weights, {}, "weights_sha256"),
-        (changed_scheduler, {}, r"scheduler.shift: 1.0 there, 7.0 here"),
+        (changed_scheduler, {}, r"scheduler.shift: 1.0 there, 7.0 now"),
         (None, {"call_kwargs": call_kwargs("flux", guidance_scale=2.0)}, r"call_kwargs.guidance_scale: None there"),
         (None, {"prompts": PROMPTS[::-1]}, "prompts_sha256"),
-        (None, {"seed": 1}, "seed: 0 there, 1 here"),
-        (None, {"rollout_states": 3}, "rollout_states: 2 there, 3 here"),
+        (None, {"seed": 1}, "seed: 0 there, 1 now"),
+        (None, {"rollout_states": 3}, "rollout_states: 2 there, 3 now"),
     ],
 )
 def test_another_teacher_is_refused_and_nothing_overwritten(change, options, message, tmp_path):
@@ -238,7 +247,7 @@ def test_another_teacher_is_refused_and_nothing_overwritten(change, options, mes
         build(tmp_path, pipeline=pipeline, **options)
     assert contents(tmp_path) == before
     with pytest.raises(ValueError, match="another folder"):
-        TeacherCache.open(tmp_path, cache.fingerprint[::-1])
+        TeacherCache.open(tmp_path, cache.manifest.fingerprint[::-1])
 
 
 def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path):
@@ -260,7 +269,7 @@ def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("shard") or "partial" in path.name]
     complete = build(tmp_path / "elsewhere")
     build(tmp_path)
-    assert TeacherCache.open(tmp_path).fingerprint == complete.fingerprint
+    assert TeacherCache.open(tmp_path).manifest.fingerprint == complete.manifest.fingerprint
 
 
 def test_one_run_draws_a_cache_and_many_read_it(tmp_path):
@@ -273,7 +282,7 @@ def test_one_run_draws_a_cache_and_many_read_it(tmp_path):
     complete = build(tmp_path / "cache")
     shard = complete.shard_path(0)
     with lock(tmp_path / "cache", "a test"):
-        assert build(tmp_path / "cache").fingerprint == complete.fingerprint
+        assert build(tmp_path / "cache").manifest.fingerprint == complete.manifest.fingerprint
     shard.unlink()
     shard.with_name(f".{shard.name}.0a1b2c3d.partial").write_text("half")
     build(tmp_path / "cache")

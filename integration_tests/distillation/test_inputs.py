@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows, noise and conditioning a step gets; learning rates, phases and the divergence guard."""
 
+import dataclasses
+import json
 import math
 
 import pytest
 import torch
 
-from diffusers_ternary.distillation.batch import TeacherBatch
 from diffusers_ternary.distillation.config import DistillConfig
-from diffusers_ternary.distillation.guard import DivergenceGuard
 from diffusers_ternary.distillation.inputs import InputMaker, held_out_inputs, seeded
+from diffusers_ternary.distillation.layout import TeacherBatch
 from diffusers_ternary.distillation.noise import FLOW, NoiseProcess, Schedule
 from diffusers_ternary.distillation.optimizer import rate_factor
 from diffusers_ternary.distillation.phases import plan_phases
+from diffusers_ternary.distillation.progress import DivergenceGuard, Progress
 
 
 NOISE = NoiseProcess(FLOW, Schedule((1.0, 0.75, 0.5, 0.25), (1.0, 0.75, 0.5, 0.25)))
@@ -150,5 +152,5 @@ def test_the_guard_stops_at_nan_and_at_explosions():
     assert any(verdict and "rose" in verdict for verdict in verdicts)
     spike = DivergenceGuard()
     assert all(spike.update(20.0 if step == 30 else 1.0) is None for step in range(60))
-    assert DivergenceGuard.from_dict(guard.to_dict()) == guard
-    assert DivergenceGuard.from_dict(DivergenceGuard().to_dict()) == DivergenceGuard()
+    for progress in (Progress(guard=guard), Progress()):
+        assert Progress.from_dict(json.loads(json.dumps(dataclasses.asdict(progress)))) == progress

@@ -10,7 +10,7 @@ import torch
 from diffusers_ternary.distillation.cache import TeacherCache
 from diffusers_ternary.distillation.online import TeacherPool
 from diffusers_ternary.rollouts import recorded_calls
-from integration_tests.distillation.test_cache import call_kwargs
+from integration_tests.distillation.test_cache import call_kwargs, recorder
 from integration_tests.support import distillation as tiny
 from integration_tests.support.pipelines import PIPELINES, quiet
 
@@ -19,9 +19,8 @@ PROMPTS = ["a red cat", "a blue dog", "a house", "two trees", "a cup"]
 STEPS = 3
 
 
-def pool(name="flux", pipeline=None, **options) -> TeacherPool:
-    options = {"size": 4, "batch_size": 2, "rollout_states": 2, "seed": 7, **options}
-    return TeacherPool(pipeline or PIPELINES[name].build(), PROMPTS, call_kwargs=call_kwargs(name), **options)
+def pool(name="flux", pipeline=None, size=4, **options) -> TeacherPool:
+    return TeacherPool(recorder(name, pipeline, PROMPTS, **{"seed": 7, **options}), size)
 
 
 def take(source: TeacherPool, count: int, seed: int = 0) -> list[torch.Tensor]:
@@ -45,15 +44,7 @@ def test_rows_are_those_of_a_cache(name, tmp_path):
     source = pool(name)
     batch = source.batch(range(4), torch.Generator().manual_seed(0))
     order = torch.randperm(5, generator=torch.Generator().manual_seed(7)).tolist()
-    cache = TeacherCache.build(
-        PIPELINES[name].build(),
-        [PROMPTS[i] for i in order],
-        folder=tmp_path,
-        call_kwargs=call_kwargs(name),
-        seed=7,
-        batch_size=2,
-        rollout_states=2,
-    )
+    cache = TeacherCache.build(recorder(name, prompts=[PROMPTS[i] for i in order], seed=7), tmp_path)
     expected = cache.batch(range(4), torch.Generator().manual_seed(0))
     assert torch.equal(batch.sample, expected.sample)
     assert all(torch.equal(a, b) for a, b in zip(batch.rollout, expected.rollout, strict=True))
@@ -142,7 +133,7 @@ def test_errors_of_the_pipeline_reach_the_caller():
         raise RuntimeError("stop here")
 
     call = call_kwargs("flux", callback_on_step_end=interrupt)
-    source = TeacherPool(PIPELINES["flux"].build(), PROMPTS, call_kwargs=call, size=1)
+    source = TeacherPool(recorder(prompts=PROMPTS, call_kwargs=call, batch_size=1), size=1)
     with pytest.raises(RuntimeError, match="stop here"):
         source.batch([0])
 
@@ -187,12 +178,15 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tiny.run(tmp_path / "stopped", pipeline=pipeline, **settings)
     checkpoints = tmp_path / "stopped" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["pool-00000002-process-0.pt", "step-00000002"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "pool-00000002-process-0.safetensors",
+        "step-00000002",
+    ]
     assert not (tmp_path / "stopped" / "cache" / "training").exists()
-    state = (checkpoints / "pool-00000002-process-0.pt").read_bytes()
-    (checkpoints / "pool-00000002-process-0.pt").unlink()
+    state = (checkpoints / "pool-00000002-process-0.safetensors").read_bytes()
+    (checkpoints / "pool-00000002-process-0.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="is missing, so the run cannot go on"):
         tiny.run(tmp_path / "stopped", **settings)
-    (checkpoints / "pool-00000002-process-0.pt").write_bytes(state)
+    (checkpoints / "pool-00000002-process-0.safetensors").write_bytes(state)
     resumed = tiny.run(tmp_path / "stopped", **settings)
     assert tiny.weights_hash(resumed.transformer) == tiny.weights_hash(whole.transformer)
