@@ -26,7 +26,7 @@ _REMEDY = "Delete the checkpoints (or the whole folder of the run) to train from
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Where a run stands.
+    """What lies in the folder of a checkpoint.
 
     Args:
         folder (`pathlib.Path`): of the checkpoint.
@@ -101,17 +101,19 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.o
     path = checkpoint.folder / _TENSORS
     if not path.is_file() or file_sha256(path) != checkpoint.state_sha256:
         raise ValueError(f"{path} is missing or not as it was written. {_REMEDY}")
-    stored = load_file(path)
-    for name, parameter in _trained(model):
-        parameter.copy_(_like(parameter, stored.pop(f"{_MODEL}{name}")))
-        suffix = f".{name}"
-        for key in [key for key in stored if key.startswith(_OPTIMIZER) and key.endswith(suffix)]:
-            value = _like(parameter, stored.pop(key))
-            field = key.removeprefix(_OPTIMIZER).removesuffix(suffix)
-            if field.startswith(_NUMBER):
-                optimizer.state[parameter][field.removeprefix(_NUMBER)] = value.item()
-            else:
-                optimizer.state[parameter][field] = value
+    parameters = dict(_trained(model))
+    for key, tensor in load_file(path).items():
+        if key.startswith(_MODEL):
+            parameter = parameters[key.removeprefix(_MODEL)]
+            parameter.copy_(_like(parameter, tensor))
+            continue
+        field, _, name = key.removeprefix(_OPTIMIZER).partition(".")
+        value = _like(parameters[name], tensor)
+        state = optimizer.state[parameters[name]]
+        if field.startswith(_NUMBER):
+            state[field.removeprefix(_NUMBER)] = value.item()
+        else:
+            state[field] = value
 
 
 def _like(parameter: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
@@ -120,9 +122,8 @@ def _like(parameter: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
         return stored.clone()  # the count of steps, which AdamW keeps on the CPU
     if isinstance(parameter, DTensor) and stored.shape == parameter.shape:
         return distribute_tensor(stored.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return stored.to(
-        parameter.device
-    ).clone()  # out of the file's memory, whose alignment changes the last bit of sums
+    # Out of the file's memory, whose alignment changes the last bit of sums.
+    return stored.to(parameter.device).clone()
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

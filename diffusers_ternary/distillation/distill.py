@@ -28,7 +28,7 @@ from .config import DistillConfig
 from .engine import Trainer
 from .held_out import HeldOutError
 from .identity import flat, json_values
-from .inputs import InputMaker
+from .inputs import InputMaker, TeacherData
 from .memory import available_memory, check_memory, observed_tokens
 from .noise import NoiseProcess, observe_noise
 from .online import TeacherPool
@@ -297,17 +297,11 @@ class _Run:
             return
         start = self.start
         if start is None:
-            start = make_student(
-                self.training.pipeline,
-                self.training.component,
-                self.training.rollouts.prompts,
-                self.config,
-                self.distill_config,
-                work_dir=self.folder / "calibration",
-            )
+            work = self.folder / "calibration"
+            start = make_student(self.training, self.config, self.distill_config, work_dir=work)
         save_student(start, self.folder / "start")
 
-    def _training_data(self) -> TeacherCache | TeacherPool:
+    def _training_data(self) -> TeacherData:
         size = self.distill_config.online_pool
         if not size:
             return self._cache(self.training, "training")

@@ -13,7 +13,7 @@ from diffusers.utils.logging import tqdm
 from torch import nn
 
 from ..rollouts import float_dtype
-from .blocks import BlockRecorder, block_names
+from .blocks import block_names
 from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import DistillConfig
 from .held_out import HeldOutError
@@ -29,7 +29,6 @@ from .trainee import make_trainee, ternary_layers, train_others, write_back
 
 
 logger = logging.getLogger(__name__)
-CHECKPOINTED_WEIGHTS = 500_000_000  # gradient checkpointing from here on, where the user does not say
 
 
 class Trainer:
@@ -190,10 +189,7 @@ class Trainer:
         self.student = load_student(folder, self.teacher, self.accelerator.device)
 
     def _enable_gradient_checkpointing(self, trainee: nn.Module) -> None:
-        wanted = self.config.gradient_checkpointing
-        if wanted is None:
-            wanted = sum(layer.spec.weights for layer in ternary_layers(self.student).values()) > CHECKPOINTED_WEIGHTS
-        if not wanted:
+        if not self.config.checkpoints_gradients(sum(x.spec.weights for x in ternary_layers(self.student).values())):
             return
         try:
             trainee.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -202,11 +198,10 @@ class Trainer:
 
     def _blocks_in_order(self) -> list[str]:
         """Blocks as they run, which is not always the order in which they are defined."""
-        recorder = BlockRecorder(self.teacher, self.blocks)
-        with torch.no_grad(), recorder:
-            self._inputs(0, 0).call(self.teacher)
-        recorder.close()
-        return list(recorder.outputs)
+        teacher = TeacherNetwork(self.teacher, self.blocks)
+        order = list(teacher(self._inputs(0, 0)).blocks)
+        teacher.close()
+        return order
 
     def _name_blocks_for_fsdp(self, trainee: nn.Module) -> None:
         """FSDP wraps what is named here, with `--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP`."""

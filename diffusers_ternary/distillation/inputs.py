@@ -7,28 +7,21 @@ the number of the step is its position in the data.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 
+from .cache import TeacherCache
 from .config import DistillConfig
-from .layout import TeacherBatch
 from .loss import DenoiserInputs
 from .noise import NoiseProcess
+from .online import TeacherPool
 
 
 # Weyl constants keep neighbouring seeds, steps and processes apart; torch mixes the sum.
 _SEED_STRIDES = (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xAEF17502108EF2D9, 0x94D049BB133111EB)
 
-
-class TeacherData(Protocol):
-    """Rows that a teacher made; see `TeacherCache`."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Sequence[int], generator: torch.Generator | None) -> TeacherBatch:
-        """The rows of these prompts; the steps of rollout states are drawn from the generator."""
-        ...
+TeacherData: TypeAlias = TeacherCache | TeacherPool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory a mode needs, told from shapes before anything is allocated, and what fits instead."""
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import psutil
 import torch
@@ -12,10 +15,11 @@ from torch import nn
 
 from ..backend import plan_conversion
 from ..backend.config import TernaryConfig
-from ..extras import has_extra
-from ..format import normalize_group_size
+from ..format import group_count, normalize_group_size
+from ..rollouts import float_dtype
 from .blocks import block_names
-from .config import MODES, DistillConfig
+from .config import DistillConfig
+from .optimizer import uses_8_bits
 
 
 FLOAT32 = 4
@@ -77,7 +81,7 @@ def estimate_memory(
     eight_bit_optimizer: bool | None = None,
     shards: int = 1,
 ) -> MemoryEstimate:
-    """Estimates the peak memory of a run from shapes; the denoiser may be on the meta device.
+    """The peak memory of a run, from shapes; the denoiser may be on the meta device.
 
     Args:
         denoiser (`nn.Module`): the float teacher.
@@ -87,18 +91,12 @@ def estimate_memory(
         dtype (`torch.dtype`, *optional*): of the computation and of what is not trained; default: the denoiser's.
         eight_bit_optimizer (`bool`, *optional*): default: as `distill_config` says, as if on a GPU.
         shards (`int`, *optional*, defaults to 1): processes that FSDP divides what is trained among.
-
-    Returns:
-        [`MemoryEstimate`]
     """
     model = _Shapes.of(denoiser, config)
-    dtype = dtype or next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), torch.float32)
-    size = dtype.itemsize
+    size = (dtype or float_dtype(denoiser)).itemsize
     if eight_bit_optimizer is None:
-        eight_bit_optimizer = _uses_8_bits(distill_config)
-    checkpointing = distill_config.gradient_checkpointing
-    if checkpointing is None:
-        checkpointing = model.ternary > 500_000_000
+        eight_bit_optimizer = uses_8_bits(distill_config)
+    checkpointing = distill_config.checkpoints_gradients(model.ternary)
     trained = model.trained(distill_config)
     blockwise = distill_config.mode == "blockwise"
     # What one block needs in the backward pass; without checkpointing, all of them at once.
@@ -123,45 +121,26 @@ def estimate_memory(
 
 
 def check_memory(
-    denoiser: nn.Module,
-    config: TernaryConfig,
-    distill_config: DistillConfig,
-    *,
-    tokens: int,
-    available: int,
-    dtype: torch.dtype | None = None,
-    eight_bit_optimizer: bool | None = None,
-    shards: int = 1,
+    denoiser: nn.Module, config: TernaryConfig, distill_config: DistillConfig, *, available: int, **options: Any
 ) -> MemoryEstimate:
     """Refuses a run that cannot fit, before it starts.
 
     Args:
         available (`int`): bytes, counting what the teacher's denoiser takes already; see [`available_memory`].
-        denoiser, config, distill_config, tokens, dtype, eight_bit_optimizer, shards: see [`estimate_memory`].
+        denoiser, config, distill_config, options: see [`estimate_memory`].
 
     Raises:
         MemoryError: says what it needs, which modes fit, and which options lower the need.
     """
-
-    def estimate(changed: DistillConfig) -> MemoryEstimate:
-        return estimate_memory(
-            denoiser,
-            config,
-            changed,
-            tokens=tokens,
-            dtype=dtype,
-            eight_bit_optimizer=eight_bit_optimizer,
-            shards=shards,
-        )
-
+    estimate = functools.partial(estimate_memory, denoiser, config, **options)
     needed = estimate(distill_config)
     if needed.total <= available:
         return needed
-    others = [estimate(changed) for changed in _alternatives(distill_config)]
+    others = [(changed, estimate(changed).total) for changed in _alternatives(distill_config)]
     advice = [
-        f"{_describe(changed)} ({found.total / 1e9:.1f} GB)"
-        for changed, found in zip(_alternatives(distill_config), others, strict=True)
-        if found.total <= available
+        f"mode={changed.mode!r}, gradient_checkpointing=True, batch_size={changed.batch_size} ({total / 1e9:.1f} GB)"
+        for changed, total in others
+        if total <= available
     ]
     remedy = f"What fits: {'; '.join(advice)}." if advice else "No mode fits, not even with one row at a time."
     raise MemoryError(
@@ -194,15 +173,6 @@ def _alternatives(config: DistillConfig) -> Iterator[DistillConfig]:
                 yield dataclasses.replace(single, mode=mode)
 
 
-def _describe(config: DistillConfig) -> str:
-    return f"mode={config.mode!r}, gradient_checkpointing=True, batch_size={config.batch_size}"
-
-
-def _uses_8_bits(config: DistillConfig) -> bool:
-    found = has_extra("bitsandbytes")
-    return config.optimizer == "adamw8bit" or (config.optimizer == "auto" and config.mode == "full" and found)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Shapes:
     """What the estimate needs to know of a denoiser.
@@ -227,33 +197,27 @@ class _Shapes:
 
     @classmethod
     def of(cls, denoiser: nn.Module, config: TernaryConfig) -> "_Shapes":
-        plan = plan_conversion(denoiser, config)
-        names = [name for name, kind in plan.kinds.items() if kind == "ternary"]
-        shapes = {}
-        scales = 0
-        for name in names:
-            weight = denoiser.get_parameter(f"{name}.weight")
-            rows, columns = weight.shape[0], weight.numel() // weight.shape[0]
-            shapes[name] = rows, columns
-            scales += rows * -(-columns // normalize_group_size(config.group_size, columns))
-        blocks: dict[str, int] = {}
-        widths: dict[str, int] = {}
-        inputs: dict[int, int] = {}
+        kinds = plan_conversion(denoiser, config).kinds
+        weights = {name: denoiser.get_parameter(f"{name}.weight") for name, k in kinds.items() if k == "ternary"}
+        shapes = {name: (len(weight), weight[0].numel()) for name, weight in weights.items()}
+        blocks: collections.Counter[str] = collections.Counter()
+        widths: collections.Counter[str] = collections.Counter()
+        inputs: collections.Counter[int] = collections.Counter()
         for name, (rows, columns) in shapes.items():
-            block = block_names([name])[0] if block_names([name]) else name
-            blocks[block] = blocks.get(block, 0) + rows * columns
+            block = next(iter(block_names([name])), name)
+            blocks[block] += rows * columns
             if not _MODULATION.search(name):
-                widths[block] = widths.get(block, 0) + rows + columns
-                inputs[columns] = inputs.get(columns, 0) + 1
+                widths[block] += rows + columns
+                inputs[columns] += 1
         parameters = list(denoiser.parameters())
         return cls(
             shapes=shapes,
             blocks=blocks,
             block_widths=widths,
-            scales=scales,
+            scales=sum(n * group_count(normalize_group_size(config.group_size, k), k) for n, k in shapes.values()),
             total=sum(p.numel() for p in parameters),
             vectors=sum(p.numel() for p in parameters if p.dim() == 1),
-            hidden=max(inputs, key=lambda width: inputs[width]),
+            hidden=inputs.most_common(1)[0][0],
         )
 
     @property
@@ -269,16 +233,13 @@ class _Shapes:
     def trained(self, config: DistillConfig) -> int:
         """Parameters that take a gradient at a time."""
         others = {"none": 0, "vectors": self.vectors, "all": self.total - self.ternary}[config.train_other]
-        scales = self.scales if config.train_scales else 0
+        others += self.scales if config.train_scales else 0
         if config.mode == "full":
-            return self.ternary + scales + others
+            return self.ternary + others
         if config.mode == "lora":
-            return sum(min(config.rank, *shape) * sum(shape) for shape in self.shapes.values()) + scales + others
-        if config.mode == "blockwise":
-            # One block's latents at a time, and all scales at the end.
-            return max(max(self.blocks.values()), scales + others)
-        assert config.mode in MODES
-        return scales + others
+            return sum(min(config.rank, *shape) * sum(shape) for shape in self.shapes.values()) + others
+        # One block's latents at a time, and all scales at the end.
+        return max(*self.blocks.values(), others) if config.mode == "blockwise" else others
 
 
 @contextlib.contextmanager

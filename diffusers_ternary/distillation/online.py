@@ -154,7 +154,7 @@ class TeacherPool:
         return RolloutBatch(tuple(chosen), tuple(seed + number for number in numbers))
 
 
-def save_pool(data: Any, folder: pathlib.Path, step: int, process: int) -> None:
+def save_pool(data: object, folder: pathlib.Path, step: int, process: int) -> None:
     """Keeps a pool's state for the checkpoint of a step, and none older than the checkpoint before it.
 
     Data that is not a pool needs no state.
@@ -171,7 +171,7 @@ def save_pool(data: Any, folder: pathlib.Path, step: int, process: int) -> None:
         file.unlink(missing_ok=True)
 
 
-def load_pool(data: Any, folder: pathlib.Path, step: int, process: int) -> None:
+def load_pool(data: object, folder: pathlib.Path, step: int, process: int) -> None:
     """Puts a pool back to the checkpoint of a step.
 
     Raises:

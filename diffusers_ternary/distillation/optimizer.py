@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is optimised, how fast, and by what."""
 
-import dataclasses
 import logging
 import math
 from typing import Any
@@ -25,16 +24,8 @@ _SCALE_FACTOR_WITH_LATENTS = 0.5
 _SCALE_FACTOR_ALONE = 5.0
 
 
-@dataclasses.dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that share a peak learning rate."""
-
-    parameters: list[nn.Parameter]
-    learning_rate: float
-
-
-def parameter_groups(trainee: nn.Module, config: DistillConfig, *, steps: int) -> list[ParameterGroup]:
-    """Everything that takes a gradient, by peak learning rate.
+def parameter_groups(trainee: nn.Module, config: DistillConfig, *, steps: int) -> list[dict[str, Any]]:
+    """Everything that takes a gradient, by peak learning rate, as optimizers of torch take it.
 
     Args:
         trainee (`nn.Module`): from [`make_trainee`].
@@ -64,25 +55,27 @@ def parameter_groups(trainee: nn.Module, config: DistillConfig, *, steps: int) -
     for parameter in trainee.parameters():
         if parameter.requires_grad and id(parameter) not in ternary:
             groups.setdefault(config.other_lr, []).append(parameter)
-    return [ParameterGroup(parameters, rate) for rate, parameters in groups.items()]
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
-def make_optimizer(groups: list[ParameterGroup], config: DistillConfig, device: torch.device) -> torch.optim.Optimizer:
+def uses_8_bits(config: DistillConfig, *, on_gpu: bool = True) -> bool:
+    """Whether the optimizer's moments have 8 bits instead of 32."""
+    automatic = config.mode == "full" and on_gpu and has_extra("bitsandbytes")
+    return config.optimizer == "adamw8bit" or (config.optimizer == "auto" and automatic)
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: DistillConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW without weight decay: decay would pull every latent towards code 0.
 
     Raises:
         MissingExtraError: for `optimizer="adamw8bit"` without bitsandbytes.
     """
-    eight_bits = config.optimizer == "adamw8bit" or (
-        config.optimizer == "auto" and config.mode == "full" and device.type == "cuda" and has_extra("bitsandbytes")
-    )
-    parameters: list[dict[str, Any]] = [{"params": group.parameters, "lr": group.learning_rate} for group in groups]
-    if eight_bits:
+    if uses_8_bits(config, on_gpu=device.type == "cuda"):
         bitsandbytes = import_extra("bitsandbytes", "optimizer='adamw8bit'")
         logger.info("Optimiser: AdamW with 8-bit states (bitsandbytes).")
-        return bitsandbytes.optim.AdamW8bit(parameters, betas=BETAS, weight_decay=0.0)
+        return bitsandbytes.optim.AdamW8bit(groups, betas=BETAS, weight_decay=0.0)
     logger.info("Optimiser: AdamW with float32 states.")
-    return torch.optim.AdamW(parameters, betas=BETAS, weight_decay=0.0)
+    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
 
 
 def rate_factor(step: int, steps: int) -> float:

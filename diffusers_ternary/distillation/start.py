@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import os
 import pathlib
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from diffusers import DiffusionPipeline
@@ -16,6 +15,7 @@ from ..backend import packed_layers, quantize
 from ..backend.config import TernaryConfig
 from ..calibration import calibrate
 from .config import DistillConfig
+from .recording import TeacherRecorder
 from .trainee import ternary_layers
 
 
@@ -57,24 +57,19 @@ def with_denoiser(pipeline: DiffusionPipeline, component: str, denoiser: nn.Modu
 
 
 def make_student(
-    pipeline: DiffusionPipeline,
-    component: str,
-    prompts: Sequence[str],
-    config: TernaryConfig,
-    distill_config: DistillConfig,
-    *,
-    work_dir: pathlib.Path,
+    recorder: TeacherRecorder, config: TernaryConfig, distill_config: DistillConfig, *, work_dir: pathlib.Path
 ) -> nn.Module:
     """A calibrated (or rounded) copy of the teacher's denoiser."""
-    denoiser = copy.deepcopy(pipeline.components[component])
+    denoiser = copy.deepcopy(recorder.denoiser)
     calibration = distill_config.calibration
     if calibration is None:
         return quantize(denoiser, config)
     if not calibration.call_kwargs:
         calibration = dataclasses.replace(calibration, call_kwargs=distill_config.call_kwargs)
-    copied = with_denoiser(pipeline, component, denoiser)
-    calibrate(copied, prompts[: distill_config.calibration_prompts], config, calibration, work_dir=work_dir)
-    return copied.components[component]
+    copied = with_denoiser(recorder.pipeline, recorder.component, denoiser)
+    prompts = recorder.rollouts.prompts[: distill_config.calibration_prompts]
+    calibrate(copied, prompts, config, calibration, work_dir=work_dir)
+    return copied.components[recorder.component]
 
 
 def given_student(student: StudentSource, component: str, teacher: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,25 +39,6 @@ class LayerTraining:
     seed: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Convolution:
-    """How a convolution applies its weight: the arguments of `F.conv2d`."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
-    dilation: tuple[int, ...]
-
-    @classmethod
-    def of(cls, layer: QuantizedConv2d) -> "Convolution":
-        """Those of a packed layer."""
-        return cls(layer.weight_shape, layer.stride, layer.padding, layer.dilation)
-
-    def __call__(self, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Convolves with the matrix `[N, C * kh * kw]`."""
-        return F.conv2d(x, matrix.view(self.shape), bias, self.stride, self.padding, self.dilation)
-
-
 class TrainableTernaryLayer(nn.Module):
     """Multiplies by the weight that [`~TrainableTernaryLayer.pack`] would store, and lets gradients through.
 
@@ -85,7 +67,14 @@ class TrainableTernaryLayer(nn.Module):
         super().__init__()
         self.spec = layer.spec
         self.in_features, self.out_features = layer.spec.in_features, layer.spec.out_features
-        self.convolution = Convolution.of(layer) if isinstance(layer, QuantizedConv2d) else None
+        self.kernel_shape: tuple[int, ...] | None = None
+        if isinstance(layer, QuantizedConv2d):
+            self.kernel_shape = layer.weight_shape  # [N, C, kh, kw]
+            self.convolution: dict[str, Any] = {
+                "stride": layer.stride,
+                "padding": layer.padding,
+                "dilation": layer.dilation,
+            }
         self.scale_dtype = layer.scale_dtype
         multiplier = None if layer.weight_multiplier is None else layer.weight_multiplier.detach()
         effective = group_scales(layer.scales.detach(), multiplier).clone()
@@ -149,8 +138,9 @@ class TrainableTernaryLayer(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x = x.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        if self.convolution is not None:
-            return self.convolution(x, self._whole_weight().to(dtype), bias)
+        if self.kernel_shape is not None:
+            kernel = self._whole_weight().to(dtype).view(self.kernel_shape)
+            return F.conv2d(x, kernel, bias, **self.convolution)
         product = F.linear(rotate(x, self.spec.hadamard), self.quantized_weight().to(dtype), bias)
         if self.low_rank_up is None or self.low_rank_down is None:
             return product
