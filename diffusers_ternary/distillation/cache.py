@@ -14,7 +14,7 @@ from diffusers.utils.logging import tqdm
 from safetensors import safe_open
 
 from ..files import lock, recover_folder
-from ..rollouts import RolloutBatch, prepared
+from ..rollouts import prepared
 from .identity import differences
 from .layout import InputLayout, TeacherBatch, TeacherRow, keys_by_name
 from .manifest import Manifest
@@ -169,6 +169,7 @@ class TeacherCache:
         )
         if missing and done:
             logger.info("%s: %d prompts were cached already.", self.folder, done)
+        batches, batch_size = list(recorder.rollouts.batches()), recorder.rollouts.batch_size
         with tqdm(total=total, desc="Caching the teacher", leave=False, disable=not total) as progress:
             for number in missing:
                 path, indices = self.shard_path(number), self.shard_rows(number)
@@ -177,14 +178,11 @@ class TeacherCache:
                 if path.exists():
                     logger.warning("%s %s; it is drawn again.", path, faults[number])
                 tensors: dict[str, torch.Tensor] = {}
-                for start in indices[:: recorder.rollouts.batch_size]:
-                    part = range(start, min(start + recorder.rollouts.batch_size, indices.stop))
-                    batch = RolloutBatch(
-                        tuple(self.manifest.prompts[i] for i in part), tuple(recorder.rollouts.seed + i for i in part)
-                    )
-                    for index, row in zip(part, recorder.record(self.layout, batch), strict=True):
+                for start in indices[::batch_size]:
+                    rows = recorder.record(self.layout, batches[start // batch_size])
+                    for index, row in enumerate(rows, start):
                         tensors.update(row.tensors(_row_name(index)))
-                    progress.update(len(part))
+                    progress.update(len(rows))
                 if number == missing[0]:
                     _check_space(self.folder, tensors, shards=total / len(indices))
                 write_tensors(path, tensors)

@@ -305,11 +305,12 @@ class _Run:
         size = self.distill_config.online_pool
         if not size:
             return self._cache(self.training, "training")
+        rollouts = self.training.rollouts
+        first = self.accelerator.process_index * _POOL_SEED_STRIDE  # a pool for each process, of other noise
         rollouts = dataclasses.replace(
-            self.training.rollouts,
-            # A pool for each process, of other noise.
-            seed=self.training.rollouts.seed + self.accelerator.process_index * _POOL_SEED_STRIDE,
-            batch_size=math.gcd(size, self.training.rollouts.batch_size),
+            rollouts,
+            seeds=tuple(first + seed for seed in rollouts.seeds),
+            batch_size=math.gcd(size, rollouts.batch_size),
         )
         return TeacherPool(dataclasses.replace(self.training, rollouts=rollouts), size)
 

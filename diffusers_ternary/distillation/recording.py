@@ -51,12 +51,8 @@ class TeacherRecorder:
     rollout_states: int = 4
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("rollout_states", self.rollout_states, 0),
-            ("batch_size", self.rollouts.batch_size, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} is not an integer of {least} or more.")
+        if not isinstance(self.rollout_states, int) or self.rollout_states < 0:
+            raise ValueError(f"rollout_states={self.rollout_states!r} is not an integer of 0 or more.")
         if not takes_output_type(self.pipeline):
             raise ValueError(f"{type(self.pipeline).__name__} takes no output_type, so it does not give its latents.")
         if self.component not in self._modules():
