@@ -11,6 +11,7 @@ _EXTRAS = {
     "matplotlib": "diffusers-ternary[evaluate]",
     "gguf": "diffusers-ternary[gguf]",
     "scipy": "diffusers-ternary[evaluate]",
+    "torchmetrics": "diffusers-ternary[evaluate]",
 }
 
 

@@ -98,6 +98,7 @@ def evaluate_command(
         place = parse_device(device)
         torch_dtype = parse_dtype(dtype, place)
     with explained_errors(), contextlib.ExitStack() as stack:
+        check_extra("torchmetrics", "evaluate")  # before a model is loaded
         lines = None if prompts is None else read_prompts(prompts, limit)
         folder = None
         if report is not None:

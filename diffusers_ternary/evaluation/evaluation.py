@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..backend import below_compiled_wrappers
+from ..extras import check_extra
 from ..rollouts import (
     DenoiserCall,
     RolloutBatch,
@@ -29,7 +30,7 @@ from ..rollouts import (
 )
 from .benchmarks import Benchmark, BenchmarkScores, judge_all, make_benchmark
 from .comparable import check_comparable, denoiser_of
-from .metrics import check_same_size, image_distance
+from .metrics import COMPARISON, check_same_size, image_distance
 from .result import BenchmarkPair, EvaluationResult, ScorePair
 
 
@@ -160,6 +161,7 @@ def observe_teacher(
     if not isinstance(velocity_prompts, int) or velocity_prompts < 0:
         raise ValueError(f"velocity_prompts={velocity_prompts!r} is not a number of prompts (0 = no velocity error).")
     check_call(teacher, rollouts.call_kwargs)
+    check_extra("torchmetrics", COMPARISON)
     denoiser = denoiser_of(teacher)
     images: list[Image.Image] = []
     calls: list[DenoiserCall] = []

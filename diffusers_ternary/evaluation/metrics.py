@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..extras import import_extra
 
+
+COMPARISON = "Comparing pictures"
 SSIM_WINDOW = 11  # pixels, Wang et al. 2004
 LPIPS_MIN_SIZE = 32  # pixels, below it AlexNet's last feature map is empty
 
@@ -48,9 +51,8 @@ def image_distance(student: Sequence[Image.Image], teacher: Sequence[Image.Image
         raise ValueError(f"{len(student)} student and {len(teacher)} teacher images are not pairs.")
     for ours, theirs in zip(student, teacher, strict=True):
         check_same_size(ours, theirs)
-    from torchmetrics import image as metrics
-    from torchmetrics.functional import image as functional
-
+    metrics = import_extra("torchmetrics.image", COMPARISON)
+    functional = import_extra("torchmetrics.functional.image", COMPARISON)
     pooled = metrics.PeakSignalNoiseRatio(data_range=1.0).set_dtype(torch.float64)
     reasons: dict[str, str] = {}
     smallest = min(min(image.size) for image in teacher)

@@ -2,13 +2,14 @@
 """PSNR, SSIM and CLIP score against their formulas, computed by hand."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from diffusers_ternary.evaluation import ClipScore
+from diffusers_ternary.evaluation import ClipScore, MissingExtraError
 from diffusers_ternary.evaluation.metrics import SSIM_WINDOW, image_distance
 from integration_tests.support.evaluate_pipelines import clip_text_config, clip_tokenizer
 
@@ -134,3 +135,11 @@ def test_clip_score_is_the_cosine_of_the_embeddings(tmp_path) -> None:
 def test_clip_checkpoint_must_be_local(tmp_path) -> None:
     with pytest.raises(ValueError, match="no local CLIP checkpoint"):
         ClipScore(tmp_path)
+
+
+def test_without_torchmetrics_the_remedy_is_named(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.image", None)
+    image = Image.new("RGB", (16, 16))
+    with pytest.raises(MissingExtraError, match=r"Comparing pictures .*pip install diffusers-ternary\[evaluate\]"):
+        image_distance([image], [image])
