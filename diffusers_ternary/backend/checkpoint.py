@@ -76,6 +76,17 @@ class PackedCheckpoint:
             for name, stored in names.items()
         }
 
+    def file_of(self, name: str) -> str:
+        """The file that holds a tensor, for messages; a host may have renamed the tensor."""
+        return self.tensors[name].file if name in self.tensors else "the checkpoint"
+
+    def to_memory(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A stored tensor as the model holds it: checked and converted if it is part of a packed layer."""
+        part = owner(name, self.layout.layers)
+        if part is None:
+            return tensor
+        return to_memory(name, part[1], tensor, self.layout.layers[part[0]], source=self.file_of(name))
+
     def names(self) -> set[str]:
         """Names of the float model's tensors."""
         parts = {f"{layer}.{part}" for layer, spec in self.layout.layers.items() for part in spec.file_tensors()}

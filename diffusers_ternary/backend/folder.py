@@ -8,6 +8,7 @@ import contextlib
 import os
 import pathlib
 import pickle
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from ..files import RESTORE, read_json
 
 
+_PACKAGE = __name__.partition(".")[0]
 # Of the interpreter, pickle and torch. ValueError, OSError and TypeError speak for themselves.
 _INNER_ERRORS = (
     ArithmeticError,
@@ -224,8 +226,15 @@ def check_file_name(name: object, *, source: str | os.PathLike[str]) -> str:
 
 
 @contextlib.contextmanager
-def explained_loading(source: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what the host libraries raise on damaged or hostile files into an error that names the source.
+def explained_loading(source: str | os.PathLike[str], *, own_reader: bool = False) -> Iterator[None]:
+    """Turns what libraries raise on damaged or hostile files into an error that names the source.
+
+    Errors of this package's own code stay what they are: they are bugs, and no download mends them.
+
+    Args:
+        source (`str` or `PathLike`): what is read.
+        own_reader (`bool`, *optional*, defaults to `False`): whether this package reads the file itself, so that
+            damage shows in its own lookups and calculations as well.
 
     Raises:
         ValueError: instead of errors that say what went wrong inside, and not with what.
@@ -240,7 +249,19 @@ def explained_loading(source: str | os.PathLike[str]) -> Iterator[None]:
                 f"{source} does not fit into memory ({reason[0]}). Free some, or choose another device; if the model "
                 "is not that large, its config.json is damaged."
             ) from error
+        if _is_own(error) and (not own_reader or isinstance(error, AttributeError)):
+            raise
         raise ValueError(
             f"{source} cannot be loaded ({type(error).__name__}: {reason[0] if reason else 'no more is known'}). A "
             "file in it is damaged, or not what its config.json says."
         ) from error
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether an error comes from this package's code, be it that a library called it (a hook, a quantizer)."""
+    if isinstance(error, (SafetensorError, pickle.PickleError)):  # raised without a frame of their own
+        return False
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    own = [name.partition(".")[0] == _PACKAGE for name in frames]
+    called = own[own.index(False) :] if False in own else []  # by those of this package that asked a library to read
+    return not called or any(called)

@@ -2,25 +2,12 @@
 """The quantizer that transformers calls for text encoders."""
 
 import copy
-import logging
-import os
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ..layers import QuantizedLayer, TernaryLinear, read_records
-from .checkpoint import (
-    PackedCheckpoint,
-    check_headers,
-    check_packed_as_declared,
-    check_values,
-    load_tensor,
-    owner,
-    read_headers,
-    state_dict_to_file,
-    to_memory,
-)
+from .checkpoint import check_values
 from .compat import (
     ConversionOps,
     HfQuantizer,
@@ -31,18 +18,13 @@ from .compat import (
 )
 from .config import TernaryConfig, TernaryMethod
 from .dequantize import dequantize_layers
-from .float8 import Float8Scales, find_float8_scales
-from .foreign import refuse_quantized_headers
 from .host_models import prepare_transformers
-from .pack import NOT_TERNARY, PackingRecord, float_layer, pack_layer
+from .loading import ModelLoading
 from .parts import give_own_config, packed_parts, renamed_for
-from .placeholders import insert_packed, insert_placeholders
 from .placement import bytes_per_weight
-from .plan import plan_conversion
-from .summary import packed_layers, summarize
+from .summary import packed_layers
 
 
-logger = logging.getLogger(__name__)
 _STORED = TernaryLinear.packed_names
 _STORED_FLOATS = tuple(name for name in _STORED if name not in ("weight", "weight_multiplier"))
 
@@ -63,9 +45,9 @@ def _packed_parts(model: Any) -> list[Any]:
     return packed_parts(model, PreTrainedModel)
 
 
-def _mark_initialized(layer: Any, names: Iterable[str] = _STORED) -> None:
+def _mark_initialized(layer: Any) -> None:
     """transformers draws random values for parameters without this mark."""
-    for name in names:
+    for name in _STORED:
         parameter = getattr(layer, name, None)
         if parameter is not None:
             parameter._is_hf_initialized = True
@@ -79,8 +61,8 @@ class PackOnLoad(QuantizerOperation):
         name = kwargs["full_layer_name"].rpartition(".")[0]
         value = next(iter(input_dict.values()))
         weight = value[0] if isinstance(value, list) else value
-        layer = kwargs["model"].get_submodule(name)
-        quantizer, config = self.quantizer, self.quantizer.quantization_config
+        model, quantizer = kwargs["model"], self.quantizer
+        layer = model.get_submodule(name)
         float8, stored_name = quantizer.float8, kwargs["source_patterns"][0]
         if float8.scales and stored_name not in quantizer.stored_names:
             quantizer.first_error = quantizer.first_error or ValueError(
@@ -91,17 +73,12 @@ class PackOnLoad(QuantizerOperation):
         if not isinstance(layer, QuantizedLayer):  # a layer that is kept
             return {kwargs["full_layer_name"]: weight.to(layer.weight.dtype)}
         try:
-            packed = pack_layer(layer, weight, name=name, config=config, record=quantizer.packing)
-        except ValueError as error:
+            layer = quantizer.pack(model, name, weight, dtype=layer.weight.dtype)
+        except Exception as error:
             # The loader would bury it in a report of its own; it is raised when the loader is done.
             quantizer.first_error = quantizer.first_error or error
-            packed = pack_layer(layer, torch.zeros_like(weight), name=name, config=config, record=PackingRecord())
-        names = layer.packed_names
-        if not packed:
-            layer, names = float_layer(layer, weight.to(layer.weight.dtype)), ("weight",)
-            kwargs["model"].set_submodule(name, layer)
-            quantizer.kept[name] = NOT_TERNARY
-        _mark_initialized(layer, names)
+            layer.install_empty(torch.float16, weight.device)
+        _mark_initialized(layer)
         kwargs["missing_keys"].discard(f"{name}.weight")
         return {}
 
@@ -117,7 +94,7 @@ class UnpackOnLoad(QuantizerOperation):
         return {full_name: self.quantizer.read_tensor(full_name, tensor)}
 
 
-class TernaryTransformersQuantizer(HfQuantizer):
+class TernaryTransformersQuantizer(ModelLoading, HfQuantizer):
     """Streams float checkpoints into packed layers, and packed ones to and from files.
 
     Args:
@@ -125,35 +102,13 @@ class TernaryTransformersQuantizer(HfQuantizer):
         pre_quantized (`bool`): whether the model's own config asked for this quantizer.
     """
 
-    quantization_config: TernaryConfig
-
     def __init__(self, quantization_config: TernaryConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.checkpoint: PackedCheckpoint | None = None
-        self.kept: dict[str, str] = {}
-        self.float8 = Float8Scales()
-        self.stored_names: frozenset[str] = frozenset()
         # The first layer that could not be packed; raised after loading.
-        self.first_error: ValueError | None = None
-        self.packing = PackingRecord()
+        self.first_error: Exception | None = None
         self.read: set[str] = set()
-        # Layers that were packed when the model was quantized; what is packed now, the model itself knows.
-        self.once: frozenset[str] = frozenset()
 
     # --- before the weights -------------------------------------------------------------------------------------
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Rejects placements that would store float weights.
-
-        Raises:
-            ValueError: for disk offload while quantizing on the fly.
-        """
-        device_map = kwargs.get("device_map")
-        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError(
-                "device_map puts layers on disk while quantizing on the fly, which would store them unquantized. "
-                "Quantize and save_pretrained first, then load the packed folder with this device_map."
-            )
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
         """Without a dtype, the model is loaded in the config's compute dtype."""
@@ -162,26 +117,16 @@ class TernaryTransformersQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        layout, tensors = read_headers(checkpoint_files or [])
-        source = os.path.dirname(checkpoint_files[0]) if checkpoint_files else "checkpoint"
-        check_packed_as_declared(layout, declared=self.pre_quantized, source=source)
-        if layout is None:
-            refuse_quantized_headers(tensors, source=source)
-            self.float8 = find_float8_scales(tensors, lambda name: load_tensor(tensors[name], name), source=source)
-            self.stored_names = frozenset(tensors)
-            ignore_unexpected(model, self.float8.extras)
-            plan = plan_conversion(model, self.quantization_config)
-            insert_placeholders(model, plan, self.quantization_config)
-            self.kept = plan.kept
-            return model
-        # Before anything is loaded: the loader collects the errors of conversions and raises one of its own.
-        check_headers(layout, tensors, source=source)
-        check_values(layout, tensors)
-        self.checkpoint = renamed_for(model, PackedCheckpoint(layout, tensors))
-        layers = self.checkpoint.layout.layers
-        insert_packed(model, layers, self.checkpoint.scale_dtypes(), self.quantization_config, source=source)
+        self.read_checkpoint(checkpoint_files or [])
+        if self.checkpoint is not None:
+            # Before anything is loaded: the loader collects the errors of conversions and raises one of its own.
+            check_values(self.checkpoint.layout, self.checkpoint.tensors)
+            self.checkpoint = renamed_for(model, self.checkpoint)
+        ignore_unexpected(model, self.float8.extras)
+        self.insert_layers(model)
         for layer in packed_layers(model).values():
-            _mark_initialized(layer)  # layers that stay on disk are not loaded, and must not be drawn at random
+            if layer.is_packed:  # those that stay on disk are not loaded, and must not be drawn at random
+                _mark_initialized(layer)
         return model
 
     # --- the weights --------------------------------------------------------------------------------------------
@@ -225,40 +170,29 @@ class TernaryTransformersQuantizer(HfQuantizer):
     def read_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Turns one stored tensor into its memory layout."""
         assert self.checkpoint is not None
-        layers = self.checkpoint.layout.layers
-        part = owner(name, layers)
-        if part is None:
-            return tensor
         self.read.add(name)
-        layer, suffix = part
-        return to_memory(name, suffix, tensor, layers[layer], source=self.checkpoint.tensors[name].file)
+        return self.checkpoint.to_memory(name, tensor)
 
     # --- after the weights --------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.first_error is not None:
             raise self.first_error
-        self.packing.report(model)
         for name, layer in packed_layers(model).items():
-            if not layer.is_packed:
-                raise ValueError(f"The checkpoint has no weight for {name}. Check that no shard is missing.")
             for suffix in layer.spec.file_tensors() if self.checkpoint is not None else ():
                 if f"{name}.{suffix}" not in self.read:
                     raise ValueError(
                         f"The checkpoint has no tensor {name}.{suffix}, which the {type(layer).__name__} needs. "
                         "The file is incomplete: download it again, or write it again with diffusers-ternary."
                     )
-        self.attach(model)
-        logger.info("%s", summarize(model, self.kept))
+        self.finish(model)
         return model
 
     def attach(self, model: Any) -> None:
         """Marks `model` as quantized by this quantizer."""
-        self.checkpoint = None
-        self.pre_quantized = True
+        super().attach(model)
         self.read = set()
         prepare_transformers()
-        self.once = frozenset(packed_layers(model))
         give_own_config(model)
         model.config.quantization_config = self.quantization_config
         for part in _packed_parts(model):  # each may be saved on its own
@@ -281,8 +215,7 @@ class TernaryTransformersQuantizer(HfQuantizer):
             model.config.quantization_config = self.quantization_config
         state_dict = model.state_dict()
         records = read_records(state_dict)
-        converted, layout = state_dict_to_file(drop_unsaved(state_dict, model), records, once=self.once)
-        return converted, layout.to_metadata()
+        return self.to_file(drop_unsaved(state_dict, model), records)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # save_pretrained leaves the name of the dtype in the model's config.
@@ -297,14 +230,4 @@ class TernaryTransformersQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         """Packed models can be saved."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters can be trained on packed models; the packed weights themselves are frozen."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """`torch.compile(fullgraph=True)` works."""
         return True

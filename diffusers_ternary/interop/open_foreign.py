@@ -72,7 +72,7 @@ def named_errors(path: pathlib.Path) -> Iterator[None]:
         ValueError: instead of errors that say what went wrong inside, and not with what.
     """
     try:
-        with explained_loading(path):
+        with explained_loading(path, own_reader=True):
             yield
     except (ValueError, TypeError) as error:
         if str(path) in str(error):
