@@ -12,6 +12,7 @@ from torch import nn
 from .compat_models import unwrap_compiled
 
 
+DENOISERS = ("transformer", "unet")
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
@@ -27,6 +28,33 @@ def modules_of(pipeline: Any) -> dict[str, nn.Module]:
     """The models of a pipeline by component name, without the wrappers of `torch.compile`."""
     parts = {name: unwrap_compiled(part) for name, part in pipeline.components.items()}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def denoiser_name(pipeline: Any, component: str | None = None) -> str:
+    """The name of the component that a pipeline calls at every step; of several, of the one it calls first.
+
+    Args:
+        pipeline (`DiffusionPipeline`): of diffusers.
+        component (`str`, *optional*): the name of another one that it calls so, e.g. `"transformer_2"`.
+
+    Raises:
+        ValueError: if the pipeline has no model of that name; if none is given, neither `transformer` nor `unet`.
+    """
+    known = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
+    names = DENOISERS if component is None else (component,)
+    found = next((name for name in names if name in known), None)
+    if found is None:
+        raise ValueError(
+            f"{type(pipeline).__name__} has no {' or '.join(names)} that is called at every step. Choose from "
+            f"{', '.join(known) or 'nothing: it has no models'}."
+        )
+    return found
+
+
+def denoiser_of(pipeline: Any, component: str | None = None) -> nn.Module:
+    """The model that a pipeline calls at every step; arguments and errors as of [`denoiser_name`]."""
+    model: nn.Module = pipeline.components[denoiser_name(pipeline, component)]
+    return model
 
 
 @contextlib.contextmanager

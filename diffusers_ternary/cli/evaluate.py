@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
+from ..backend.components import denoiser_name
 from ..backend.sources import check_weights
 from ..extras import check_extra
 from ..files.destinations import output_folder
@@ -147,10 +148,7 @@ def load_student(source: str, teacher: Any, dtype: torch.dtype) -> Any:
     path = pathlib.Path(source)
     if not (path / "config.json").is_file() or (path / "model_index.json").is_file():
         return load_pipeline(source, dtype)
-    from ..evaluation.comparable import DENOISERS, denoiser_of
-
-    current: Any = denoiser_of(teacher)
+    name = denoiser_name(teacher)
     check_weights(source, [""])
-    denoiser = type(current).from_pretrained(source, dtype=dtype)
-    name = next(name for name in DENOISERS if getattr(teacher, name, None) is current)
+    denoiser = type(teacher.components[name]).from_pretrained(source, dtype=dtype)
     return type(teacher)(**{**teacher.components, name: denoiser})

@@ -5,27 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from torch import nn
+
+from ..backend.components import denoiser_of
 
 
-DENOISERS = ("transformer", "unet")
 _MISSING = object()
-
-
-def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
-    """The model that is called at every step.
-
-    Raises:
-        ValueError: if the pipeline has neither a `transformer` nor a `unet`.
-    """
-    for name in DENOISERS:
-        model = getattr(pipeline, name, None)
-        if isinstance(model, nn.Module):
-            return model
-    raise ValueError(
-        f"{type(pipeline).__name__} has no {' or '.join(DENOISERS)}. evaluate compares text-to-image pipelines with "
-        "one denoiser."
-    )
 
 
 def check_comparable(student: DiffusionPipeline, teacher: DiffusionPipeline) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..backend import below_compiled_wrappers
+from ..backend.components import denoiser_of
 from ..extras import check_extra
 from ..rollouts import (
     DenoiserCall,
@@ -29,7 +30,7 @@ from ..rollouts import (
     velocity_error,
 )
 from .benchmarks import Benchmark, BenchmarkScores, judge_all, make_benchmark
-from .comparable import check_comparable, denoiser_of
+from .comparable import check_comparable
 from .metrics import COMPARISON, check_same_size, image_distance
 from .result import BenchmarkPair, EvaluationResult, ScorePair
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from diffusers_ternary import TernaryConfig, TernaryLinear, evaluate, quantize
 from diffusers_ternary.backend import TernaryDiffusersQuantizer, packed_layers, plan_pipeline
+from diffusers_ternary.backend.components import denoiser_name, denoiser_of
 from diffusers_ternary.calibration import CalibrationConfig, SolverConfig, calibrate
 from diffusers_ternary.interop.inspection import inspect_path
 from integration_tests.support import denoisers, distillation
@@ -162,3 +163,12 @@ class TestDeviceMaps:
         elements = sum(tensor.numel() for tensor in empty.state_dict().values())
         allocated = elements // quantizer.get_cuda_warm_up_factor() * 2
         assert 0.3 * needed < allocated <= needed
+
+
+def test_the_denoiser_is_what_a_pipeline_calls_at_every_step():
+    pipeline = PIPELINES["flux"].build()
+    assert denoiser_name(pipeline) == "transformer"
+    assert denoiser_of(pipeline) is pipeline.transformer
+    assert denoiser_of(pipeline, "text_encoder") is pipeline.text_encoder
+    with pytest.raises(ValueError, match=r"FluxPipeline has no unet that is called .*Choose from .*transformer"):
+        denoiser_name(pipeline, "unet")
