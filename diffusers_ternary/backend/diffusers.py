@@ -20,7 +20,7 @@ from .fused_projections import enable_fused_projections
 from .host_models import prepare_diffusers
 from .loading import ModelLoading
 from .parts import packed_parts
-from .placement import model_bytes, warm_up_factor
+from .sizes import model_bytes, warm_up_factor
 from .summary import packed_layers
 
 

@@ -21,7 +21,7 @@ from .dequantize import dequantize_layers
 from .host_models import prepare_transformers
 from .loading import ModelLoading
 from .parts import give_own_config, packed_parts, renamed_for
-from .placement import bytes_per_weight
+from .sizes import bytes_per_weight
 from .summary import packed_layers
 
 
