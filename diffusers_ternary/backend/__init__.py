@@ -9,7 +9,8 @@ from .placeholders import placeholder_for
 from .plan import ConversionPlan, plan_conversion
 from .quantize import plan_pipeline, quantize, replace_layers
 from .registration import register
-from .summary import bits_per_weight, file_bytes, packed_layers, summarize
+from .sizes import bits_per_weight, file_bytes
+from .summary import packed_layers, summarize
 from .transformers import TernaryTransformersQuantizer
 
 

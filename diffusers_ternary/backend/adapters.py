@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of adapters when a packed model is saved: never dropped, never under a wrong name."""
+"""What becomes of adapters when a packed model is saved: never dropped, never under a wrong name.
+
+Image prompt adapters (IP-Adapter) are no part of the model, so they are never packed either. They live in the
+attention processors, which are modules only then, and in a projection of the picture's embedding: `encoder_hid_proj`
+of UNets and Flux, `image_proj` of Stable Diffusion 3.
+"""
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
@@ -10,6 +15,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 RecordT = TypeVar("RecordT")
+# Kolors projects its text by `encoder_hid_proj`, which `load_ip_adapter` moves away and `unload_ip_adapter` back.
+_MOVED, _HOME = "text_encoder_hid_proj.", "encoder_hid_proj."
 _INJECTED = (".base_layer.", ".lora_", ".original_module.", ".modules_to_save.")  # of PEFT's layers and wrappers
 
 
@@ -81,3 +88,33 @@ def settle_merged(
         total,
     )
     return tensors, packed
+
+
+def is_image_adapter(name: str) -> bool:
+    """Whether a module or tensor of a denoiser belongs to an image prompt adapter, by its name."""
+    parts = name.split(".")
+    return "processor" in parts or "image_projection_layers" in parts or parts[0] == "image_proj"
+
+
+def without_image_adapters(
+    state_dict: Mapping[str, torch.Tensor], records: Mapping[str, RecordT]
+) -> tuple[dict[str, torch.Tensor], dict[str, RecordT]]:
+    """The state dict and the packed layers as they were before an image prompt adapter was loaded.
+
+    A checkpoint cannot hold one: nobody would load it from there. Both arguments are left as they are.
+    """
+    adapter = [name for name in state_dict if is_image_adapter(name)]
+    if adapter:
+        logger.warning(
+            "The image prompt adapter (%d tensors) is not saved with the model: call load_ip_adapter() again after "
+            "loading it.",
+            len(adapter),
+        )
+
+    def home(name: str) -> str:
+        if not adapter or not f"{name}.".startswith(_MOVED):
+            return name
+        return (_HOME + f"{name}.".removeprefix(_MOVED)).rstrip(".")
+
+    tensors = {home(name): tensor for name, tensor in state_dict.items() if not is_image_adapter(name)}
+    return tensors, {home(name): record for name, record in records.items() if not is_image_adapter(name)}

@@ -32,9 +32,8 @@ from ..kernels.cpu.base3 import base3_to_planes, planes_to_base3
 from ..layers import LayerRecord
 from ..layers.base import bits_to_scale, scale_to_bits
 from ..ternarize import Int8Weight, LowRank, TernaryWeight
-from .adapters import refuse_adapters, settle_merged
+from .adapters import refuse_adapters, settle_merged, without_image_adapters
 from .fused_projections import without_fused_projections
-from .image_adapters import without_image_adapters
 
 
 _DAMAGED = "The file is damaged or incomplete: download it again, or write it again with diffusers-ternary."

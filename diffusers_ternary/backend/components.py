@@ -7,9 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
+from .compat import keep_in_fp32_names
 from .compat_models import unwrap_compiled
+from .summary import has_packed_layers
 
 
 DENOISERS = ("transformer", "unet")
@@ -95,3 +98,17 @@ def below_compiled_wrappers(function: FunctionT) -> FunctionT:
         return wrappers.get(id(result), result)
 
     return wrapper  # type: ignore[return-value]
+
+
+def store_in_16_bits(pipeline: Any) -> None:
+    """Casts what is not packed in quantized components to bfloat16, as it is stored; float32 modules stay.
+
+    Calibration and distillation compute in float32 on a CPU, which would double what the kept layers take in a file.
+    """
+    for model in pipeline.components.values():
+        if not isinstance(model, nn.Module) or not has_packed_layers(model):
+            continue
+        float32 = set(keep_in_fp32_names(model))
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == torch.float32 and not float32.intersection(name.split(".")):
+                parameter.data = parameter.data.to(torch.bfloat16)

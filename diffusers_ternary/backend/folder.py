@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a folder that `save_pretrained` wrote says of itself, read as something that anybody may have written.
+"""What a local folder that `save_pretrained` wrote says of itself, read as something that anybody may have written.
 
-Names that lead out of the folder, links, and classes that are none are errors, before anything follows them.
+Names that lead out of the folder, links, and classes that are none are errors, before anything follows them. Nothing
+is loaded or downloaded here: that is done in `sources.py`, and packed weights are read in `packed_folder.py`.
 """
 
 import contextlib

@@ -4,7 +4,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .float8 import Header
+from .checkpoint import StoredTensor, load_tensor
+from .float8 import Float8Scales, Header, find_float8_scales
 
 
 # Names that a method stores beside a weight.
@@ -17,6 +18,23 @@ _MARKS = {
     "Quanto": (".weight._data", ".weight._scale"),
 }
 _REMEDY = "Ternary rounding needs the float weights: load the original checkpoint of the model."
+
+
+def check_float_checkpoint(tensors: Mapping[str, StoredTensor], *, source: str) -> Float8Scales:
+    """Checks by its headers that a checkpoint holds float weights, 8-bit ones with scales included.
+
+    Args:
+        tensors (`Mapping[str, StoredTensor]`): all tensors.
+        source (`str`): for messages.
+
+    Returns:
+        [`Float8Scales`]: the scales of its 8-bit floats.
+
+    Raises:
+        ValueError: names the method that has quantized it, or what is not understood, and the tensor.
+    """
+    refuse_quantized_headers(tensors, source=source)
+    return find_float8_scales(tensors, lambda name: load_tensor(tensors[name], name), source=source)
 
 
 def refuse_quantized_headers(tensors: Mapping[str, Header], *, source: str) -> None:

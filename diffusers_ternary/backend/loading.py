@@ -14,13 +14,12 @@ from .checkpoint import (
     PackedCheckpoint,
     check_headers,
     check_packed_as_declared,
-    load_tensor,
     read_headers,
     state_dict_to_file,
 )
 from .config import TernaryConfig
-from .float8 import Float8Scales, find_float8_scales
-from .foreign import refuse_quantized_headers
+from .float8 import Float8Scales
+from .foreign import check_float_checkpoint
 from .pack import NOT_TERNARY, PackingRecord, float_layer, pack_layer
 from .placeholders import insert_packed, insert_placeholders
 from .plan import plan_conversion
@@ -77,11 +76,8 @@ class ModelLoading:
             check_headers(layout, tensors, source=self.source)
             self.checkpoint = PackedCheckpoint(layout, tensors)
         else:
-            refuse_quantized_headers(tensors, source=self.source)
+            self.float8 = check_float_checkpoint(tensors, source=self.source)
             self.stored_names = frozenset(tensors)  # none of pickled files, which have no headers
-            self.float8 = find_float8_scales(
-                tensors, lambda name: load_tensor(tensors[name], name), source=self.source
-            )
 
     def insert_layers(self, model: nn.Module) -> list[str]:
         """Puts packed layers without values, or placeholders, in the place of the float ones.

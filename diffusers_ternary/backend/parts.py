@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from .checkpoint import PackedCheckpoint
-from .summary import packed_layers
+from .summary import has_packed_layers
 
 
 def packed_parts(model: nn.Module, base_class: type) -> list[Any]:
     """The models of a host's `base_class` within `model`, itself included, that have packed layers."""
     parts: list[Any] = [part for part in model.modules() if isinstance(part, base_class)]
-    return [part for part in parts if packed_layers(part)]
+    return [part for part in parts if has_packed_layers(part)]
 
 
 def give_own_config(model: Any) -> None:

@@ -9,10 +9,10 @@ from torch import nn
 
 from ..format import Int8Spec, LayerSpec, TernarySpec, normalize_group_size
 from ..layers import FLOAT_TYPES, FloatLayer, matrix_shape, reason_not_to_pack
+from .adapters import is_image_adapter
 from .compat import keep_in_fp32_names
 from .config import TernaryConfig
 from .fused_projections import copied_projections
-from .image_adapters import is_image_adapter
 from .patterns import matches, matches_any
 from .policy import policy_for
 from .weight_readers import layers_read_by_model

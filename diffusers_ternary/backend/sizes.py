@@ -1,16 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a model takes once it is packed: what device maps and allocations are planned with."""
+"""How many bytes a layer or a model takes: in a file, and in memory once it is packed."""
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from ..format import LayerSpec, TernarySpec
+from ..format import LayerSpec, TensorSpec, TernarySpec
 from ..layers import QuantizedLayer
 from .config import RECOVER, TernaryConfig
-from .summary import packed_layers
+
+
+def file_bytes(spec: LayerSpec) -> int:
+    """Bytes of a layer's tensors in a file, with 16-bit scales; the bias is not counted."""
+    return _bytes(spec.file_tensors())
+
+
+def memory_bytes(spec: LayerSpec) -> int:
+    """Bytes of a layer's tensors in memory, with 16-bit scales; the bias is not counted."""
+    return _bytes(spec.memory_tensors())
+
+
+def _bytes(tensors: Mapping[str, TensorSpec]) -> int:
+    return sum(
+        math.prod(tensor.shape) * (2 if name == "weight_scale" else tensor.dtypes[0].itemsize)
+        for name, tensor in tensors.items()
+    )
+
+
+def bits_per_weight(specs: Mapping[str, LayerSpec]) -> float:
+    """Stored bits per converted weight in a file: codes, scales and multipliers; biases are not weights."""
+    return 8 * sum(file_bytes(spec) for spec in specs.values()) / sum(spec.weights for spec in specs.values())
 
 
 def planned_bytes(layer: QuantizedLayer, config: TernaryConfig) -> int:
@@ -33,14 +55,6 @@ def _settled(spec: LayerSpec, config: TernaryConfig) -> LayerSpec:
     return dataclasses.replace(spec, scales=scales, hadamard=0, rank=config.rank)
 
 
-def memory_bytes(spec: LayerSpec) -> int:
-    """Bytes of a layer's tensors in memory, with 16-bit scales."""
-    return sum(
-        math.prod(tensor.shape) * (2 if name == "weight_scale" else tensor.dtypes[0].itemsize)
-        for name, tensor in spec.memory_tensors().items()
-    )
-
-
 def bytes_per_weight(layer: QuantizedLayer, config: TernaryConfig) -> float:
     """[`planned_bytes`] for each value of the placeholder's float weight."""
     return planned_bytes(layer, config) / layer.weight.numel()
@@ -48,7 +62,8 @@ def bytes_per_weight(layer: QuantizedLayer, config: TernaryConfig) -> float:
 
 def model_bytes(model: nn.Module, config: TernaryConfig) -> int:
     """Bytes of a model's parameters and buffers once its placeholders are packed."""
-    placeholders = {f"{name}.weight": layer for name, layer in packed_layers(model).items() if not layer.is_packed}
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer))
+    placeholders = {f"{name}.weight": layer for name, layer in layers if not layer.is_packed}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return sum(
         planned_bytes(placeholders[name], config) if name in placeholders else tensor.numel() * tensor.element_size()

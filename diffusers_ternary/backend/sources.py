@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds out what a path or Hub id holds, and loads it quantized."""
+"""Loads what a path or Hub id names: asks the Hub, checks what it is told, and calls the hosts.
 
-import functools
+What a local folder says of itself is read in `folder.py`.
+"""
+
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -19,14 +21,10 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from torch import nn
 
 from ..files import read_json
-from . import StoredTensor, packed_layers, read_headers
-from .checkpoint import load_tensor
-from .compat import keep_in_fp32_names
+from .checkpoint import read_headers
 from .config import TernaryConfig
-from .float8 import find_float8_scales
 from .folder import (
     check_pipeline,
     default_files,
@@ -36,7 +34,7 @@ from .folder import (
     pipeline_parts,
     quant_method,
 )
-from .foreign import refuse_quantized_headers
+from .foreign import check_float_checkpoint
 
 
 _CONFIGS = ("model_index.json", "config.json")
@@ -127,17 +125,12 @@ def check_weights(source: str, parts: Iterable[str]) -> None:
         if quant_method(config, source=folder) is not None:  # whose quantizer knows the scales
             continue
         _, tensors = read_headers(default_files(folder, config))
-        refuse_quantized_headers(tensors, source=str(folder))
-        scales = find_float8_scales(tensors, functools.partial(_read, tensors), source=str(folder)).scales
+        scales = check_float_checkpoint(tensors, source=str(folder)).scales
         if scales:
             raise ValueError(
                 f"{folder} holds 8-bit floats with scales ({next(iter(scales))}), which diffusers would load without "
                 "the scales. Start from the float weights; `diffusers-ternary quantize` reads the scales."
             )
-
-
-def _read(tensors: Mapping[str, StoredTensor], name: str) -> torch.Tensor:
-    return load_tensor(tensors[name], name)
 
 
 def read_source_json(source: str, name: str) -> dict[str, Any] | None:
@@ -180,17 +173,3 @@ def _refuse_quantized(config: dict[str, Any] | None, source: str) -> None:
     method = quant_method(config or {}, source=source)
     if method is not None:
         raise ValueError(f"{source} is quantized already ({method}). Start from its float weights.")
-
-
-def store_in_16_bits(pipeline: Any) -> None:
-    """Casts what is not packed in quantized components to bfloat16, as it is stored; float32 modules stay.
-
-    Calibration and distillation compute in float32 on a CPU, which would double what the kept layers take in a file.
-    """
-    for model in pipeline.components.values():
-        if not isinstance(model, nn.Module) or not packed_layers(model):
-            continue
-        float32 = set(keep_in_fp32_names(model))
-        for name, parameter in model.named_parameters():
-            if parameter.dtype == torch.float32 and not float32.intersection(name.split(".")):
-                parameter.data = parameter.data.to(torch.bfloat16)

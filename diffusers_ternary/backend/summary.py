@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion did, in a few lines for the log."""
+"""The packed layers of a model: which they are, what they count, and a few lines on them for the log."""
 
 import collections
 from collections.abc import Mapping
 
 from torch import nn
 
-from ..format import Int8Spec, LayerSpec, TensorSpec, TernarySpec
+from ..format import Int8Spec, TernarySpec
 from ..layers import QuantizedConv2d, QuantizedLayer
+from .sizes import bits_per_weight
 
 
 def packed_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The packed layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def has_packed_layers(module: nn.Module) -> bool:
+    """Whether a module is a packed layer, or has some."""
+    return any(isinstance(part, QuantizedLayer) for part in module.modules())
 
 
 def count_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -31,23 +37,6 @@ def count_parameters(model: nn.Module, only_trainable: bool = False, exclude_emb
         if counted and (parameter.requires_grad or not only_trainable):
             total += parameter.numel()
     return total
-
-
-def file_bytes(spec: LayerSpec) -> int:
-    """Bytes of a layer in a file, with 16-bit scales; the bias is not counted."""
-
-    def size(name: str, tensor: TensorSpec) -> int:
-        count = 1
-        for dim in tensor.shape:
-            count *= dim
-        return count * (2 if name == "weight_scale" else tensor.dtypes[0].itemsize)
-
-    return sum(size(name, tensor) for name, tensor in spec.file_tensors().items())
-
-
-def bits_per_weight(specs: Mapping[str, LayerSpec]) -> float:
-    """Stored bits per converted weight in a file: codes, scales and multipliers; biases are not weights."""
-    return 8 * sum(file_bytes(spec) for spec in specs.values()) / sum(spec.weights for spec in specs.values())
 
 
 def summarize(model: nn.Module, kept: Mapping[str, str]) -> str:

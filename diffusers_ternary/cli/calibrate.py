@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..backend.components import store_in_16_bits
 from ..backend.config import TernaryConfig
-from ..backend.sources import store_in_16_bits
 from ..extras import MissingExtraError, check_extra
 from ..files import parse_size, remove_folder
 from ..files.destinations import output_folder

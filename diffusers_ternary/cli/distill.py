@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..backend.components import store_in_16_bits
 from ..backend.config import TernaryConfig
-from ..backend.sources import store_in_16_bits
 from ..files import parse_size, read_json, remove_folder
 from ..files.destinations import check_folder, output_folder
 from ..interop.inspection import inspect_path

@@ -3,11 +3,9 @@
 
 from functools import partial
 
-from torch import nn
-
 from ..backend.after_import import after_import
 from ..backend.compat import patch_flux_expansion, patch_lora_mixin
-from ..backend.summary import count_parameters
+from ..backend.summary import count_parameters, has_packed_layers
 from ..layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 
 
@@ -15,7 +13,7 @@ def register() -> None:
     """Registers now with what is imported already, and with the rest when it is. Calling it again changes nothing."""
     after_import("peft", _register_with_peft)
     after_import("diffusers.loaders.lora_pipeline", partial(patch_flux_expansion, _is_packed_linear))
-    after_import("diffusers.loaders.peft", partial(patch_lora_mixin, _has_packed_layers))
+    after_import("diffusers.loaders.peft", partial(patch_lora_mixin, has_packed_layers))
 
 
 def _register_with_peft() -> None:
@@ -28,7 +26,7 @@ def _register_with_peft() -> None:
         count_whole_parameters,
         watch_injection,
     )
-    from .saved_modules import has_packed_layers, trainable_copy
+    from .saved_modules import trainable_copy
 
     setattr(QuantizedLayer, DEQUANTIZE_MARK, property(lambda layer: layer.weight))
     add_custom_modules({QuantizedLinear: layers.TernaryLoraLinear, QuantizedConv2d: layers.TernaryLoraConv2d})
@@ -43,7 +41,3 @@ def _register_with_peft() -> None:
 
 def _is_packed_linear(module: object) -> bool:
     return isinstance(module, QuantizedLinear)
-
-
-def _has_packed_layers(model: nn.Module) -> bool:
-    return any(isinstance(module, QuantizedLayer) for module in model.modules())

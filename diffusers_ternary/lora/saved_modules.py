@@ -17,8 +17,3 @@ def trainable_copy(module: nn.Module) -> nn.Module:
     copied = copy.deepcopy(module)
     dequantize_layers(copied)
     return copied
-
-
-def has_packed_layers(module: nn.Module) -> bool:
-    """Whether a module is a packed layer, or has some."""
-    return any(isinstance(part, QuantizedLayer) for part in module.modules())

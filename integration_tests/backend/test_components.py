@@ -10,7 +10,7 @@ from torch import nn
 
 from diffusers_ternary import TernaryConfig, TernaryLinear, evaluate, quantize
 from diffusers_ternary.backend import TernaryDiffusersQuantizer, packed_layers, plan_pipeline
-from diffusers_ternary.backend.components import denoiser_name, denoiser_of
+from diffusers_ternary.backend.components import denoiser_name, denoiser_of, store_in_16_bits
 from diffusers_ternary.calibration import CalibrationConfig, SolverConfig, calibrate
 from diffusers_ternary.interop.inspection import inspect_path
 from integration_tests.support import denoisers, distillation
@@ -172,3 +172,27 @@ def test_the_denoiser_is_what_a_pipeline_calls_at_every_step():
     assert denoiser_of(pipeline, "text_encoder") is pipeline.text_encoder
     with pytest.raises(ValueError, match=r"FluxPipeline has no unet that is called .*Choose from .*transformer"):
         denoiser_name(pipeline, "unet")
+
+
+def test_kept_layers_are_stored_in_16_bits_and_nothing_else_changes():
+    pipeline = quantize(PIPELINES["flux"].build(), TernaryConfig(group_size=16))
+    before = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
+    text_encoder = {name: tensor.clone() for name, tensor in pipeline.text_encoder.state_dict().items()}
+    store_in_16_bits(pipeline)
+    after = pipeline.transformer.state_dict()
+    assert {t.dtype for t in before.values() if t.is_floating_point()} == {torch.float32}
+    for name, tensor in before.items():
+        expected = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        assert after[name].dtype == expected.dtype
+        assert torch.equal(after[name], expected), name
+    for name, tensor in pipeline.text_encoder.state_dict().items():
+        assert torch.equal(tensor, text_encoder[name])
+        assert tensor.dtype == text_encoder[name].dtype
+
+
+def test_float32_modules_stay_float32_when_stored():
+    pipeline = quantize(PIPELINES["flux"].build(), TernaryConfig(group_size=16))
+    pipeline.transformer._keep_in_fp32_modules = ["proj_out"]
+    store_in_16_bits(pipeline)
+    assert pipeline.transformer.proj_out.weight.dtype == torch.float32
+    assert pipeline.transformer.x_embedder.weight.dtype == torch.bfloat16
