@@ -10,7 +10,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..interop.inspection import UNPACKED, Component, Row, inspect_path
+from ..interop.contents import UNPACKED
+from ..interop.inspection import Component, Row, inspect_path
 from .console import console, escape, explained_errors, format_bytes
 
 

@@ -7,7 +7,7 @@ in 8-bit floats. 1x1 convolutions are stored as matrices.
 """
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,9 +21,15 @@ CODES, SCALE, SHAPE = "::codes2b", "::scale", "::shape"
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def is_clark(names: list[str]) -> bool:
+def is_clark(names: Iterable[str]) -> bool:
     """Whether these tensor names are those of a Clark-style pack."""
     return any(name.endswith(CODES) for name in names)
+
+
+def clark_owner(name: str, layers: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The quantized layer that a tensor belongs to, and its name there."""
+    layer, _, part = name.partition("::")
+    return (layer, part) if part and layer in layers else (None, name)
 
 
 def read_clark(file: pathlib.Path, config: dict[str, Any] | None) -> ForeignModel:

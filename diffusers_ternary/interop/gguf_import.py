@@ -47,6 +47,11 @@ def architecture_field(reader: Any) -> str | None:
     return None if field is None else str(field.contents())
 
 
+def gguf_shape(tensor: Any) -> tuple[int, ...]:
+    """Shape of a tensor of the file; GGUF counts dimensions from the innermost."""
+    return tuple(int(size) for size in reversed(tensor.shape.tolist()))
+
+
 def read_gguf(path: pathlib.Path, config: dict[str, Any] | None) -> ForeignModel:
     """Describes a GGUF file of a denoiser.
 
@@ -96,8 +101,7 @@ def _embedded_config(reader: Any) -> dict[str, Any] | None:
 
 
 def _shapes(stored: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    # GGUF counts dimensions from the innermost.
-    return {name: tuple(int(size) for size in reversed(tensor.shape.tolist())) for name, tensor in stored.items()}
+    return {name: gguf_shape(tensor) for name, tensor in stored.items()}
 
 
 def _joined_shape(tensor: GgufTensor, expected: dict[str, tuple[int, ...]]) -> tuple[int, ...]:

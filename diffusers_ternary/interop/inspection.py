@@ -6,18 +6,15 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..backend import StoredTensor, check_headers, read_headers
-from ..format import FileLayout, Int8Spec, LayerSpec
-from .contents import ForeignContents, gguf_contents, holds_ternary_values, safetensors_contents, state_dict_contents
+from .contents import StoredWeight, pattern_of, read_contents
 from .open_foreign import named_errors
 from .two_bit import FILES as STATE_DICTS
 
 
-SUFFIXES = (".safetensors", ".gguf")
-UNPACKED = "holds ternary values"
+_PATTERNS = ("*.safetensors", "*.gguf", *STATE_DICTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,112 +104,62 @@ def inspect_path(path: str | pathlib.Path) -> list[Component]:
     root = pathlib.Path(path)
     if not root.exists():
         raise FileNotFoundError(f"{root} does not exist. Give a folder with safetensors or GGUF files, or one file.")
-    files = [root] if root.is_file() else _model_files(root)
-    if not files or any(file.suffix not in SUFFIXES and file.name not in STATE_DICTS for file in files):
+    places = [root] if root.is_file() else root.rglob("*")
+    files = [file for file in places if any(file.match(pattern) for pattern in _PATTERNS)]
+    if not files:
         raise ValueError(f"{root} holds no safetensors or GGUF files, and other formats are not read.")
-    folders: dict[tuple[pathlib.Path, str], list[pathlib.Path]] = collections.defaultdict(list)
-    for file in files:
-        folders[file.parent, _checkpoint_name(file)].append(file)  # other formats: one file each
-    several = collections.Counter(folder for folder, _ in folders)
-    components = []
-    for (folder, name), shards in folders.items():
-        with named_errors(shards[0]):
-            components.append(_describe(_component_name(root, folder, name if several[folder] > 1 else ""), shards))
-    return components
+    if root.is_file():
+        return [_component(root.name, files)]
+    folders = sorted({file.parent for file in files})
+    names = [folder.relative_to(root).as_posix() for folder in folders]
+    own = root.resolve().name
+    found = (inspect_folder(folder, own if name == "." else name) for folder, name in zip(folders, names, strict=True))
+    return [component for components in found for component in components]
 
 
-def _model_files(root: pathlib.Path) -> list[pathlib.Path]:
-    patterns = [*(f"*{suffix}" for suffix in SUFFIXES), *STATE_DICTS]
-    return sorted(file for pattern in patterns for file in root.rglob(pattern))
+def inspect_folder(folder: pathlib.Path, name: str) -> list[Component]:
+    """Describes the checkpoints in a folder, not those below it: as `NAME`, or `NAME (FILE)` if there are several.
+
+    Raises:
+        ValueError: if a file is damaged or incomplete.
+    """
+    checkpoints: dict[str, list[pathlib.Path]] = collections.defaultdict(list)
+    for file in sorted(file for pattern in _PATTERNS for file in folder.glob(pattern)):
+        checkpoints[_checkpoint_name(file)].append(file)
+    return [
+        _component(f"{name} ({checkpoint})" if len(checkpoints) > 1 else name, files)
+        for checkpoint, files in checkpoints.items()
+    ]
 
 
 def _checkpoint_name(file: pathlib.Path) -> str:
     # The shards of one checkpoint belong together; another variant in the same folder is another checkpoint.
     stem = re.sub(r"-\d{5}-of-\d{5}", "", file.stem)
-    return stem if file.suffix == ".safetensors" else file.name
+    return stem if file.suffix == ".safetensors" else file.name  # other formats: one file each
 
 
-def _component_name(root: pathlib.Path, folder: pathlib.Path, name: str) -> str:
-    if root.is_file():
-        return root.name
-    relative = folder.relative_to(root).as_posix()
-    base = root.resolve().name if relative == "." else relative
-    return f"{base} ({name})" if name else base
+def _component(name: str, files: list[pathlib.Path]) -> Component:
+    with named_errors(files[0]):
+        contents = read_contents(files)
+    return Component(name, tuple(_rows(contents.weights)), contents.format_version, contents.format)
 
 
-def _describe(name: str, files: list[pathlib.Path]) -> Component:
-    if files[0].suffix == ".gguf":
-        return _foreign(name, gguf_contents(files[0]))
-    if files[0].name in STATE_DICTS:
-        contents = state_dict_contents(files[0].parent)
-        assert contents is not None
-        return _foreign(name, contents)
-    layout, tensors = read_headers(files)
-    if layout is None:
-        contents = safetensors_contents(tensors)
-        if contents is not None:
-            return _foreign(name, contents)
-        return Component(name, tuple(_kept_rows(tensors.values())), None, _values(tensors))
-    check_headers(layout, tensors, source=str(files[0].parent))
-    parts = {f"{layer}.{part}" for layer, spec in layout.layers.items() for part in spec.file_tensors()}
-    kept = [tensor for tensor_name, tensor in tensors.items() if tensor_name not in parts]
-    rows = [*_packed_rows(layout, tensors), *_kept_rows(kept)]
-    return Component(name, tuple(rows), layout.format_version)
-
-
-def _packed_rows(layout: FileLayout, tensors: Mapping[str, StoredTensor]) -> Iterable[Row]:
-    groups: dict[tuple[str, str, int, int], dict[str, LayerSpec]] = collections.defaultdict(dict)
-    for layer, spec in layout.layers.items():
-        groups[_pattern(layer), _kind(spec), spec.out_features, spec.in_features][layer] = spec
-    for (pattern, kind, rows, columns), specs in groups.items():
-        size = sum(tensors[f"{layer}.{part}"].bytes for layer, spec in specs.items() for part in spec.file_tensors())
-        yield Row(pattern, kind, len(specs), (rows, columns), sum(spec.weights for spec in specs.values()), size)
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
-
-
-def _foreign(name: str, contents: ForeignContents) -> Component:
+def _rows(weights: Iterable[StoredWeight]) -> Iterator[Row]:
     """Quantized layers by pattern, kind and shape; all other tensors by their dtype."""
-    groups: dict[tuple[str, str, tuple[int, int]], list[int]] = collections.defaultdict(list)
-    kept: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
-    for weight in contents.weights:
+    layers: dict[tuple[str, str, tuple[int, int]], list[StoredWeight]] = collections.defaultdict(list)
+    kept: dict[str, list[StoredWeight]] = collections.defaultdict(list)
+    for weight in weights:
         if weight.quantized and len(weight.shape) == 2:
-            pattern = _pattern(weight.name.removesuffix(".weight"))
-            groups[pattern, weight.kind, (weight.shape[0], weight.shape[1])].append(weight.bytes)
+            pattern = pattern_of(weight.name.removesuffix(".weight"))
+            layers[pattern, weight.kind, (weight.shape[0], weight.shape[1])].append(weight)
         else:
-            kept[weight.kind].append((math.prod(weight.shape), weight.bytes))
-    rows = [
-        Row(pattern, kind, len(sizes), shape, len(sizes) * math.prod(shape), sum(sizes))
-        for (pattern, kind, shape), sizes in groups.items()
-    ]
-    for kind, sizes in sorted(kept.items()):
-        rows.append(
-            Row("(kept)", kind, len(sizes), None, sum(count for count, _ in sizes), sum(size for _, size in sizes))
-        )
-    return Component(name, tuple(rows), None, contents.format)
+            kept[weight.kind].append(weight)
+    for (pattern, kind, shape), group in layers.items():
+        yield _row(pattern, kind, shape, group)
+    for kind, group in sorted(kept.items()):
+        yield _row("(kept)", kind, None, group)
 
 
-def _values(tensors: Mapping[str, StoredTensor]) -> str | None:
-    """Looks at a few rows of one tensor of each pattern."""
-    seen: dict[tuple[str, tuple[int, ...]], str] = {}
-    for name, stored in tensors.items():
-        seen.setdefault((_pattern(name), stored.shape), name)
-    return UNPACKED if any(holds_ternary_values(tensors[name], name) for name in seen.values()) else None
-
-
-def _kind(spec: LayerSpec) -> str:
-    if isinstance(spec, Int8Spec):
-        return "int8"
-    grouping = "per row" if spec.groups == 1 else f"g{spec.group_size} {spec.scales}"
-    return f"ternary {grouping}"
-
-
-def _kept_rows(tensors: Iterable[StoredTensor]) -> Iterable[Row]:
-    by_dtype: dict[str, list[StoredTensor]] = collections.defaultdict(list)
-    for tensor in tensors:
-        by_dtype[tensor.dtype].append(tensor)
-    for dtype, group in sorted(by_dtype.items()):
-        weights = sum(math.prod(tensor.shape) for tensor in group)
-        yield Row("(kept)", dtype.lower(), len(group), None, weights, sum(tensor.bytes for tensor in group))
+def _row(name: str, kind: str, shape: tuple[int, int] | None, group: list[StoredWeight]) -> Row:
+    count = sum(math.prod(weight.shape) for weight in group)
+    return Row(name, kind, len(group), shape, count, sum(weight.bytes for weight in group))

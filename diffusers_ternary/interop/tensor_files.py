@@ -7,16 +7,19 @@ from typing import Any, Protocol
 
 import torch
 
-from ..backend import read_headers
+from ..backend import StoredTensor, read_headers
 from ..backend.checkpoint import load_tensor
 from ..backend.float8 import find_float8_scales
+from ..format.dtypes import dtype_name
 
 
 _MAX_DEPTH = 16
 
 
 class TensorFiles(Protocol):
-    """Tensors by name."""
+    """Tensors by name; `stored` has the headers of those in files, settings left out."""
+
+    stored: dict[str, StoredTensor]
 
     def names(self) -> list[str]:
         """All names."""
@@ -80,6 +83,11 @@ class StateDictFile:
         if not isinstance(content, Mapping):
             raise ValueError(f"{file} holds a {type(content).__name__}, not a state dict.")
         self.values: dict[str, Any] = dict(_flatten(content, file))
+        self.stored = {
+            name: StoredTensor(str(file), dtype_name(value, name), tuple(value.shape))
+            for name, value in self.values.items()
+            if isinstance(value, torch.Tensor)
+        }
 
     def names(self) -> list[str]:
         """All names."""
@@ -87,7 +95,7 @@ class StateDictFile:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return tuple(self.values[name].shape)
+        return self.stored[name].shape
 
     def read(self, name: str) -> Any:
         """The value."""

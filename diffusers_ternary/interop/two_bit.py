@@ -14,7 +14,7 @@ In safetensors files the settings are encoded as tensors; in `qmodel.pt` they ar
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ _MODES = {
 _BITS, _LEVELS_PER_INTEGER, _CHANNEL_MODE, _GROUP_MODE = 1, 4, 9, 10
 
 
-def is_two_bit(names: list[str]) -> bool:
+def is_two_bit(names: Iterable[str]) -> bool:
     """Whether these tensor names are those of a gemlite or HQQ state dict."""
     return any(name.endswith(".W_q") for name in names)
 
@@ -52,32 +52,31 @@ def read_two_bit(files: TensorFiles, config: dict[str, Any], *, weights_name: st
     Raises:
         ValueError: if a layer lacks a tensor, or is not 2-bit.
     """
-    parts: dict[str, dict[str, str]] = {
-        name.removesuffix(".W_q"): {} for name in files.names() if name.endswith(".W_q")
-    }
-    plain = []
-    for name in files.names():
-        layer, part = _owner(name, parts)
-        if layer is None or part == "bias":
-            plain.append(name)
-        else:
-            parts[layer][part] = name
+    layers, plain = _layers(files)
     shapes = {name: files.shape(name) for name in plain}
-    for layer, names in parts.items():
-        shapes[f"{layer}.weight"] = _layer_shape(layer, names, files)
+    shapes |= {f"{layer}.weight": _layer_shape(layer, parts, files) for layer, parts in layers.items()}
 
     def items() -> Iterator[Item]:
-        for layer, names in parts.items():
-            tensors = {part: files.read(name) for part, name in names.items()}
-            yield f"{layer}.weight", _decode(layer, tensors)
+        for layer, parts in layers.items():
+            yield f"{layer}.weight", _decode(layer, {part: files.read(name) for part, name in parts.items()})
         for name in plain:
             yield name, files.read(name)
 
-    kind = "gemlite" if any("metadata" in names for names in parts.values()) else "HQQ"
-    return ForeignModel(f"{kind} 2-bit", config, shapes, items, weights_name)
+    return ForeignModel(two_bit_kind(files), config, shapes, items, weights_name)
 
 
-def _owner(name: str, layers: Mapping[str, Any]) -> tuple[str | None, str]:
+def two_bit_kind(files: TensorFiles) -> str:
+    """The format, for people."""
+    return "gemlite 2-bit" if any(name.endswith(".metadata") for name in files.names()) else "HQQ"
+
+
+def two_bit_shapes(files: TensorFiles) -> dict[str, tuple[int, ...]]:
+    """Shapes of the 2-bit layers' weights."""
+    layers, _ = _layers(files)
+    return {layer: _layer_shape(layer, parts, files) for layer, parts in layers.items()}
+
+
+def two_bit_owner(name: str, layers: Mapping[str, Any]) -> tuple[str | None, str]:
     """The 2-bit layer that a tensor or setting belongs to, and its name there (HQQ nests some settings)."""
     layer = name
     while layer:
@@ -85,6 +84,21 @@ def _owner(name: str, layers: Mapping[str, Any]) -> tuple[str | None, str]:
         if layer in layers:
             return layer, name[len(layer) + 1 :]
     return None, name
+
+
+def _layers(files: TensorFiles) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Each 2-bit layer's parts (part → full name), and the names of all other tensors."""
+    layers: dict[str, dict[str, str]] = {
+        name.removesuffix(".W_q"): {} for name in files.names() if name.endswith(".W_q")
+    }
+    plain = []
+    for name in files.names():
+        layer, part = two_bit_owner(name, layers)
+        if layer is None or part == "bias":
+            plain.append(name)
+        else:
+            layers[layer][part] = name
+    return layers, plain
 
 
 def _layer_shape(layer: str, names: Mapping[str, str], files: TensorFiles) -> tuple[int, ...]:
