@@ -47,7 +47,7 @@ def push_command(
 
     Example: diffusers-ternary push flux-ternary me/flux-ternary --base-model black-forest-labs/FLUX.1-dev --dry-run
     """
-    from ..hub import WORK, check_target, prepare, publish, read_base_card
+    from ..hub import WORK, check_target, prepare, read_base_card, upload
     from .quiet import hide_loading_bars
 
     with explained_errors(), temporary_folder(WORK) as work:
@@ -74,5 +74,12 @@ def push_command(
         if dry_run:
             console.print(f"nothing was sent to {repo_id}", soft_wrap=True, highlight=False)
             return
-        commit = publish(publication, repo_id, private=private, revision=revision, create_pr=create_pr)
+        commit = upload(
+            publication.files,
+            repo_id,
+            message=publication.message,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+        )
     console.print(f"pushed to {commit.pr_url or commit.commit_url}", soft_wrap=True, highlight=False, markup=False)

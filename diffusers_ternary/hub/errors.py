@@ -10,6 +10,22 @@ from ..backend.compat import HubTransportError
 
 
 _NOTHING_COMMITTED = "Nothing was committed."
+# Kind and text of the error for an answer of the Hub.
+_BY_STATUS: dict[int, tuple[type[Exception], str]] = {
+    401: (
+        PermissionError,
+        "The Hub does not accept the token for {repo}: {said} Log in with `hf auth login`, or pass a token with write "
+        "access.",
+    ),
+    403: (
+        PermissionError,
+        "The token may not write to {repo}: {said} Use a token with write access, another namespace, or "
+        "create_pr=True to propose the change.",
+    ),
+    404: (ValueError, "{repo} does not exist, or the token may not see it: {said}"),
+    409: (ValueError, "{repo} cannot be used: {said} Choose another name."),
+    412: (OSError, "{repo} was changed by somebody else meanwhile: {said} Nothing was committed. Push again."),
+}
 _QUOTA = ("storage limit", "quota", "too large", "payment required")
 
 
@@ -42,8 +58,9 @@ def _hub_error(error: BaseException | None) -> Exception | None:
 
 
 def _explained(error: Exception, repo_id: str) -> Exception:
+    again = f"{_NOTHING_COMMITTED} Run the same push again: large files that arrived are not sent a second time."
     if not isinstance(error, HfHubHTTPError):
-        return ConnectionError(f"The Hub cannot be reached ({error or type(error).__name__}). {_again()}")
+        return ConnectionError(f"The Hub cannot be reached ({error or type(error).__name__}). {again}")
     status, said = error.response.status_code, _said(error)
     if status in (413, 507) or (status in (402, 403) and any(mark in said.lower() for mark in _QUOTA)):
         return OSError(
@@ -52,29 +69,10 @@ def _explained(error: Exception, repo_id: str) -> Exception:
         )
     if isinstance(error, RevisionNotFoundError):
         return ValueError(f"{repo_id} has no such revision: {said} Name an existing branch or refs/pr/N.")
-    if status == 401:
-        return PermissionError(
-            f"The Hub does not accept the token for {repo_id}: {said} Log in with `hf auth login`, or pass a token "
-            "with write access."
-        )
-    if status == 403:
-        return PermissionError(
-            f"The token may not write to {repo_id}: {said} Use a token with write access, another namespace, or "
-            "create_pr=True to propose the change."
-        )
-    if status == 404:
-        return ValueError(f"{repo_id} does not exist, or the token may not see it: {said}")
-    if status == 409:
-        return ValueError(f"{repo_id} cannot be used: {said} Choose another name.")
-    if status == 412:
-        return OSError(f"{repo_id} was changed by somebody else meanwhile: {said} {_NOTHING_COMMITTED} Push again.")
     if status >= 500 or status in (408, 429):
-        return ConnectionError(f"The Hub answered {status} again and again: {said} {_again()}")
-    return OSError(f"The Hub refused the push to {repo_id} ({status}): {said}")
-
-
-def _again() -> str:
-    return f"{_NOTHING_COMMITTED} Run the same push again: large files that arrived are not sent a second time."
+        return ConnectionError(f"The Hub answered {status} again and again: {said} {again}")
+    kind, text = _BY_STATUS.get(status, (OSError, "The Hub refused the push to {repo} ({status}): {said}"))
+    return kind(text.format(repo=repo_id, status=status, said=said))
 
 
 def _said(error: HfHubHTTPError) -> str:

@@ -1,228 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model card says, gathered from the files and the reports; nothing is estimated."""
+"""What a model card says: the values of its template, gathered from files and reports; nothing is estimated."""
 
 import collections
-import dataclasses
 import math
-import re
 from collections.abc import Iterator
+from typing import Any
 
 from ..backend.checkpoint import owner
+from ..interop.contents import pattern_of
 from .base_card import HUB, BaseCard, Terms
 from .dense import dense_bytes
-from .loader import has_loader
-from .recipes import Recipe
-from .records import Evaluation
-from .source import PackedModel, Source
-from .usage import dense_usage, loader_usage, usage
+from .reports import Evaluation, Reports
+from .snippets import dense_usage, has_loader, loader_usage, usage
+from .source import Source
 
 
 _KEPT_ROWS = 12
+# Cells of a table, formatted.
+Row = tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class SizeRow:
-    """A component's size, formatted."""
-
-    name: str
-    stored: str
-    sixteen_bit: str
-    ratio: str
-
-
-@dataclasses.dataclass(frozen=True)
-class KindRow:
-    """Layers of a packed component that are stored in the same way, formatted."""
-
-    component: str
-    kind: str
-    count: str
-    weights: str
-    bits: str
-
-
-@dataclasses.dataclass(frozen=True)
-class KeptRow:
-    """Tensors of a packed component that were left alone, by name pattern, shape and dtype."""
-
-    name: str
-    count: int
-    shape: str
-    dtype: str
-
-
-@dataclasses.dataclass(frozen=True)
-class MetricRow:
-    """A measured value, formatted."""
-
-    name: str
-    value: str
-    teacher: str
-    better: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Quality:
-    """What was measured, and how.
-
-    Args:
-        how (`str`): prompts, seeds and call arguments in a sentence.
-        rows (`tuple[MetricRow, ...]`): the values.
-        sheet (`str`, *optional*): path of the contact sheet in the repository.
-    """
-
-    how: str
-    rows: tuple[MetricRow, ...]
-    sheet: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class CardFacts:
-    """What the template shows; `None` and empty sections vanish.
-
-    Args:
-        title (`str`), base_model (`str`), bits_per_weight (`str`), ternary_layers (`int`): of the head.
-        usage (`str`): code that loads the repository.
-        loader (`str`, *optional*): code that does so without the import line.
-        dense (`str`, *optional*): code that loads the bfloat16 copy.
-        dense_size (`str`, *optional*): what that copy takes.
-        sizes, kinds, kept: tables; `kept_rest` says what the last one leaves out.
-        quality ([`Quality`], *optional*): of an evaluation.
-        recipes (`tuple[Recipe, ...]`): of calibration and distillation.
-        limits (`tuple[str, ...]`): what to know before use.
-        licence (`str`): a paragraph.
-    """
-
-    title: str
-    base_model: str
-    bits_per_weight: str
-    ternary_layers: int
-    usage: str
-    loader: str | None
-    dense: str | None
-    dense_size: str | None
-    sizes: tuple[SizeRow, ...]
-    kinds: tuple[KindRow, ...]
-    kept: tuple[KeptRow, ...]
-    kept_rest: str | None
-    quality: Quality | None
-    recipes: tuple[Recipe, ...]
-    limits: tuple[str, ...]
-    licence: str
-
-
-def gather_facts(
-    source: Source,
-    repo_id: str,
-    base: BaseCard,
-    *,
-    evaluation: Evaluation | None,
-    recipes: tuple[Recipe, ...],
-    include_dequantized: bool,
-) -> CardFacts:
-    """Reads everything the card says.
+def page(
+    source: Source, repo_id: str, base: BaseCard, reports: Reports, *, include_dequantized: bool
+) -> dict[str, Any]:
+    """Values of `quantized_model.md.jinja`; what is `None` or empty vanishes.
 
     Args:
         source ([`Source`]): the weights.
         repo_id (`str`): where they go.
         base ([`BaseCard`]): of the float model.
-        evaluation ([`Evaluation`], *optional*): what was measured.
-        recipes (`tuple[Recipe, ...]`): how the weights were made.
+        reports ([`Reports`]): what was measured, and how the weights were made.
         include_dequantized (`bool`): whether the repository gets a bfloat16 copy.
     """
-    kept = sorted(_kept_rows(source.packed), key=lambda row: -row[0])
-    rest = sum(row.count for _, row in kept[_KEPT_ROWS:])
-    return CardFacts(
-        title=repo_id.rpartition("/")[2],
-        base_model=base.repo_id,
-        bits_per_weight=f"{source.bits_per_weight:.3f}",
-        ternary_layers=source.ternary_layers,
-        usage=usage(source, repo_id, base, evaluation),
-        loader=loader_usage(repo_id) if has_loader(source) else None,
-        dense=dense_usage(source, repo_id, base.repo_id) if include_dequantized else None,
-        dense_size=_bytes(sum(dense_bytes(part) for part in source.packed)) if include_dequantized else None,
-        sizes=tuple(_size_rows(source)),
-        kinds=tuple(_kind_rows(source)),
-        kept=tuple(row for _, row in kept[:_KEPT_ROWS]),
-        kept_rest=f"{_tensors(rest)} in smaller groups" if rest else None,
-        quality=_quality(evaluation),
-        recipes=recipes,
-        limits=tuple(_limits(evaluation, recipes)),
-        licence=_licence(base),
-    )
+    kept = [row for _, row in sorted(_kept_rows(source), key=lambda row: -row[0])]
+    rest = sum(int(row[1]) for row in kept[_KEPT_ROWS:])
+    dense_size = sum(dense_bytes(model) for model in source.packed.values())
+    return {
+        "title": repo_id.rpartition("/")[2],
+        "bits_per_weight": f"{source.bits_per_weight:.3f}",
+        "ternary_layers": source.ternary_layers,
+        "usage": usage(source, repo_id, base, reports.evaluation),
+        "loader": loader_usage(repo_id) if has_loader(source) else None,
+        "dense": dense_usage(source, repo_id, base.repo_id) if include_dequantized else None,
+        "dense_size": _bytes(dense_size),
+        "sizes": list(_size_rows(source)),
+        "kinds": list(_kind_rows(source)),
+        "quality": _quality(reports.evaluation),
+        "recipes": reports.recipes,
+        "kept": kept[:_KEPT_ROWS],
+        "kept_rest": f"{_tensors(rest)} in smaller groups" if rest else None,
+        "limits": list(_limits(reports)),
+        "licence": _licence(base),
+    }
 
 
-def _size_rows(source: Source) -> Iterator[SizeRow]:
-    for part in source.components:
-        yield _size_row(part.name, part.bytes, part.bytes_16bit)
-    if len(source.components) > 1:
-        sizes = [(part.bytes, part.bytes_16bit) for part in source.components]
-        yield _size_row("**total**", sum(size for size, _ in sizes), sum(size for _, size in sizes))
+def _size_rows(source: Source) -> Iterator[Row]:
+    """Component, stored, in 16 bits, ratio."""
+    sizes = [(part.name, part.bytes, part.bytes_16bit) for part in source.components]
+    if len(sizes) > 1:
+        sizes.append(("**total**", sum(size for _, size, _ in sizes), sum(size for _, _, size in sizes)))
+    for name, stored, sixteen_bit in sizes:
+        yield name, _bytes(stored), _bytes(sixteen_bit), f"{sixteen_bit / stored:.2f}x" if stored else ""
 
 
-def _size_row(name: str, stored: int, sixteen_bit: int) -> SizeRow:
-    return SizeRow(name, _bytes(stored), _bytes(sixteen_bit), f"{sixteen_bit / stored:.2f}x" if stored else "")
-
-
-def _kind_rows(source: Source) -> Iterator[KindRow]:
+def _kind_rows(source: Source) -> Iterator[Row]:
+    """Of packed components: component, kind, layers or tensors, weights, bits per weight."""
     for part in source.components:
         if part.format_version is None:
             continue
         by_kind: dict[tuple[bool, str], list[tuple[int, int, int]]] = collections.defaultdict(list)
         for row in part.rows:
             by_kind[row.shape is None, row.kind].append((row.count, row.weights, row.bytes))
-        total = sum(row.weights for row in part.rows)
+        total = max(sum(row.weights for row in part.rows), 1)
         for (kept, kind), rows in sorted(by_kind.items()):
             count, weights, size = (sum(values) for values in zip(*rows, strict=True))
-            share = f"{weights:,} ({weights / max(total, 1):.1%})"
-            label = f"kept in {kind}" if kept else kind
-            yield KindRow(
-                part.name, label, _tensors(count) if kept else str(count), share, f"{8 * size / max(weights, 1):.3f}"
-            )
+            label, number = (f"kept in {kind}", _tensors(count)) if kept else (kind, str(count))
+            yield part.name, label, number, f"{weights:,} ({weights / total:.1%})", f"{8 * size / max(weights, 1):.3f}"
 
 
-def _kept_rows(models: tuple[PackedModel, ...]) -> Iterator[tuple[int, KeptRow]]:
-    several = len(models) > 1
-    for model in models:
+def _kept_rows(source: Source) -> Iterator[tuple[int, Row]]:
+    """Weights in all; name pattern, count, shape and dtype of tensors that were left alone."""
+    for component, model in source.packed.items():
         counts: collections.Counter[tuple[str, tuple[int, ...], str]] = collections.Counter()
         for name, stored in model.tensors.items():
             # Biases and norms are kept everywhere; what a reader looks for are the matrices.
             if len(stored.shape) > 1 and owner(name, model.layout.layers) is None:
-                pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-                counts[pattern, stored.shape, stored.dtype] += 1
+                counts[pattern_of(name), stored.shape, stored.dtype] += 1
         for (pattern, shape, dtype), count in counts.items():
-            name = f"{model.name}.{pattern}" if several else pattern
-            row = KeptRow(name, count, " x ".join(map(str, shape)), dtype.lower())
+            name = f"{component}.{pattern}" if len(source.packed) > 1 else pattern
+            row = (f"`{name}`", str(count), " x ".join(map(str, shape)), dtype.lower())
             yield count * math.prod(shape), row
 
 
-def _quality(evaluation: Evaluation | None) -> Quality | None:
+def _quality(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    """How it was measured in a sentence; metric, this model, teacher, better; the contact sheet's path."""
     if evaluation is None or not evaluation.metrics:
         return None
-    rows = tuple(
-        MetricRow(
-            metric.name,
-            _number(metric.value),
-            "" if metric.teacher is None else _number(metric.teacher),
-            metric.better,
-        )
-        for metric in evaluation.metrics
-    )
     arguments = "".join(f", {name}={value!r}" for name, value in (evaluation.data.get("call_kwargs") or {}).items())
     count = len(evaluation.prompts)
     how = (
         f"{count} prompt{'s' if count != 1 else ''} (SHA-256 `{evaluation.prompts_sha256[:16]}…`), seeds "
         f"{min(evaluation.seeds)} to {max(evaluation.seeds)}{arguments}"
     )
-    return Quality(how, rows, None if evaluation.contact_sheet is None else evaluation.contact_sheet.name)
+    rows = [
+        (metric.name, _number(metric.value), "" if metric.teacher is None else _number(metric.teacher), metric.better)
+        for metric in evaluation.metrics
+    ]
+    sheet = evaluation.contact_sheet
+    return {"how": how, "rows": rows, "sheet": None if sheet is None else sheet.name}
 
 
-def _limits(evaluation: Evaluation | None, recipes: tuple[Recipe, ...]) -> Iterator[str]:
-    if evaluation is None:
+def _limits(reports: Reports) -> Iterator[str]:
+    if reports.evaluation is None:
         yield "**Quality was not measured** for this card. Compare with the float model before you rely on it."
-    elif evaluation.prompts_sha256 in {recipe.prompts_sha256 for recipe in recipes}:
+    elif reports.evaluation.prompts_sha256 in {recipe.prompts_sha256 for recipe in reports.recipes}:
         yield "Quality was measured on **the prompts that the weights were made with**; others may score lower."
-    if not recipes:
+    if not reports.recipes:
         yield (
             "No report of a calibration or distillation came with these weights. Weights that were only rounded to "
             "ternary spoil the pictures of most models."
@@ -232,6 +125,22 @@ def _limits(evaluation: Evaluation | None, recipes: tuple[Recipe, ...]) -> Itera
         "are saved with `save_lora_weights`, never inside this checkpoint."
     )
     yield "Limits and biases of the base model hold here too; see its card."
+
+
+def _licence(base: BaseCard) -> str:
+    licence, repo = base.licence, f"[{base.repo_id}]({HUB}/{base.repo_id})"
+    if licence.terms is Terms.UNKNOWN and not licence.name:
+        return (
+            f"These weights were made from {repo} and are under its licence, which could not be read when this card "
+            "was written."
+        )
+    shown = f"[{licence}]({licence.link})" if licence.link else str(licence)
+    text = f"The licence of the base model holds for these weights: {shown}, from {repo}."
+    if licence.terms is Terms.NON_COMMERCIAL:
+        text += " **It restricts commercial use.**"
+    elif licence.terms is Terms.CONDITIONAL:
+        text += " It sets conditions on use."
+    return text
 
 
 def _tensors(count: int) -> str:
@@ -248,22 +157,3 @@ def _bytes(count: float) -> str:
             return f"{count:,.{digits}f} {unit}"
         count /= 1000
     return f"{count:,.2f} GB"
-
-
-def _licence(base: BaseCard) -> str:
-    """The licence section."""
-    licence = base.licence
-    if licence.terms is Terms.UNKNOWN and not licence.name:
-        return (
-            f"These weights were made from [{base.repo_id}]({HUB}/{base.repo_id}) and are under its "
-            "licence, which could not be read when this card was written."
-        )
-    shown = f"[{licence}]({licence.link})" if licence.link else str(licence)
-    text = (
-        f"The licence of the base model holds for these weights: {shown}, from [{base.repo_id}]({HUB}/{base.repo_id})."
-    )
-    if licence.terms is Terms.NON_COMMERCIAL:
-        text += " **It restricts commercial use.**"
-    elif licence.terms is Terms.CONDITIONAL:
-        text += " It sets conditions on use."
-    return text

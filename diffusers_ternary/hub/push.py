@@ -2,32 +2,26 @@
 """`push_to_hub`: packed weights, card, reports and an optional bfloat16 copy to the Hugging Face Hub."""
 
 import dataclasses
-import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..backend import below_compiled_wrappers
-from ..files import read_json, temporary_folder
+from ..files import read_json, temporary_folder, write_json, write_text
 from ..files.destinations import is_local_path
 from .base_card import BaseCard, read_base_card
-from .card import card_data, render_card
-from .consistency import check_reports, is_generated, merge_own_card
+from .card import make_card
 from .dense import write_dense_copy
-from .facts import gather_facts
-from .loader import LOADER, has_loader, loader_text
-from .recipes import CALIBRATION, DISTILLATION, calibration_recipe, distillation_recipe
-from .records import SHEET, WEIGHTS_KEY, Evaluation, read_evaluation, read_record
-from .source import CARD, DENSE, Source, read_source
-from .staging import stage
-from .upload import EVALUATION, upload
+from .reports import CALIBRATION, DISTILLATION, EVALUATION, SHEET, WEIGHTS_KEY, Reports, read_reports
+from .snippets import LOADER, has_loader, loader_text
+from .source import CARD, DENSE, Source, read_source, stage
+from .upload import upload
 
 
 if TYPE_CHECKING:
@@ -54,6 +48,11 @@ class Publication:
     base: BaseCard
     card: ModelCard
     files: Mapping[str, pathlib.Path]
+
+    @property
+    def message(self) -> str:
+        """Of the commit."""
+        return f"Packed weights of {self.base.repo_id}"
 
     @property
     def bytes(self) -> int:
@@ -128,7 +127,15 @@ def push_to_hub(
             distillation=distillation,
             include_dequantized=include_dequantized,
         )
-        return publish(publication, repo_id, private=private, token=token, revision=revision, create_pr=create_pr)
+        return upload(
+            publication.files,
+            repo_id,
+            message=publication.message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
 
 def check_target(repo_id: str, *, revision: str | None, create_pr: bool) -> None:
@@ -169,125 +176,39 @@ def prepare(
     source = read_source(stage(pipeline_or_model, work / "model"))
     generated = work / "generated"
     generated.mkdir()
-    report = _default(report, source, EVALUATION)
-    evaluation = read_evaluation(report, generated)
-    records = {
-        name: None if given is None else read_record(given, argument)
-        for name, argument, given in (
-            (CALIBRATION, "calibration", _default(calibration, source, CALIBRATION)),
-            (DISTILLATION, "distillation", _default(distillation, source, DISTILLATION)),
-        )
-    }
-    check_reports(source, evaluation=evaluation, calibration=records[CALIBRATION], distillation=records[DISTILLATION])
-    card = _card(source, repo_id, base, evaluation, records, include_dequantized)
+    reports = read_reports(source, generated, report=report, calibration=calibration, distillation=distillation)
+    card = make_card(source, repo_id, base, reports, include_dequantized=include_dequantized)
     warning = base.licence_warning()
     if warning is not None:
         logger.warning("%s", warning)
-
-    files = dict(source.files)
-    for name, record in records.items():
-        if record is not None:
-            files[name] = _write(generated / name, _json(record))
-    if evaluation is not None:
-        data = {WEIGHTS_KEY: source.weights_sha256, **evaluation.data}
-        files[EVALUATION] = _write(generated / EVALUATION, _json(data))
-        if evaluation.contact_sheet is not None:
-            files[SHEET] = evaluation.contact_sheet
+    files = {**source.files, **dict(_report_files(source, reports, generated))}
     if has_loader(source):
-        files[LOADER] = _write(generated / LOADER, loader_text(source.class_name))
+        files[LOADER] = generated / LOADER
+        write_text(files[LOADER], loader_text(source.class_name))
     if include_dequantized:
-        for part in source.packed:
-            for path in write_dense_copy(part, generated / DENSE / part.name):
+        for name, model in source.packed.items():
+            for path in write_dense_copy(model, generated / DENSE / name):
                 files[path.relative_to(generated).as_posix()] = path
     for name, path in files.items():
-        settings = _without_local_path(path, base)
-        if settings is not None:
-            files[name] = _write(generated / "settings" / name, settings)
-    files[CARD] = _write(generated / CARD, str(card))
+        # Hosts write into a configuration where on this machine it was loaded from.
+        settings = read_json(path) if path.name in ("config.json", "model_index.json") else None
+        if settings is not None and is_local_path(settings.get("_name_or_path")):
+            files[name] = generated / "settings" / name
+            files[name].parent.mkdir(parents=True, exist_ok=True)
+            write_json(files[name], {**settings, "_name_or_path": base.repo_id})
+    files[CARD] = generated / CARD
+    write_text(files[CARD], str(card))
     return Publication(source, base, card, files)
 
 
-def publish(
-    publication: Publication,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> CommitInfo:
-    """Sends what [`prepare`] made; see [`push_to_hub`] for the arguments."""
-    return upload(
-        publication.files,
-        repo_id,
-        message=f"Packed weights of {publication.base.repo_id}",
-        private=private,
-        token=token,
-        revision=revision,
-        create_pr=create_pr,
-    )
-
-
-def _default(given: Any, source: Source, name: str) -> Any:
-    return source.files.get(name) if given is None else given
-
-
-def _card(
-    source: Source,
-    repo_id: str,
-    base: BaseCard,
-    evaluation: Evaluation | None,
-    records: Mapping[str, Mapping[str, Any] | None],
-    include_dequantized: bool,
-) -> ModelCard:
-    data = card_data(source, repo_id, base, evaluation)
-    own = None if source.card is None else _read_card(source.card)
-    if own is not None and not is_generated(own):
-        return merge_own_card(own, data, source, base)
-    calibration, distillation = records[CALIBRATION], records[DISTILLATION]
-    recipes = tuple(
-        recipe
-        for recipe in (
-            None if calibration is None else calibration_recipe(calibration),
-            None if distillation is None else distillation_recipe(distillation),
-        )
-        if recipe is not None
-    )
-    facts = gather_facts(
-        source,
-        repo_id,
-        base,
-        evaluation=evaluation,
-        recipes=recipes,
-        include_dequantized=include_dequantized,
-    )
-    return render_card(data, facts)
-
-
-def _read_card(path: pathlib.Path) -> ModelCard:
-    try:
-        return ModelCard.load(path, ignore_metadata_errors=True)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path}: the metadata block cannot be read ({error}). Correct or delete the card."
-        ) from error
-
-
-def _json(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _write(path: pathlib.Path, text: str) -> pathlib.Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def _without_local_path(path: pathlib.Path, base: BaseCard) -> str | None:
-    """The text of a configuration that names the folder it was loaded from, with the base model's id in its place."""
-    if path.name not in ("config.json", "model_index.json"):
-        return None
-    data = read_json(path) or {}
-    if not is_local_path(data.get("_name_or_path")):
-        return None
-    return json.dumps({**data, "_name_or_path": base.repo_id}, indent=2) + "\n"
+def _report_files(source: Source, reports: Reports, folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
+    evaluation = reports.evaluation
+    contents = {CALIBRATION: reports.calibration, DISTILLATION: reports.distillation}
+    if evaluation is not None:
+        contents[EVALUATION] = {WEIGHTS_KEY: source.weights_sha256, **evaluation.data}
+        if evaluation.contact_sheet is not None:
+            yield SHEET, evaluation.contact_sheet
+    for name, content in contents.items():
+        if content is not None:
+            write_json(folder / name, content)
+            yield name, folder / name

@@ -9,13 +9,14 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..backend import StoredTensor, bits_per_weight, check_headers, read_headers
-from ..backend.checkpoint import check_values
-from ..backend.config import QUANT_METHOD
-from ..backend.folder import default_files, pipeline_parts, quant_method, refuse_links, shard_names
+from torch import nn
+
+from ..backend import bits_per_weight, packed_layers
+from ..backend.folder import model_name, pipeline_parts, refuse_links, shard_names
+from ..backend.packed_folder import PackedFolder
 from ..files import read_json
-from ..format import FileLayout, TernarySpec
-from ..interop.inspection import Component, inspect_path
+from ..format import LayerSpec, TernarySpec
+from ..interop.inspection import Component, inspect_folder
 
 
 CARD = "README.md"
@@ -24,74 +25,60 @@ DENSE = "bf16"
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedModel:
-    """One packed model of a source.
-
-    Args:
-        name (`str`): component of the pipeline; empty for a model on its own.
-        class_name (`str`), library (`str`): of the model, `"diffusers"` or `"transformers"`.
-        folder (`Path`): where its files are.
-        layout ([`FileLayout`]): its packed layers and checksums.
-        tensors (`Mapping[str, StoredTensor]`): all tensors, packed or kept.
-    """
-
-    name: str
-    class_name: str
-    library: str
-    folder: pathlib.Path
-    layout: FileLayout
-    tensors: Mapping[str, StoredTensor]
-
-
-@dataclasses.dataclass(frozen=True)
 class Source:
     """A folder that passed all checks.
 
     Args:
-        root (`Path`): the folder.
         class_name (`str`): of the pipeline or model.
         library (`str`): `"diffusers"` or `"transformers"`.
         is_pipeline (`bool`): whether there is a `model_index.json`.
         components (`tuple[Component, ...]`): what the weight files hold; one for a model on its own.
-        packed (`tuple[PackedModel, ...]`): those that are packed.
+        packed (`Mapping[str, PackedFolder]`): the packed models by component; `""` for a model on its own.
         files (`Mapping[str, Path]`): path in the repository → file, without the card and an older dequantized copy.
         card (`Path`, *optional*): README.md of the folder, written by hand or by an earlier push.
     """
 
-    root: pathlib.Path
     class_name: str
     library: str
     is_pipeline: bool
     components: tuple[Component, ...]
-    packed: tuple[PackedModel, ...]
+    packed: Mapping[str, PackedFolder]
     files: Mapping[str, pathlib.Path]
     card: pathlib.Path | None
 
     @property
+    def specs(self) -> dict[str, LayerSpec]:
+        """All packed layers: `COMPONENT.LAYER`, and `.LAYER` of a model on its own."""
+        return {
+            f"{component}.{name}": spec
+            for component, model in self.packed.items()
+            for name, spec in model.layout.layers.items()
+        }
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per converted weight of all packed models."""
-        specs = {f"{part.name}.{name}": spec for part in self.packed for name, spec in part.layout.layers.items()}
-        return bits_per_weight(specs)
+        return bits_per_weight(self.specs)
 
     @property
     def ternary_layers(self) -> int:
         """Ternary layers of all packed models."""
-        return sum(isinstance(spec, TernarySpec) for part in self.packed for spec in part.layout.layers.values())
+        return sum(isinstance(spec, TernarySpec) for spec in self.specs.values())
 
     @property
     def format_version(self) -> int:
         """Of the packed format."""
-        return max(part.layout.format_version for part in self.packed)
+        return max(model.layout.format_version for model in self.packed.values())
 
     @property
     def weights_sha256(self) -> str:
         """Hash of the packed models: layers and the checksums of all their tensors, however they are sharded."""
         content = {
-            part.name: [
-                {name: spec.to_json() for name, spec in sorted(part.layout.layers.items())},
-                {name: part.layout.checksums.get(name) for name in sorted(part.tensors)},
+            component: [
+                {name: spec.to_json() for name, spec in sorted(model.layout.layers.items())},
+                {name: model.layout.checksums.get(name) for name in sorted(model.tensors)},
             ]
-            for part in self.packed
+            for component, model in self.packed.items()
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -116,7 +103,7 @@ def read_source(folder: str | os.PathLike[str]) -> Source:
         library, class_name = "diffusers", str(named_class)
         folders = {name: root / name for name in pipeline_parts(index, source=root)}
     elif config is not None:
-        library, class_name = _model_class(config)
+        library, class_name = model_name(config)
         folders = {"": root}
     else:
         raise ValueError(
@@ -124,39 +111,29 @@ def read_source(folder: str | os.PathLike[str]) -> Source:
             "save_pretrained wrote."
         )
     components: list[Component] = []
-    packed: list[PackedModel] = []
+    packed: dict[str, PackedFolder] = {}
     for name, path in folders.items():
         _check_complete(path)
-        if not any(path.glob("*.safetensors")):
-            continue
-        components.extend(_inspect(path, name or class_name))
-        model = _packed_model(name, path)
-        if model is not None:
-            packed.append(model)
+        if any(path.glob("*.safetensors")):
+            components += inspect_folder(path, name or class_name)
+            model = PackedFolder.find(path)
+            if model is not None:
+                model.check_values()
+                packed[name] = model
     if not packed:
         raise ValueError(
             f"{root} holds no packed weights. Quantize or calibrate first: diffusers-ternary quantize {root} DST"
         )
     card = root / CARD
     return Source(
-        root=root,
         class_name=class_name,
         library=library,
         is_pipeline=index is not None,
         components=tuple(components),
-        packed=tuple(packed),
+        packed=packed,
         files=dict(_files(root)),
         card=card if card.is_file() else None,
     )
-
-
-def _inspect(folder: pathlib.Path, name: str) -> Iterator[Component]:
-    own = folder.resolve().name
-    for part in inspect_path(folder):
-        # It also looks into subfolders, where a dequantized copy may be. "NAME (FILE)": several checkpoints.
-        base, _, variant = part.name.partition(" (")
-        if base == own:
-            yield dataclasses.replace(part, name=f"{name} ({variant}" if variant else name)
 
 
 def _check_complete(folder: pathlib.Path) -> None:
@@ -176,35 +153,6 @@ def _check_complete(folder: pathlib.Path) -> None:
         raise ValueError(f"{folder} holds a config.json but no weights. Save or download it again, completely.")
 
 
-def _model_class(config: Mapping[str, Any]) -> tuple[str, str]:
-    if "_class_name" in config:
-        return "diffusers", str(config["_class_name"])
-    names = config.get("architectures")
-    return "transformers", str(names[0]) if isinstance(names, list) and names else "AutoModel"
-
-
-def _packed_model(name: str, folder: pathlib.Path) -> PackedModel | None:
-    config = read_json(folder / "config.json") or {}
-    method = quant_method(config, source=folder)
-    layout, tensors = read_headers(default_files(folder, config))
-    if layout is None and method == QUANT_METHOD:
-        raise ValueError(
-            f"{folder / 'config.json'} declares {QUANT_METHOD}, but the weights beside it are not packed. Restore the "
-            "packed weights, or delete quantization_config from config.json."
-        )
-    if layout is None:
-        return None
-    if method != QUANT_METHOD:
-        raise ValueError(
-            f"{folder} holds packed weights, but its config.json has no quantization_config, so nobody could load "
-            "them. Restore the config.json that was saved with them."
-        )
-    check_headers(layout, tensors, source=str(folder))
-    check_values(layout, tensors)
-    library, class_name = _model_class(config)
-    return PackedModel(name, class_name, library, folder, layout, tensors)
-
-
 def _files(root: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
     for folder, subfolders, names in os.walk(root):
         top = pathlib.Path(folder) == root
@@ -218,3 +166,48 @@ def _files(root: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
             path = pathlib.Path(folder, name)
             if not name.startswith(".") and path.is_file() and not (top and name == CARD):
                 yield path.relative_to(root).as_posix(), path
+
+
+def stage(pipeline_or_model: Any, destination: pathlib.Path) -> pathlib.Path:
+    """The folder of a packed pipeline or model, which is written if it is in memory, always with the same bytes.
+
+    Args:
+        pipeline_or_model: a path is returned as it is.
+        destination (`Path`): where a model in memory is saved.
+
+    Raises:
+        TypeError: for anything that is not a path, no pipeline and no model with `save_pretrained`.
+        ValueError: if no layer is packed.
+    """
+    if isinstance(pipeline_or_model, (str, os.PathLike)):
+        return pathlib.Path(pipeline_or_model)
+    kind = type(pipeline_or_model).__name__
+    if not hasattr(pipeline_or_model, "save_pretrained"):
+        raise TypeError(f"push_to_hub takes a pipeline, a model, or the folder of one, got {kind}.")
+    components = getattr(pipeline_or_model, "components", {"": pipeline_or_model})
+    if not any(isinstance(part, nn.Module) and packed_layers(part) for part in components.values()):
+        raise ValueError(f"{kind} holds no packed layers. Quantize it first: diffusers_ternary.quantize(model)")
+    pipeline_or_model.save_pretrained(destination)
+    for file in destination.rglob("*.safetensors"):
+        sort_metadata(file)
+    return destination
+
+
+def sort_metadata(file: pathlib.Path) -> None:
+    """Puts the metadata of a safetensors header into alphabetical order, in place.
+
+    safetensors writes it in the random order of a hash map: the same model, saved again, would be another file to
+    the Hub, and an interrupted push would send everything a second time.
+    """
+    with file.open("r+b") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # The same entries take the same room; should another version of safetensors escape them otherwise, the file
+        # stays as it is.
+        if len(text) <= size:
+            handle.seek(8)
+            handle.write(text.ljust(size))

@@ -12,14 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 
 from ..backend.compat import HubTransportError
 from .errors import explained_hub_errors
-from .loader import LOADER
-from .recipes import CALIBRATION, DISTILLATION
-from .records import SHEET
+from .reports import CALIBRATION, DISTILLATION, EVALUATION, SHEET
+from .snippets import LOADER
 from .source import DENSE
 
 
 logger = logging.getLogger(__name__)
-EVALUATION = "evaluation.json"
 GENERATED = (EVALUATION, CALIBRATION, DISTILLATION, SHEET, LOADER)
 """Files beside the weights that a push writes, or removes when they would tell of other weights."""
 

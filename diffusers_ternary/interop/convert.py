@@ -30,7 +30,8 @@ from ..files.destinations import check_folder, output_folder
 from ..format import LayerSpec, TernarySpec, expand_scales, unpack_base3
 from ..layers import reason_not_to_pack
 from ..ternarize import TernaryFit, TernaryWeight, recover, ternary_fit
-from .foreign_model import ForeignModel, check_names, empty_model
+from .empty_model import empty_model
+from .foreign_model import ForeignModel, check_names
 from .gguf_export import GgufReport, check_gguf_options, export_gguf
 from .mflux_export import MfluxReport, export_mflux
 from .open_foreign import open_foreign

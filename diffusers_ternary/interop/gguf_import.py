@@ -12,7 +12,8 @@ from ..extras import import_extra
 from ..files import parse_json_object
 from .compat import TwoBitType
 from .compat import open_reader as open_any_reader
-from .foreign_model import ForeignModel, Item, empty_model
+from .empty_model import empty_model
+from .foreign_model import ForeignModel, Item
 from .gguf_config import config_of_shapes
 from .gguf_header import check_header
 from .gguf_names import ARCHITECTURES, CONFIG_KEY, GgufTensor, architecture_of, gguf_tensors

@@ -49,7 +49,7 @@ def test_text_encoders(tmp_path):
 
 def check(model, tmp_path, **options) -> None:
     model.save_pretrained(tmp_path / "packed")
-    (part,) = read_source(tmp_path / "packed").packed
+    part = read_source(tmp_path / "packed").packed[""]
     write_dense_copy(part, tmp_path / "dense", max_shard_bytes=200_000)
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1 or dense_bytes(part) < 200_000
     options = options or {"variant": "bf16", "torch_dtype": torch.float32}
@@ -70,11 +70,11 @@ def test_a_config_of_another_architecture_is_refused(tmp_path):
     torch.manual_seed(0)
     diffusers_ternary.quantize(denoisers.flux()).save_pretrained(tmp_path / "packed")
     edit_json(tmp_path / "packed" / "config.json", num_attention_heads=4)
-    (part,) = read_source(tmp_path / "packed").packed
+    part = read_source(tmp_path / "packed").packed[""]
     with pytest.raises(ValueError, match="does not fit the weights"):
         write_dense_copy(part, tmp_path / "dense")
     edit_json(tmp_path / "packed" / "config.json", _class_name="NoSuchModel")
-    (part,) = read_source(tmp_path / "packed").packed
+    part = read_source(tmp_path / "packed").packed[""]
     with pytest.raises(ValueError, match="has no class NoSuchModel"):
         write_dense_copy(part, tmp_path / "dense")
 
@@ -110,7 +110,7 @@ def test_memory_holds_one_shard(tmp_path):
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-        (part,) = read_source(sys.argv[1]).packed
+        part = read_source(sys.argv[1]).packed[""]
         before = peak()
         write_dense_copy(part, pathlib.Path(sys.argv[2]), max_shard_bytes=int(sys.argv[3]))
         print(json.dumps({"grown": peak() - before, "total": dense_bytes(part)}))
