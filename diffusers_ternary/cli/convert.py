@@ -11,7 +11,7 @@ from .console import ExitCode, console, escape, explained_errors, format_bytes
 
 
 if TYPE_CHECKING:
-    from ..interop import GgufReport, MfluxReport
+    from ..interop import ExportReport
 
 
 def convert_command(
@@ -112,7 +112,7 @@ def convert_command(
     console.print(f"saved to {escape(str(destination))}", soft_wrap=True)
 
 
-def _show_export(report: "GgufReport | MfluxReport", destination: pathlib.Path, as_json: bool) -> None:
+def _show_export(report: "ExportReport", destination: pathlib.Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
         return

@@ -2,9 +2,10 @@
 """Other people's ternary models: their formats to packed folders, and packed denoisers to GGUF and mflux."""
 
 from .convert import convert
-from .gguf_export import GgufReport, export_gguf
-from .mflux_export import MfluxReport, export_mflux
-from .report import ConversionReport
+from .export import ExportReport
+from .gguf_export import export_gguf
+from .mflux_export import export_mflux
+from .packing import ConversionReport
 
 
-__all__ = ["ConversionReport", "GgufReport", "MfluxReport", "convert", "export_gguf", "export_mflux"]
+__all__ = ["ConversionReport", "ExportReport", "convert", "export_gguf", "export_mflux"]

@@ -1,12 +1,153 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the packed denoiser that is to be exported."""
+"""The frame of every export: a packed denoiser is checked, written beside its place, read again, compared, moved."""
 
+import contextlib
+import dataclasses
+import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers.utils.logging import tqdm
 
 from ..backend.config import TernaryConfig
 from ..backend.packed_folder import PackedFolder
 from ..backend.sources import selected_components
 from ..files import read_json
+from ..format import LayerSpec, TernarySpec
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote, and what reading it again proved.
+
+    Args:
+        path (`Path`): the file or folder.
+        architecture (`str`): as the format names it: `"flux"` in GGUF, the class of diffusers for mflux.
+        types (`dict[str, int]`): type in the format → number of tensors.
+        inexact (`list[str]`): tensors that are not bit-equal to the packed ones: their scales were rounded, or the
+            caller allowed a fallback.
+        weights (`int`): weights that were read from the file again and compared with the packed model, all of them.
+        differing (`int`): of these, how many differ.
+        largest_difference (`float`): of these, the largest relative to the largest weight of its tensor.
+        bytes (`int`): size of the weight files.
+    """
+
+    path: pathlib.Path
+    architecture: str
+    types: dict[str, int]
+    inexact: list[str]
+    weights: int
+    differing: int
+    largest_difference: float
+    bytes: int
+
+    def proof(self) -> str:
+        """What was compared, in one line."""
+        text = f"{self.differing:,} of {self.weights:,} weights differ from the packed model"
+        if not self.differing:
+            return text
+        return f"{text}, by at most {100 * self.largest_difference:.3f} % of the largest of their tensor"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return {**dataclasses.asdict(self), "path": str(self.path)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadBack:
+    """A tensor of the written file, and what it has to be.
+
+    Args:
+        name (`str`): in the file.
+        exact (`np.ndarray`): float32 weights of the packed model.
+        stored (`np.ndarray`): float32 weights of the file, unpacked by code that shares nothing with the packing.
+    """
+
+    name: str
+    exact: np.ndarray
+    stored: np.ndarray
+
+
+class ExportFormat(Protocol):
+    """Another program's form of a packed denoiser."""
+
+    @property
+    def may_round(self) -> bool:
+        """Whether the caller allows weights that differ from the packed ones."""
+        ...
+
+    def output(
+        self, destination: pathlib.Path, source: pathlib.Path, *, overwrite: bool
+    ) -> contextlib.AbstractContextManager[pathlib.Path]:
+        """The place to write to, which becomes `destination` when the block ends without an error."""
+        ...
+
+    def architecture(self, model: PackedFolder) -> str:
+        """Name of the model's architecture in the format."""
+        ...
+
+    def check(self, model: PackedFolder) -> None:
+        """The cheap checks of every layer, before the first byte is written.
+
+        Raises:
+            ValueError: if the model has no such form; names the layer and the remedy.
+        """
+        ...
+
+    def write(self, model: PackedFolder, place: pathlib.Path) -> dict[str, int]:
+        """Writes the model; returns how many tensors are of which type."""
+        ...
+
+    def read_back(self, model: PackedFolder, place: pathlib.Path) -> Iterator[ReadBack]:
+        """All tensors of what was written."""
+        ...
+
+    def files(self, model: PackedFolder, place: pathlib.Path) -> list[pathlib.Path]:
+        """The weight files."""
+        ...
+
+
+def export(
+    form: ExportFormat,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+) -> ExportReport:
+    """Writes a packed denoiser in another program's form, reads it again and compares every weight.
+
+    Args:
+        form ([`ExportFormat`]): the form.
+        source (`str` or `PathLike`): packed model folder, or the pipeline folder it is in.
+        destination (`str` or `PathLike`): file or folder to write.
+        overwrite (`bool`): replace the destination.
+
+    Raises:
+        ValueError: if the source is not packed, or has no such form.
+        FileExistsError: if the destination exists, or is not a result of an earlier run.
+        RuntimeError: if weights differ that may not, which would be a bug; nothing is left behind.
+    """
+    path = pathlib.Path(destination)
+    with form.output(path, pathlib.Path(source), overwrite=overwrite) as place:
+        model = open_packed(pathlib.Path(source))
+        form.check(model)
+        types = form.write(model, place)
+        inexact, weights, differing, largest = [], 0, 0, 0.0
+        for tensor in tqdm(form.read_back(model, place), desc="Comparing", leave=False):
+            stored = tensor.stored.reshape(tensor.exact.shape)
+            weights += tensor.exact.size
+            if not np.array_equal(stored, tensor.exact):
+                difference = np.abs(stored - tensor.exact)
+                inexact.append(tensor.name)
+                differing += int(np.count_nonzero(difference))
+                largest = max(largest, float(difference.max() / np.abs(tensor.exact).max()))
+        if differing and not form.may_round:
+            raise RuntimeError(f"{differing} weights differ after the export. This is a bug; please report it.")
+        size = sum(file.stat().st_size for file in form.files(model, place))
+        return ExportReport(path, form.architecture(model), types, inexact, weights, differing, largest, size)
 
 
 def open_packed(path: pathlib.Path) -> PackedFolder:
@@ -25,3 +166,27 @@ def open_packed(path: pathlib.Path) -> PackedFolder:
             raise ValueError(f"{path} has several denoisers ({name}, {', '.join(others)}). Give the folder of one.")
         path = path / name
     return PackedFolder.open(path)
+
+
+def more_than_codes(spec: LayerSpec) -> str:
+    """Why codes and scales alone are not the weight, which is all that other formats store; empty if they are."""
+    if isinstance(spec, TernarySpec) and spec.hadamard:
+        return "its inputs are rotated"
+    return "it has a low-rank correction" if isinstance(spec, TernarySpec) and spec.rank else ""
+
+
+def block_scales(spec: LayerSpec, scales: torch.Tensor, block: int) -> torch.Tensor:
+    """Scales of a layer's groups, repeated for blocks that lie inside them.
+
+    Args:
+        spec ([`LayerSpec`]): of the layer.
+        scales (`torch.Tensor`): `[N, G]`.
+        block (`int`): input features of a block.
+
+    Returns:
+        `torch.Tensor`: `[N, K / block]`.
+    """
+    blocks = spec.in_features // block
+    if scales.shape[1] == 1 or not isinstance(spec, TernarySpec):
+        return scales.expand(-1, blocks)
+    return scales.repeat_interleave(spec.group_size // block, dim=1)[:, :blocks]

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from ..format import Int8Spec, LayerSpec, TernarySpec
+from .export import more_than_codes
 
 
 TERNARY_TYPES = ("tq2_0", "tq1_0", "q2_0", "q4_0")
@@ -56,11 +57,11 @@ def choose_type(spec: LayerSpec, scales: torch.Tensor, types: tuple[str, ...]) -
         scales (`torch.Tensor`): its effective float32 scales `[N, G]`.
         types (`tuple[str, ...]`): of `TERNARY_TYPES`, the best first.
     """
-    if isinstance(spec, TernarySpec) and (spec.hadamard or spec.rank):
-        return BlockChoice(None, "its inputs are rotated" if spec.hadamard else "it has a low-rank correction")
+    reason = more_than_codes(spec)
+    if reason:
+        return BlockChoice(None, reason)
     if not torch.equal(scales.half().float(), scales):
         return BlockChoice(None, "its scales are not 16-bit floats (6-bit multipliers, or bfloat16 out of range)")
-    reason = ""
     for kind in (_INT8_TYPE,) if isinstance(spec, Int8Spec) else types:
         reason = _why_not(spec, BLOCK[kind])
         if not reason:
@@ -128,14 +129,6 @@ def encode_q8_0(values: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
 
 
 ENCODERS = {"q2_0": encode_q2_0, "q4_0": encode_q4_0, "q8_0": encode_q8_0}
-
-
-def block_scales(scales: torch.Tensor, group_size: int, columns: int, block: int) -> torch.Tensor:
-    """Scales `[N, G]` of groups repeated for their blocks, `[N, K / block]`."""
-    blocks = columns // block
-    if scales.shape[1] == 1:
-        return scales.expand(-1, blocks)
-    return scales.repeat_interleave(group_size // block, dim=1)[:, :blocks]
 
 
 def _with_scales(data: torch.Tensor, scales: torch.Tensor) -> np.ndarray:

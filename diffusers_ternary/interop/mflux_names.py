@@ -46,3 +46,9 @@ def mflux_module(class_name: str, module: str) -> str:
         if count:
             return renamed
     return module
+
+
+def mflux_name(class_name: str, name: str) -> str:
+    """What mflux calls a tensor of diffusers."""
+    module, _, leaf = name.rpartition(".")
+    return f"{mflux_module(class_name, module)}.{leaf}" if module else leaf

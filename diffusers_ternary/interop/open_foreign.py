@@ -14,6 +14,7 @@ from ..backend.foreign import refuse_quantized_headers
 from ..files import read_json
 from .clark import is_clark, read_clark
 from .foreign_model import ForeignModel, Item
+from .mflux_import import is_mflux, read_mflux
 from .tensor_files import SafetensorsFiles, StateDictFile
 from .two_bit import find_state_dict, is_two_bit, read_two_bit
 
@@ -110,6 +111,8 @@ def _open_folder(folder: pathlib.Path, given: dict[str, Any] | None, variant: st
     if method not in (None, "hqq", "gemlite"):
         raise ValueError(f"{folder} is quantized already ({method}). convert reads unpacked weights and 2-bit packs.")
     config = {name: value for name, value in config.items() if name != "quantization_config"}
+    if is_mflux(folder):
+        return read_mflux(folder, config)
     state_dict = find_state_dict(folder)
     if state_dict is not None:
         return read_two_bit(StateDictFile(state_dict), config, weights_name=weights_name(config))

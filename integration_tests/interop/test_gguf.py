@@ -18,7 +18,7 @@ from diffusers.loaders.single_file_utils import (
 
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.backend import packed_layers
-from diffusers_ternary.interop import GgufReport, convert, export_gguf
+from diffusers_ternary.interop import ExportReport, convert, export_gguf
 from diffusers_ternary.interop.compat import TwoBitType, open_reader
 from diffusers_ternary.interop.gguf_blocks import encode_q2_0
 from diffusers_ternary.interop.gguf_names import gguf_tensors
@@ -70,7 +70,7 @@ class Exported:
 
     folder: Path
     file: Path
-    report: GgufReport
+    report: ExportReport
     model: FluxTransformer2DModel
 
 

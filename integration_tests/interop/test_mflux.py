@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary.backend import packed_layers
 from diffusers_ternary.interop import convert, export_mflux
-from diffusers_ternary.interop.mflux_export import dequantize_affine
+from diffusers_ternary.interop.mflux_import import dequantize_affine
 from diffusers_ternary.interop.mflux_names import CLASSES, mflux_module
 from diffusers_ternary.interop.mlx_affine import encode_affine
 from integration_tests.support import denoisers
@@ -195,3 +196,32 @@ def test_an_8_bit_layer_of_zeros(tmp_path) -> None:
     report = export_mflux(tmp_path / "in", tmp_path / "out")
     assert report.types["8-bit"] >= 1
     assert report.differing == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "dtype"),
+    [
+        (denoisers.flux, {"group_size": 128}, torch.bfloat16),
+        (denoisers.flux, {"group_size": None}, torch.float32),
+        (denoisers.qwen_image, {"group_size": 64, "scales": "group"}, torch.float32),
+    ],
+)
+def test_and_back_bit_equal(tmp_path, make, options, dtype) -> None:
+    model = packed(tmp_path / "in", make, dtype=dtype, **options)
+    export_mflux(tmp_path / "in", tmp_path / "mflux", max_shard_size=200_000)
+    (report,) = convert(tmp_path / "mflux", tmp_path / "back")
+    assert (report.format, report.verified) == ("mflux", True)
+    back = type(model).from_pretrained(tmp_path / "back", dtype=dtype)
+    assert len(packed_layers(back)) == len(report.layers) > 5
+    back.dequantize()
+    state = back.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_an_incomplete_mflux_folder_is_refused(tmp_path) -> None:
+    packed(tmp_path / "in", group_size=128)
+    export_mflux(tmp_path / "in", tmp_path / "mflux", max_shard_size=200_000)
+    (tmp_path / "mflux" / "0.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        convert(tmp_path / "mflux", tmp_path / "back")
+    assert not (tmp_path / "back").exists()

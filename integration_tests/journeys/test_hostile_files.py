@@ -23,9 +23,9 @@ from diffusers_ternary.files import parse_size
 from diffusers_ternary.files.destinations import forget_local_paths, is_local_path
 from diffusers_ternary.hub.source import read_source
 from diffusers_ternary.interop.empty_model import empty_model
+from diffusers_ternary.interop.export import open_packed
 from diffusers_ternary.interop.gguf_header import check_header
 from diffusers_ternary.interop.inspection import inspect_path
-from diffusers_ternary.interop.packed import open_packed
 from diffusers_ternary.interop.tensor_files import StateDictFile
 from diffusers_ternary.ternarize import ternarize
 from integration_tests.support import denoisers
