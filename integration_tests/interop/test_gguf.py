@@ -371,7 +371,7 @@ class TestRefusals:
     def test_double_scales_are_refused_with_advice_if_they_may_not_be_rounded(self, tmp_path):
         packed(tmp_path / "in", group_size=32, scales="double")
         file = tmp_path / "model.gguf"
-        with pytest.raises(ValueError, match=r"no 16-bit floats.*scales='group'.*--round-scales"):
+        with pytest.raises(ValueError, match=r"not 16-bit floats.*scales='group'.*--round-scales"):
             export_gguf(tmp_path / "in", file, round_scales=False)
         assert list(tmp_path.iterdir()) == [tmp_path / "in"]
 
