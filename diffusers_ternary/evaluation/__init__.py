@@ -3,10 +3,11 @@
 
 from ..extras import MissingExtraError
 from ..rollouts import VelocityError
-from .benchmarks import Benchmark, GenEval, Scenes, T2ICompBench
+from .benchmarks import GenEval, Scenes, T2ICompBench
 from .clip import ClipScore
 from .contact_sheet import contact_sheet
 from .evaluation import Scorer, TeacherRun, compare, evaluate, observe_teacher
+from .judgement import Benchmark
 from .report_page import write_report
 from .result import EvaluationResult
 

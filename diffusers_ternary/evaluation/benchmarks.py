@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks of prompt following: which prompts to draw, how often, and what each picture is worth."""
+"""The benchmarks of prompt following: which prompts each draws, how often, and what judges its pictures."""
 
 import dataclasses
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from .blip_vqa import BlipVqa
 from .clip_colors import ClipColors
 from .detectors import Detector, load_detector
 from .geneval_prompts import COLORS, geneval_tasks
+from .judgement import Benchmark, Judgement
 from .scenes.files import JUDGE, scenes_file
 from .scenes.prompts import benchmark_tasks, read_task
 
@@ -29,91 +30,6 @@ IMAGES_PER_PROMPT = 4
 UNKNOWN = "unknown"  # task of a prompt that nothing can judge
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Judgement:
-    """What a picture is worth.
-
-    Args:
-        score (`float`): in [0, 1]; 1 is right.
-        reason (`str`, *optional*): what is wrong.
-    """
-
-    score: float
-    reason: str | None = None
-
-
-class Benchmark(Protocol):
-    """Prompts with a task each, and a judge of the pictures.
-
-    Args:
-        name (`str`): as it is called in reports.
-        prompts (`tuple[str, ...]`): what to draw.
-        tags (`tuple[str, ...]`): the task of each prompt.
-        images_per_prompt (`int`): pictures of each prompt, from seeds of their own.
-    """
-
-    name: str
-    prompts: tuple[str, ...]
-    tags: tuple[str, ...]
-    images_per_prompt: int
-
-    def judge(self, index: int, image: Image.Image) -> Judgement:
-        """Judges a picture of `prompts[index]`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchmarkScores:
-    """What the pictures of one model are worth.
-
-    Args:
-        tags (`tuple[str, ...]`): the task of each picture.
-        judgements (`tuple[Judgement, ...]`): of each picture.
-    """
-
-    tags: tuple[str, ...]
-    judgements: tuple[Judgement, ...]
-
-    @property
-    def per_task(self) -> dict[str, float]:
-        """Mean score of each task's pictures."""
-        scores: dict[str, list[float]] = {}
-        for tag, judgement in zip(self.tags, self.judgements, strict=True):
-            scores.setdefault(tag, []).append(judgement.score)
-        return {tag: sum(values) / len(values) for tag, values in scores.items()}
-
-    @property
-    def overall(self) -> float:
-        """Mean of the tasks: each weighs the same, whatever its number of pictures."""
-        per_task = self.per_task
-        return sum(per_task.values()) / len(per_task)
-
-
-def judge_all(
-    benchmark: Benchmark,
-    images: Sequence[Image.Image],
-    *,
-    wrap: Callable[[Sequence[Image.Image]], Iterable[Image.Image]] = iter,
-) -> BenchmarkScores:
-    """Judges `images_per_prompt` pictures of each prompt, in order.
-
-    Args:
-        benchmark ([`Benchmark`]): the judge.
-        images (`Sequence[PIL.Image.Image]`): all pictures of the first prompt, then those of the second, ...
-        wrap (`Callable`, *optional*): put around the pictures, to show progress.
-
-    Raises:
-        ValueError: if there is another number of pictures.
-    """
-    each = benchmark.images_per_prompt
-    if len(images) != each * len(benchmark.prompts):
-        raise ValueError(
-            f"{len(images)} pictures for {len(benchmark.prompts)} prompts of {benchmark.name}; it takes {each} each."
-        )
-    judgements = tuple(benchmark.judge(index // each, image) for index, image in enumerate(wrap(images)))
-    tags = tuple(tag for tag in benchmark.tags for _ in range(each))
-    return BenchmarkScores(tags, judgements)
 
 
 def first_of_each_task(tasks: Sequence[Any], limit: int | None) -> tuple[Any, ...]:
@@ -177,8 +93,7 @@ class GenEval:
             detections += [
                 dataclasses.replace(item.detection, color=color) for item, color in zip(asked, colors, strict=True)
             ]
-        verdict = geneval.score(task, detections)
-        return Judgement(float(verdict.correct), "; ".join(verdict.reasons) or None)
+        return geneval.score(task, detections).judgement
 
 
 class T2ICompBench:
@@ -295,8 +210,7 @@ class Scenes:
 
         if self.tasks[index].tag == UNKNOWN:
             return Judgement(0.0, "the prompt is outside the grammar")
-        verdict = geneval.score(self.tasks[index], self.detector.detect(to_pictures([image]))[0])
-        return Judgement(float(verdict.correct), "; ".join(verdict.reasons) or None)
+        return geneval.score(self.tasks[index], self.detector.detect(to_pictures([image]))[0]).judgement
 
 
 def _scene_task(prompt: str) -> geneval.Task:

@@ -29,8 +29,9 @@ from ..rollouts import (
     recorded_calls,
     velocity_error,
 )
-from .benchmarks import Benchmark, BenchmarkScores, judge_all, make_benchmark
+from .benchmarks import make_benchmark
 from .comparable import check_comparable
+from .judgement import Benchmark, BenchmarkScores, judge_all
 from .metrics import COMPARISON, check_same_size, image_distance
 from .result import BenchmarkPair, EvaluationResult, ScorePair
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .judgement import BenchmarkScores, Judgement
+
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SCORE_THRESHOLD = 0.3
@@ -126,6 +128,11 @@ class Verdict:
     def __bool__(self) -> bool:
         return self.correct
 
+    @property
+    def judgement(self) -> Judgement:
+        """1 for a right picture, 0 for a wrong one."""
+        return Judgement(float(self.correct), "; ".join(self.reasons) or None)
+
 
 def relative_position(box: Sequence[float], other: Sequence[float]) -> frozenset[str]:
     """Where ``box`` is, seen from ``other``: none, one or two of the four relations.
@@ -194,32 +201,14 @@ def _complaint(
     return None
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Shares of right pictures.
+def aggregate(results: Iterable[tuple[Task, Verdict]]) -> BenchmarkScores:
+    """Scores of judged pictures, the tasks in GenEval's order; other tags follow.
 
-    Args:
-        per_task: Share in [0, 1] by tag, in GenEval's order; other tags follow.
-        counts: Number of pictures by tag.
+    Raises:
+        ValueError: If there are none.
     """
-
-    per_task: dict[str, float]
-    counts: dict[str, int]
-
-    @property
-    def overall(self) -> float:
-        """Mean of the tasks, as GenEval reports it: every task weighs the same, whatever its number of pictures."""
-        return sum(self.per_task.values()) / len(self.per_task)
-
-
-def aggregate(results: Iterable[tuple[Task, Verdict]]) -> Scores:
-    """Shares of right pictures per task, over all pictures of its prompts."""
-    verdicts: dict[str, list[bool]] = {}
-    for task, verdict in results:
-        verdicts.setdefault(task.tag, []).append(verdict.correct)
-    if not verdicts:
+    order = {tag: index for index, tag in enumerate(TASKS)}
+    judged = sorted(results, key=lambda result: (order.get(result[0].tag, len(order)), result[0].tag))
+    if not judged:
         raise ValueError("There is nothing to aggregate: no picture was scored.")
-    order = [tag for tag in TASKS if tag in verdicts] + sorted(verdicts.keys() - set(TASKS))
-    return Scores(
-        {tag: sum(verdicts[tag]) / len(verdicts[tag]) for tag in order}, {tag: len(verdicts[tag]) for tag in order}
-    )
+    return BenchmarkScores(tuple(task.tag for task, _ in judged), tuple(verdict.judgement for _, verdict in judged))

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ..files.destinations import output_folder
-from .benchmarks import BenchmarkScores
+from .judgement import BenchmarkScores
 from .result import EvaluationResult
 from .velocity_plot import plot_velocity_error
 

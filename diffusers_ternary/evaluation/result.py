@@ -15,8 +15,8 @@ from rich.table import Table
 
 from ..files import new_file, write_json
 from ..rollouts import VelocityError
-from .benchmarks import BenchmarkScores
 from .contact_sheet import contact_sheet
+from .judgement import BenchmarkScores
 from .velocity_plot import plot_velocity_error
 
 
@@ -148,7 +148,7 @@ class EvaluationResult:
         ]
         theirs = teacher.per_task
         for tag, score in student.per_task.items():
-            note = _count(student.tags.count(tag), "image", "images")
+            note = _count(student.counts[tag], "image", "images")
             rows.append(Row(f"  {tag.replace('_', ' ')}", _percent(score), _percent(theirs[tag]), "higher", note))
         return rows
 

@@ -23,7 +23,8 @@ from torch import nn
 from tqdm import tqdm
 from train_vae import random_layout
 
-from diffusers_ternary.evaluation.geneval import Scores, Task, aggregate, score
+from diffusers_ternary.evaluation.geneval import Task, aggregate, score
+from diffusers_ternary.evaluation.judgement import BenchmarkScores
 from diffusers_ternary.evaluation.scenes.detector import BOX_UNIT, Detector, cell_centers
 from diffusers_ternary.evaluation.scenes.prompts import benchmark_tasks
 from diffusers_ternary.evaluation.scenes.vocabulary import CLASSES
@@ -122,7 +123,7 @@ def train(
     return detector.to(device="cpu", memory_format=torch.contiguous_format).eval()
 
 
-def judge_pictures(detector: Detector, pictures: torch.Tensor, tasks: list[Task]) -> Scores:
+def judge_pictures(detector: Detector, pictures: torch.Tensor, tasks: list[Task]) -> BenchmarkScores:
     """GenEval's scores of pictures [n, 3, 64, 64] for their prompts."""
     detections = [found for part in pictures.split(64) for found in detector.detect(part)]
     return aggregate((task, score(task, found)) for task, found in zip(tasks, detections, strict=True))

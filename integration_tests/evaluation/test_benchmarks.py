@@ -16,12 +16,13 @@ from transformers import YolosConfig, YolosForObjectDetection
 from diffusers_ternary import evaluate, quantize
 from diffusers_ternary.demo import DEMO_CALL, demo_pipeline
 from diffusers_ternary.evaluation import write_report
-from diffusers_ternary.evaluation.benchmarks import GenEval, T2ICompBench, judge_all, make_benchmark
+from diffusers_ternary.evaluation.benchmarks import GenEval, T2ICompBench, make_benchmark
 from diffusers_ternary.evaluation.blip_vqa import BlipVqa
 from diffusers_ternary.evaluation.clip_colors import ClipColors
 from diffusers_ternary.evaluation.detectors import Found, load_detector
 from diffusers_ternary.evaluation.geneval import TASKS, Detection, Requirement, Task
 from diffusers_ternary.evaluation.geneval_prompts import CLASSES, COLORS, geneval_tasks
+from diffusers_ternary.evaluation.judgement import judge_all
 from diffusers_ternary.evaluation.report_page import render
 from diffusers_ternary.evaluation.result import BenchmarkPair
 from diffusers_ternary.evaluation.scenes.detector import Detector as SceneDetector
