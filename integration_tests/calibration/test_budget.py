@@ -28,7 +28,7 @@ def test_reads(value, budget):
 
 @pytest.mark.parametrize("value", ["", "bits", "-2 bits", "0 bits", "two bits", "lots", 0, -1, True, 2.0, None, "0MB"])
 def test_refuses(value):
-    with pytest.raises(ValueError, match=r"no positive size such as '2\.0 bits' or '400MB'"):
+    with pytest.raises(ValueError, match=r"not a positive size such as '2\.0 bits' or '400MB'"):
         SizeBudget.parse(value)
 
 

@@ -57,7 +57,7 @@ def test_a_size_budget_is_kept_and_its_ranking_shown(source, prompts, tmp_path):
     [
         (["--set", "steps=3"], "FluxPipeline takes no steps", ExitCode.BAD_INPUT),
         (["--memory-limit", "1kB"], "Raise memory_limit", ExitCode.BAD_INPUT),
-        (["--size-budget", "small"], "no positive size such as '2.0 bits' or '400MB'", ExitCode.USAGE),
+        (["--size-budget", "small"], "not a positive size such as '2.0 bits' or '400MB'", ExitCode.USAGE),
         (["--size-budget", "1 bits"], "below the smallest possible", ExitCode.BAD_INPUT),
         (["--damping", "0"], "damping=0.0 is not a positive number", ExitCode.USAGE),
         (["--component", "unet"], "has no component unet", ExitCode.BAD_INPUT),

@@ -65,7 +65,7 @@ def test_bad_input(source, prompts, tmp_path):
         "mode='best' is not one of": (["--held-out", held_out, "--mode", "best"], ExitCode.USAGE),
         "held-out prompts": (["--held-out", prompts], ExitCode.BAD_INPUT),
         "takes no cfg": (["--held-out", held_out, "--set", "cfg=3"], ExitCode.BAD_INPUT),
-        "no folder of a packed": (["--held-out", held_out, "--student", tmp_path], ExitCode.BAD_INPUT),
+        "not a folder of a packed": (["--held-out", held_out, "--student", tmp_path], ExitCode.BAD_INPUT),
     }
     for message, (extra, code) in cases.items():
         result = run(source, tmp_path / "out", "--prompts", prompts, *extra)

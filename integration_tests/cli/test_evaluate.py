@@ -79,7 +79,7 @@ def test_prompts_from_stdin(folders) -> None:
         (["--device", "toaster"], "'toaster' is not a device", ExitCode.USAGE),
         (["--device", "meta"], "'meta' is not available here", ExitCode.USAGE),
         (["--device", "cuda:99"], "'cuda:99' is not available here", ExitCode.USAGE),
-        (["--clip", "missing"], "no local CLIP checkpoint", ExitCode.BAD_INPUT),
+        (["--clip", "missing"], "not a local CLIP checkpoint", ExitCode.BAD_INPUT),
     ],
 )
 def test_bad_options_say_what_is_wrong(folders, options: list[str], message: str, code: ExitCode) -> None:

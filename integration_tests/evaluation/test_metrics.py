@@ -133,7 +133,7 @@ def test_clip_score_is_the_cosine_of_the_embeddings(tmp_path) -> None:
 
 
 def test_clip_checkpoint_must_be_local(tmp_path) -> None:
-    with pytest.raises(ValueError, match="no local CLIP checkpoint"):
+    with pytest.raises(ValueError, match="not a local CLIP checkpoint"):
         ClipScore(tmp_path)
 
 

@@ -111,7 +111,7 @@ def test_bad_sources(tmp_path):
     pytest.importorskip("pyarrow")
     file = tmp_path / "a.parquet"
     file.write_bytes(b"PAR1 and nothing more")
-    with pytest.raises(ValueError, match="no readable Parquet file"):
+    with pytest.raises(ValueError, match="not a readable Parquet file"):
         read_prompts(str(file))
 
 
