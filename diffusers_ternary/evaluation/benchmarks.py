@@ -18,6 +18,8 @@ from .clip_colors import ClipColors
 from .detectors import Detector, load_detector
 from .geneval_prompts import COLORS, geneval_tasks
 from .judgement import Benchmark, Judgement
+from .scenes.detector import CANVAS, to_pictures
+from .scenes.detector import Detector as SceneDetector
 from .scenes.files import JUDGE, scenes_file
 from .scenes.prompts import benchmark_tasks, read_task
 
@@ -170,6 +172,7 @@ class Scenes:
     """
 
     name = "Scenes"
+    image_size = CANVAS, CANVAS
 
     def __init__(
         self,
@@ -181,8 +184,6 @@ class Scenes:
         images_per_prompt: int = 1,
         prompts_per_task: int | None = None,
     ) -> None:
-        from .scenes.detector import Detector as SceneDetector
-
         judge = scenes_file(JUDGE) if judge is None else judge
         try:
             self.detector = SceneDetector.from_file(os.fspath(judge))
@@ -206,8 +207,6 @@ class Scenes:
 
     def judge(self, index: int, image: Image.Image) -> Judgement:
         """Judges a picture of `prompts[index]`: 1 if all that the prompt asks for is there, else 0."""
-        from .scenes.detector import to_pictures
-
         if self.tasks[index].tag == UNKNOWN:
             return Judgement(0.0, "the prompt is outside the grammar")
         return geneval.score(self.tasks[index], self.detector.detect(to_pictures([image]))[0]).judgement

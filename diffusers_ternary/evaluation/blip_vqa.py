@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .checkpoints import load_part
+from .checkpoints import load_model, load_part
 
 
 class BlipVqa:
@@ -27,7 +27,7 @@ class BlipVqa:
         from transformers import AutoImageProcessor, AutoTokenizer, BlipForQuestionAnswering
 
         role = "question answering model"
-        self.model: Any = load_part(BlipForQuestionAnswering, checkpoint, role).to(device).eval()
+        self.model: Any = load_model(BlipForQuestionAnswering, checkpoint, role).to(device)
         self.tokenizer = load_part(AutoTokenizer, checkpoint, role)
         self.processor = load_part(AutoImageProcessor, checkpoint, role)
         self.answers = [self._token(word) for word in ("yes", "no")]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
+from .progress import bar
+
 
 class ClipScore:
     """Mean of max(100 * cos(image, prompt), 0) in CLIP's embedding space (Hessel et al. 2021, without their factor).
@@ -19,6 +21,7 @@ class ClipScore:
             is in the local cache. Nothing is downloaded.
         batch_size (`int`, *optional*, defaults to 16): images at once.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where the model runs.
+        progress (`bool`, *optional*, defaults to `True`): show a progress bar on stderr.
 
     Raises:
         ValueError: if the checkpoint cannot be loaded.
@@ -30,10 +33,11 @@ class ClipScore:
         *,
         batch_size: int = 16,
         device: str | torch.device = "cpu",
+        progress: bool = True,
     ) -> None:
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-        self.batch_size = batch_size
+        self.batch_size, self.progress = batch_size, progress
         self.device = torch.device(device)
         try:
             self.model = CLIPModel.from_pretrained(checkpoint, local_files_only=True).to(self.device).eval()
@@ -51,7 +55,7 @@ class ClipScore:
         """Scores images against their prompts."""
         length = self.model.config.text_config.max_position_embeddings
         total = 0.0
-        for start in range(0, len(images), self.batch_size):
+        for start in bar(range(0, len(images), self.batch_size), "CLIP score", visible=self.progress):
             part = slice(start, start + self.batch_size)
             text = self.tokenizer(
                 list(prompts[part]), padding=True, truncation=True, max_length=length, return_tensors="pt"

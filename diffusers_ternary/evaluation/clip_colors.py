@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .checkpoints import load_part
+from .checkpoints import load_model, load_part
 from .detectors import Found
 
 
@@ -38,7 +38,7 @@ class ClipColors:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         self.colors = tuple(colors)
-        self.model: Any = load_part(CLIPModel, checkpoint, "color classifier").to(device).eval()
+        self.model: Any = load_model(CLIPModel, checkpoint, "color classifier").to(device)
         self.tokenizer = load_part(AutoTokenizer, checkpoint, "color classifier")
         self.processor = load_part(AutoImageProcessor, checkpoint, "color classifier")
         self._classes: dict[str, torch.Tensor] = {}

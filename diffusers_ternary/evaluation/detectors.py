@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..extras import check_extra
-from .checkpoints import load_part
+from .checkpoints import load_model, load_part
 from .geneval import Detection
 
 
@@ -81,13 +81,13 @@ def load_detector(checkpoint: str | os.PathLike[str], *, device: str | torch.dev
     check_extra("scipy", "The detector")
     config = load_part(AutoConfig, checkpoint, "detector")
     if config.model_type == "mask2former":
-        model = load_part(Mask2FormerForUniversalSegmentation, checkpoint, "detector")
+        model = load_model(Mask2FormerForUniversalSegmentation, checkpoint, "detector")
         return Mask2FormerDetector(model.to(device), load_part(AutoImageProcessor, checkpoint, "detector"))
     if config.model_type in _OPEN_VOCABULARY:
-        model = load_part(AutoModelForZeroShotObjectDetection, checkpoint, "detector")
+        model = load_model(AutoModelForZeroShotObjectDetection, checkpoint, "detector")
         return OpenVocabularyDetector(model.to(device), load_part(AutoProcessor, checkpoint, "detector"))
     if type(config) in AutoModelForObjectDetection._model_mapping:
-        model = load_part(AutoModelForObjectDetection, checkpoint, "detector")
+        model = load_model(AutoModelForObjectDetection, checkpoint, "detector")
         return ClosedVocabularyDetector(model.to(device), load_part(AutoImageProcessor, checkpoint, "detector"))
     raise ValueError(
         f"{os.fspath(checkpoint)} holds a {config.model_type} model, which detects no objects. Give a checkpoint of "
@@ -99,7 +99,7 @@ class _Labelled:
     """What detectors with fixed classes share: the names behind their label numbers."""
 
     def __init__(self, model: Any, processor: Any) -> None:
-        self.model, self.processor = model.eval(), processor
+        self.model, self.processor = model, processor
         labels: Mapping[int, str] = model.config.id2label
         self.names = {int(index): _SPELLINGS.get(label, label) for index, label in labels.items()}
 
@@ -167,7 +167,7 @@ class OpenVocabularyDetector:
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
-        self.model, self.processor = model.eval(), processor
+        self.model, self.processor = model, processor
 
     def check_names(self, names: Sequence[str]) -> None:
         """Takes every name."""

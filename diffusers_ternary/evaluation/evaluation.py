@@ -11,28 +11,27 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from ..backend import below_compiled_wrappers
 from ..backend.components import denoiser_of
 from ..extras import check_extra
 from ..rollouts import (
     DenoiserCall,
-    RolloutBatch,
     Rollouts,
     VelocityError,
     check_call,
     check_prompts,
     draw_images,
+    image_size,
     prepared,
     recorded_calls,
     velocity_error,
 )
 from .benchmarks import make_benchmark
 from .comparable import check_comparable
-from .judgement import Benchmark, BenchmarkScores, judge_all
+from .judgement import Benchmark, BenchmarkScores, check_image_size, judge_all
 from .metrics import COMPARISON, check_same_size, image_distance
+from .progress import bar
 from .result import BenchmarkPair, EvaluationResult, ScorePair
 
 
@@ -164,13 +163,15 @@ def observe_teacher(
         raise ValueError(f"velocity_prompts={velocity_prompts!r} is not a number of prompts (0 = no velocity error).")
     check_call(teacher, rollouts.call_kwargs)
     check_extra("torchmetrics", COMPARISON)
-    denoiser = denoiser_of(teacher)
+    denoiser, name = denoiser_of(teacher), type(teacher).__name__
+    if benchmark is not None:
+        check_image_size(benchmark, image_size(teacher, rollouts.call_kwargs), pipeline=name)
     images: list[Image.Image] = []
     calls: list[DenoiserCall] = []
     recorded = 0
     seconds = 0.0
     with prepared(teacher):
-        for batch in _progress(rollouts, "teacher", progress):
+        for batch in bar(list(rollouts.batches()), "teacher draws", visible=progress):
             start = time.perf_counter()
             if recorded < velocity_prompts:
                 with recorded_calls(denoiser) as new_calls:
@@ -180,6 +181,8 @@ def observe_teacher(
             else:
                 images += draw_images(teacher, batch, rollouts.call_kwargs)
             seconds += time.perf_counter() - start
+            if benchmark is not None:  # of pipelines that round what they are asked for
+                check_image_size(benchmark, images[-1].size, pipeline=name)
     scorers = dict(scorers or {})
     scores = _score(scorers, images, rollouts.prompts)
     judged = _judge(benchmark, images, "teacher", progress)
@@ -195,12 +198,14 @@ def compare(student: DiffusionPipeline, run: TeacherRun, *, progress: bool = Tru
     images: list[Image.Image] = []
     seconds = 0.0
     with prepared(student):
-        for batch in _progress(rollouts, "student", progress):
+        for batch in bar(list(rollouts.batches()), "student draws", visible=progress):
             start = time.perf_counter()
             images += draw_images(student, batch, rollouts.call_kwargs)
             seconds += time.perf_counter() - start
             check_same_size(images[-1], run.images[len(images) - 1])
-    distance = image_distance(images, run.images)
+    distance = image_distance(
+        images, run.images, wrap=lambda pairs: bar(pairs, "distances of the images", visible=progress)
+    )
     scores = _score(run.scorers, images, rollouts.prompts)
     return EvaluationResult(
         prompts=rollouts.prompts,
@@ -213,7 +218,7 @@ def compare(student: DiffusionPipeline, run: TeacherRun, *, progress: bool = Tru
         ssim=distance.ssim,
         lpips=distance.lpips,
         unavailable=distance.unavailable,
-        velocity=_velocity(student, run),
+        velocity=_velocity(student, run, progress),
         scores={name: ScorePair(scores[name], run.scores[name]) for name in run.scores},
         benchmark=_benchmark_pair(run, _judge(run.benchmark, images, "student", progress)),
         student_seconds=seconds,
@@ -256,7 +261,9 @@ def _judge(
 ) -> BenchmarkScores | None:
     if benchmark is None:
         return None
-    return judge_all(benchmark, images, wrap=lambda each: _bar(each, f"{benchmark.name} judges the {role}", visible))
+    return judge_all(
+        benchmark, images, wrap=lambda each: bar(each, f"{benchmark.name} judges the {role}", visible=visible)
+    )
 
 
 def _benchmark_pair(run: TeacherRun, student: BenchmarkScores | None) -> BenchmarkPair | None:
@@ -265,26 +272,15 @@ def _benchmark_pair(run: TeacherRun, student: BenchmarkScores | None) -> Benchma
     return BenchmarkPair(run.benchmark.name, student, run.benchmark_scores)
 
 
-def _velocity(student: DiffusionPipeline, run: TeacherRun) -> VelocityError | None:
+def _velocity(student: DiffusionPipeline, run: TeacherRun, visible: bool) -> VelocityError | None:
     if not run.calls:
         return None
     teacher_dtype = getattr(denoiser_of(run.teacher), "dtype", torch.float32)
     with prepared(student):
-        error = velocity_error(
-            denoiser_of(student), run.calls, teacher_dtype=teacher_dtype, prompts=run.recorded_prompts
-        )
+        calls = bar(run.calls, "student's velocity error", visible=visible)
+        error = velocity_error(denoiser_of(student), calls, teacher_dtype=teacher_dtype, prompts=run.recorded_prompts)
     student.maybe_free_model_hooks()  # an offloaded denoiser goes back to where it was
     return error
-
-
-def _progress(rollouts: Rollouts, role: str, visible: bool) -> "Any":
-    batches: list[RolloutBatch] = list(rollouts.batches())
-    return _bar(batches, f"{role} draws", visible)
-
-
-def _bar(items: Sequence[Any], description: str, visible: bool) -> "Any":
-    console = Console(stderr=True)
-    return track(items, description=description, console=console, transient=True, disable=not visible)
 
 
 def _score(scorers: Mapping[str, Scorer], images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, float]:

@@ -75,6 +75,23 @@ class BenchmarkScores:
         return sum(per_task.values()) / len(per_task)
 
 
+def check_image_size(benchmark: Benchmark, size: tuple[int, int] | None, *, pipeline: str) -> None:
+    """Checks that the judge can read pictures of this width and height; `None` is not known yet.
+
+    Raises:
+        ValueError: names both sizes and the remedy.
+    """
+    needed: tuple[int, int] | None = getattr(benchmark, "image_size", None)
+    if needed is None or size is None or size == needed:
+        return
+    width, height = needed
+    raise ValueError(
+        f"The judge of {benchmark.name} reads pictures of {width} x {height} pixels, but {pipeline} draws "
+        f"{size[0]} x {size[1]}. Evaluate a model that draws that size, and ask for it with "
+        f'call_kwargs={{"height": {height}, "width": {width}}} (--height {height} --width {width}).'
+    )
+
+
 def judge_all(
     benchmark: Benchmark,
     images: Sequence[Image.Image],

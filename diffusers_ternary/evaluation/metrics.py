@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ..extras import import_extra
 
 
 COMPARISON = "Comparing pictures"
+_Pair = tuple[Image.Image, Image.Image]
 SSIM_WINDOW = 11  # pixels, Wang et al. 2004
 LPIPS_MIN_SIZE = 32  # pixels, below it AlexNet's last feature map is empty
 
@@ -41,8 +42,17 @@ class ImageDistance:
     unavailable: dict[str, str]
 
 
-def image_distance(student: Sequence[Image.Image], teacher: Sequence[Image.Image]) -> ImageDistance:
+def image_distance(
+    student: Sequence[Image.Image],
+    teacher: Sequence[Image.Image],
+    *,
+    wrap: Callable[[Sequence[_Pair]], Iterable[_Pair]] = iter,
+) -> ImageDistance:
     """Measures RGB images of one size, pairwise, as 8-bit values between 0 and 1.
+
+    Args:
+        student, teacher (`Sequence[PIL.Image.Image]`): as many of both.
+        wrap (`Callable`, *optional*): put around the pairs, to show progress.
 
     Raises:
         ValueError: if there are no pairs or their sizes differ.
@@ -65,7 +75,7 @@ def image_distance(student: Sequence[Image.Image], teacher: Sequence[Image.Image
     if reason is None:
         perceptual = metrics.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
     psnr, ssim = [], []
-    for ours, theirs in zip(student, teacher, strict=True):
+    for ours, theirs in wrap(list(zip(student, teacher, strict=True))):
         pair = to_tensor(ours), to_tensor(theirs)  # [1, 3, H, W] each
         pooled.update(*pair)
         psnr.append(float(functional.peak_signal_noise_ratio(*pair, data_range=1.0)))

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..files.destinations import output_folder
 from .judgement import BenchmarkScores
+from .progress import bar
 from .result import EvaluationResult
 from .velocity_plot import plot_velocity_error
 
@@ -84,7 +85,8 @@ def fill_report(
     if result.velocity is not None:
         result.plot_velocity_error(folder / "velocity_error.png")
     digits = len(str(len(result.prompts) - 1))
-    for index, (student, teacher) in enumerate(zip(result.student_images, result.teacher_images, strict=True)):
+    pairs = list(zip(result.student_images, result.teacher_images, strict=True))
+    for index, (student, teacher) in enumerate(bar(pairs, "writing images")):
         student.save(images / f"{index:0{digits}}_student.png")
         teacher.save(images / f"{index:0{digits}}_teacher.png")
     (folder / "index.html").write_text(page, encoding="utf-8")

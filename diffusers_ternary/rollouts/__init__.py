@@ -19,6 +19,7 @@ from .drawing import (
     draw,
     draw_images,
     evaluation_mode,
+    image_size,
     prepared,
     takes_output_type,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "evaluation_mode",
     "fingerprint",
     "float_dtype",
+    "image_size",
     "make_rollouts",
     "map_tensors",
     "named_arguments",

@@ -79,6 +79,22 @@ def takes_output_type(pipeline: DiffusionPipeline) -> bool:
     return "output_type" in inspect.signature(type(pipeline).__call__).parameters
 
 
+def image_size(pipeline: DiffusionPipeline, call_kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Width and height in pixels that a call asks for, or its defaults; `None` if only drawing tells."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    sides = []
+    for name in ("width", "height"):
+        side = call_kwargs.get(name)
+        if side is None and name in parameters:
+            side = parameters[name].default
+        if side is None:  # most pipelines: latents of a size of their own
+            latent, scale = (getattr(pipeline, part, None) for part in ("default_sample_size", "vae_scale_factor"))
+            side = latent * scale if isinstance(latent, int) and isinstance(scale, int) else None
+        sides.append(side)
+    width, height = sides
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else None
+
+
 def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     """Checks a list of prompts.
 

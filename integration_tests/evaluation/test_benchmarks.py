@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import YolosConfig, YolosForObjectDetection
 
 from diffusers_ternary import evaluate, quantize
@@ -457,3 +457,50 @@ def test_command_line_says_what_a_benchmark_needs(options, message, code) -> Non
     done = run_command("evaluate", "demo:rounded", "demo", *options, stdin="a cat\n")
     assert done.exit_code == code
     assert message in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("call", "drawn"),
+    [({}, "SIDE x SIDE"), ({"height": 32, "width": 64}, "64 x 32"), ({"height": 64}, "SIDE x 64")],
+    ids=["default", "another size", "one side"],
+)
+def test_pictures_that_the_judge_of_scenes_cannot_read_are_not_drawn(call, drawn, tmp_path, monkeypatch) -> None:
+    save_file(SceneDetector(width=16).state_dict(), tmp_path / "judge.safetensors")
+    pipeline = demo_pipeline()
+    side = pipeline.default_sample_size * pipeline.vae_scale_factor
+    monkeypatch.setattr(pipeline.transformer, "forward", lambda *args, **kwargs: pytest.fail("the denoiser ran"))
+    drawn = drawn.replace("SIDE", str(side))
+    message = rf"reads pictures of 64 x 64 pixels, but FluxPipeline draws {drawn}\. .*--height"
+    benchmark = make_benchmark("scenes", judge=tmp_path / "judge.safetensors", prompts=["a photo of a cat"])
+    with pytest.raises(ValueError, match=message):
+        evaluate(pipeline, pipeline, benchmark=benchmark, call_kwargs=call, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda folder: GenEval(detector=ScriptedDetector(), clip=vision.blip_vqa(folder / "b")),
+            "The color classifier '.*b' cannot be loaded",
+        ),
+        (
+            lambda folder: make_benchmark("t2i-compbench", detector=ScriptedDetector(), vqa=vision.clip(folder / "c")),
+            r"The question answering model '.*c' cannot be loaded",
+        ),
+        (lambda folder: load_detector(damaged(vision.yolos(folder / "y"))), "y' cannot be loaded: it lacks 6 of the "),
+    ],
+    ids=["clip", "vqa", "detector"],
+)
+def test_checkpoints_of_another_task_are_refused(make, message, tmp_path) -> None:
+    """transformers fills what is missing with random weights, so that every picture would be judged at random."""
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path)
+
+
+def damaged(folder):
+    """The checkpoint without its classifier."""
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "class_labels_classifier" not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
