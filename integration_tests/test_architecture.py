@@ -16,7 +16,7 @@ PACKAGE = ROOT / "diffusers_ternary"
 
 # A room may import from rooms on the floors above it in this list, and from itself.
 FLOORS = (
-    {"extras", "files", "format"},
+    {"extras", "files", "format", "lazy"},
     {"rollouts", "ternarize"},
     {"kernels"},
     {"layers"},

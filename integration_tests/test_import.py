@@ -1,87 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Importing the package registers the backend and does nothing else."""
+"""Importing the package registers the backend and does nothing else; the rest is imported when used."""
+
+import re
+import warnings
 
 import pytest
 
+import diffusers_ternary
 from integration_tests.support.fresh_process import run_python
 
 
+# Stock calls that meet this backend only through what importing it registered.
+JOURNEY = """
+import json, logging, sys, threading, warnings
+
+def journey():
+    from diffusers import DiffusionPipeline, FluxTransformer2DModel
+    from diffusers_ternary import TernaryConfig
+    from diffusers_ternary.backend.summary import packed_layers
+    from diffusers_ternary.demo import demo_folder
+
+    rounded = DiffusionPipeline.from_pretrained(demo_folder(), quantization_config=TernaryConfig()).transformer
+    packed = FluxTransformer2DModel.from_pretrained(demo_folder() + "/../distilled")
+    return [len(packed_layers(model)) for model in (rounded, packed)]
+
+def loaded(*names):
+    return [name for name in names if name in sys.modules]
+"""
+PACKED = [78, 78]  # layers
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft")
+
+
 @pytest.fixture(scope="module")
-def imported():
-    """What a fresh process looks like after the import, beside what the hosts had loaded already."""
+def first():
+    """A fresh process that imports this package before its hosts."""
     return run_python(
-        """
-        import json, logging, sys, threading, warnings
+        JOURNEY
+        + """
+threads = threading.active_count()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import diffusers_ternary
+report = {
+    "imported": sorted(name for name in sys.modules if name.startswith("diffusers_ternary")),
+    "heavy": loaded(*HEAVY, "typer", "rich"),
+    "threads": threading.active_count() - threads,
+    "handlers": len(logging.getLogger("diffusers_ternary").handlers),
+}
+from diffusers_ternary.cli import app
+from typer.testing import CliRunner
 
-        import torch, diffusers, transformers, accelerate
-        import diffusers.quantizers.auto, transformers.quantizers.auto, transformers.core_model_loading
-        import diffusers.utils.logging
+for name in ("--help", "--version", "calibrate --help"):
+    result = CliRunner().invoke(app, name.split())
+    report[name] = [result.exit_code, loaded(*HEAVY)]
+folder = diffusers_ternary.__path__[0] + "/demo/data/distilled"
+report["inspect"] = [CliRunner().invoke(app, ["inspect", folder]).exit_code, loaded(*HEAVY)]
 
-        before, threads = set(sys.modules), threading.active_count()
-        mapping = dict(diffusers.quantizers.auto.AUTO_QUANTIZER_MAPPING)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            import diffusers_ternary
-        new = set(sys.modules) - before
-        diffusers_ternary.backend.register()
-        print(json.dumps({
-            "new": sorted(new),
-            "cuda": torch.cuda.is_initialized(),
-            "threads": threading.active_count() - threads,
-            "warnings": [str(warning.message) for warning in caught],
-            "handlers": len(logging.getLogger("diffusers_ternary").handlers),
-            "public": sorted(name for name in diffusers_ternary.__all__ if not hasattr(diffusers_ternary, name)),
-            "others": {
-                name: quantizer.__name__
-                for name, quantizer in diffusers.quantizers.auto.AUTO_QUANTIZER_MAPPING.items()
-                if mapping.get(name) is not quantizer
-            },
-        }))
-        """
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+report["backends"] = [name for name, one in AUTO_QUANTIZER_MAPPING.items() if "diffusers_ternary" in one.__module__]
+report["class"] = AUTO_QUANTIZER_MAPPING["diffusers_ternary"].__name__
+report["journey"] = journey()
+report["cuda"] = sys.modules["torch"].cuda.is_initialized()
+report["warnings"] = [str(warning.message) for warning in caught]
+print(json.dumps(report))
+""".replace("HEAVY", repr(HEAVY)[1:-1])
     )
 
 
-def test_initialises_no_cuda(imported):
-    assert imported["cuda"] is False
+def test_imports_what_registers_and_nothing_else(first):
+    allowed = (
+        r"diffusers_ternary(\.(lazy|lora|lora\.registration|backend|backend\.(after_import|method|registration)))?"
+    )
+    assert [name for name in first["imported"] if not re.fullmatch(allowed, name)] == []
+    assert first["heavy"] == []
+
+
+def test_starts_no_thread_warns_of_nothing_and_leaves_logging_alone(first):
+    assert first["threads"] == 0
+    assert first["warnings"] == []
+    assert first["handlers"] == 0
+    assert first["cuda"] is False
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "calibrate --help"])
+def test_help_imports_neither_torch_nor_the_hosts(first, command):
+    assert first[command] == [0, []]
+
+
+def test_inspect_imports_torch_and_no_host(first):
+    assert first["inspect"] == [0, ["torch"]]
+
+
+def test_registers_one_backend_and_leaves_the_others_alone(first):
+    assert first["backends"] == ["diffusers_ternary"]
+    assert first["class"] == "TernaryDiffusersQuantizer"
+
+
+def test_imported_before_the_hosts(first):
+    assert first["journey"] == PACKED
 
 
 @pytest.mark.parametrize(
-    "library",
-    ["triton", "peft", "torchmetrics", "matplotlib", "torchvision", "typer", "rich", "jinja2", "sentencepiece"],
+    "before",
+    ["import transformers.modeling_utils, diffusers.models.modeling_utils", "import diffusers_ternary.layers"],
 )
-def test_imports_no_optional_library(imported, library):
-    assert not [name for name in imported["new"] if name.split(".")[0] == library]
+def test_imported_after_the_hosts_or_in_parts(before):
+    code = f"{JOURNEY}\n{before}\nimport diffusers_ternary\nprint(json.dumps(journey()))"
+    assert run_python(code) == PACKED
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        "cli",
-        "demo",
-        "evaluation",
-        "calibration",
-        "distillation",
-        "hub",
-        "interop",
-        "inspection",
-        "sources",
-        "kernels.triton",
-    ],
-)
-def test_imports_no_part_that_is_not_needed(imported, part):
-    prefix = f"diffusers_ternary.{part}"
-    assert not [name for name in imported["new"] if name == prefix or name.startswith(f"{prefix}.")]
+def test_eleven_public_names():
+    assert len(diffusers_ternary.__all__) == 11
+    assert {*diffusers_ternary.__all__, "__version__"} == set(dir(diffusers_ternary))
+    for name in diffusers_ternary.__all__:
+        assert getattr(diffusers_ternary, name).__name__ == name
 
 
-def test_starts_no_thread_warns_of_nothing_and_leaves_logging_alone(imported):
-    assert imported["threads"] == 0
-    assert imported["warnings"] == []
-    assert imported["handlers"] == 0
+@pytest.mark.parametrize("name", sorted(diffusers_ternary._MOVED))
+def test_a_name_that_moved_works_and_says_so_once(name, monkeypatch):
+    monkeypatch.delitem(vars(diffusers_ternary), name, raising=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec(f"from diffusers_ternary import {name} as first")
+        exec(f"from diffusers_ternary import {name} as again")
+    (warning,) = caught
+    assert warning.category is DeprecationWarning
+    namespace = {}
+    exec(re.search(r"from \S+ import \w+", str(warning.message))[0], namespace)
+    assert namespace[name] is getattr(diffusers_ternary, name)
 
 
-def test_registers_one_backend_and_leaves_the_others_alone(imported):
-    assert imported["others"] == {"diffusers_ternary": "TernaryDiffusersQuantizer"}
-
-
-def test_offers_what_it_announces(imported):
-    assert imported["public"] == []
+def test_rooms_are_attributes_and_unknown_names_are_not():
+    assert diffusers_ternary.layers.TernaryLinear.__name__ == "TernaryLinear"
+    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        _ = diffusers_ternary.quantise

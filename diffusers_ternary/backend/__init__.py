@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host contract: what diffusers and transformers call while loading and saving, and `quantize`."""
+"""The host contract: what diffusers and transformers call while loading and saving.
 
-from .checkpoint import StoredTensor, check_headers, read_headers
-from .components import below_compiled_wrappers, modules_of
-from .diffusers import TernaryDiffusersQuantizer
-from .fused_projections import with_separate_projections
-from .placeholders import placeholder_for
-from .plan import ConversionPlan, plan_conversion
-from .quantize import plan_pipeline, quantize, replace_layers
+Importing it imports neither: what needs them is imported when it is first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 from .registration import register
-from .sizes import bits_per_weight, file_bytes
-from .summary import packed_layers, summarize
-from .transformers import TernaryTransformersQuantizer
 
+
+if TYPE_CHECKING:
+    from .checkpoint import StoredTensor, check_headers, read_headers
+    from .components import below_compiled_wrappers, modules_of
+    from .diffusers import TernaryDiffusersQuantizer
+    from .fused_projections import with_separate_projections
+    from .placeholders import placeholder_for
+    from .plan import ConversionPlan, plan_conversion
+    from .quantize import plan_pipeline, replace_layers
+    from .sizes import bits_per_weight, file_bytes
+    from .summary import packed_layers, summarize
+    from .transformers import TernaryTransformersQuantizer
 
 __all__ = [
     "ConversionPlan",
@@ -28,10 +36,32 @@ __all__ = [
     "placeholder_for",
     "plan_conversion",
     "plan_pipeline",
-    "quantize",
     "read_headers",
     "register",
     "replace_layers",
     "summarize",
     "with_separate_projections",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "ConversionPlan": ".plan",
+        "StoredTensor": ".checkpoint",
+        "TernaryDiffusersQuantizer": ".diffusers",
+        "TernaryTransformersQuantizer": ".transformers",
+        "below_compiled_wrappers": ".components",
+        "bits_per_weight": ".sizes",
+        "check_headers": ".checkpoint",
+        "file_bytes": ".sizes",
+        "modules_of": ".components",
+        "packed_layers": ".summary",
+        "placeholder_for": ".placeholders",
+        "plan_conversion": ".plan",
+        "plan_pipeline": ".quantize",
+        "read_headers": ".checkpoint",
+        "replace_layers": ".quantize",
+        "summarize": ".summary",
+        "with_separate_projections": ".fused_projections",
+    },
+)

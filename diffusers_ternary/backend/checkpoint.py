@@ -33,7 +33,6 @@ from ..layers import LayerRecord
 from ..layers.base import bits_to_scale, scale_to_bits
 from ..ternarize import Int8Weight, LowRank, TernaryWeight
 from .adapters import refuse_adapters, settle_merged, without_image_adapters
-from .fused_projections import without_fused_projections
 
 
 _DAMAGED = "The file is damaged or incomplete: download it again, or write it again with diffusers-ternary."
@@ -412,6 +411,8 @@ def state_dict_to_file(
     records = {_uncompiled(name): record for name, record in records.items()}
     once = [_uncompiled(name) for name in once]
     state_dict, records = without_image_adapters(state_dict, records)
+    from .fused_projections import without_fused_projections  # not at import: it needs diffusers
+
     state_dict, records = without_fused_projections(state_dict, records)
     state_dict, records = settle_merged(state_dict, records, once=once)
     specs = {name: record.spec for name, record in records.items()}

@@ -13,14 +13,10 @@ from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as DIFFUSERS_CONFIGS
-from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING as DIFFUSERS_QUANTIZERS
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersConfigMixin
 from huggingface_hub.errors import HTTPError as HubTransportError
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as TRANSFORMERS_CONFIGS
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as TRANSFORMERS_QUANTIZERS
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
@@ -28,11 +24,7 @@ from .compat_offload import without_group_offloading
 
 
 __all__ = [
-    "DIFFUSERS_CONFIGS",
-    "DIFFUSERS_QUANTIZERS",
     "FUSED_PROJECTIONS",
-    "TRANSFORMERS_CONFIGS",
-    "TRANSFORMERS_QUANTIZERS",
     "ConversionOps",
     "DiffusersConfigMixin",
     "DiffusersQuantizer",

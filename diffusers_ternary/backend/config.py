@@ -17,10 +17,8 @@ from ..format.spec import SCALE_LAYOUTS, check_hadamard, check_rank
 from ..kernels.ops import ACTIVATION_DTYPES
 from ..ternarize import ROUNDINGS
 from .compat import DiffusersConfigMixin, TransformersConfigMixin, refuse_unknown_components
+from .method import QUANT_METHOD
 
-
-# Without this package diffusers prints only this string ("Unknown quantization type, got …"): it says what to install.
-QUANT_METHOD = "diffusers_ternary"
 
 # The "rounding" that never rounds: packs layers whose weights are ternary already, and keeps all others.
 RECOVER = "recover"

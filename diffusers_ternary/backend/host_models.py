@@ -7,8 +7,8 @@ from torch import nn
 
 from ..layers.base import NOT_TRAINABLE
 from .compat_models import patch_control_constructors, patch_ema, patch_model_class
-from .config import QUANT_METHOD
 from .dequantize import dequantize_layers
+from .method import QUANT_METHOD
 from .summary import count_parameters, has_packed_layers
 
 

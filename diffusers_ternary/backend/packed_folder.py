@@ -8,8 +8,8 @@ from typing import Any
 
 from ..files import read_json
 from .checkpoint import PackedCheckpoint, check_headers, check_packed_as_declared, check_values, read_headers
-from .config import QUANT_METHOD
 from .folder import default_files, model_name, quant_method
+from .method import QUANT_METHOD
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,26 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes `diffusers_ternary` known to diffusers and transformers."""
+"""Makes `diffusers_ternary` known to diffusers and transformers, and imports neither."""
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 from .after_import import after_import
-from .compat import (
-    DIFFUSERS_CONFIGS,
-    DIFFUSERS_QUANTIZERS,
-    TRANSFORMERS_CONFIGS,
-    TRANSFORMERS_QUANTIZERS,
-    patch_modular_loading,
-)
-from .config import QUANT_METHOD, TernaryConfig
-from .diffusers import TernaryDiffusersQuantizer
-from .transformers import TernaryTransformersQuantizer
+from .method import QUANT_METHOD
 
 
 def register() -> None:
-    """Registers the config and both quantizers. Calling it again changes nothing."""
-    DIFFUSERS_CONFIGS[QUANT_METHOD] = TernaryConfig
-    DIFFUSERS_QUANTIZERS[QUANT_METHOD] = TernaryDiffusersQuantizer
+    """Registers now with what is imported already, and with the rest when it is. Calling it again changes nothing."""
+    after_import("diffusers.quantizers.auto", _register_with_diffusers)
+    after_import("transformers.quantizers.auto", _register_with_transformers)
+    after_import("diffusers.modular_pipelines.modular_pipeline", _patch_modular_loading)
+
+
+class _Deferred:
+    """Stands for a class in the registry of a host until the host uses it.
+
+    The registries are there while the host is still being imported; our classes inherit from the host's.
+    """
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._load()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._load(), name)
+
+
+def _register_with_diffusers() -> None:
+    from .compat_registries import diffusers_registries
+
+    configs, quantizers = diffusers_registries()
+    configs[QUANT_METHOD] = _Deferred(_config)
+    quantizers[QUANT_METHOD] = _Deferred(_diffusers_quantizer)
+
+
+def _register_with_transformers() -> None:
+    from .compat_registries import transformers_registries
+
     # The same as transformers' register_* decorators, which refuse to run twice (a reload would then fail).
-    TRANSFORMERS_CONFIGS[QUANT_METHOD] = TernaryConfig
-    TRANSFORMERS_QUANTIZERS[QUANT_METHOD] = TernaryTransformersQuantizer
-    after_import("diffusers.modular_pipelines.modular_pipeline", partial(patch_modular_loading, TernaryConfig))
+    configs, quantizers = transformers_registries()
+    configs[QUANT_METHOD] = _Deferred(_config)
+    quantizers[QUANT_METHOD] = _Deferred(_transformers_quantizer)
+
+
+def _patch_modular_loading() -> None:
+    from .compat import patch_modular_loading
+
+    patch_modular_loading(_config())
+
+
+def _config() -> Any:
+    from .config import TernaryConfig
+
+    return TernaryConfig
+
+
+def _diffusers_quantizer() -> Any:
+    from .diffusers import TernaryDiffusersQuantizer
+
+    return TernaryDiffusersQuantizer
+
+
+def _transformers_quantizer() -> Any:
+    from .transformers import TernaryTransformersQuantizer
+
+    return TernaryTransformersQuantizer

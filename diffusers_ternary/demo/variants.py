@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
-from ..backend import bits_per_weight, file_bytes, packed_layers, quantize
+from ..backend import bits_per_weight, file_bytes, packed_layers
 from ..backend.config import TernaryConfig
+from ..backend.quantize import quantize
 from .pipeline import DATA, demo_pipeline
 
 

@@ -11,8 +11,9 @@ from typing import Any, TypeAlias
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..backend import packed_layers, quantize
+from ..backend import packed_layers
 from ..backend.config import TernaryConfig
+from ..backend.quantize import quantize
 from ..calibration import calibrate
 from .config import DistillConfig
 from .recording import TeacherRecorder

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters (LoRA, DoRA, LoHa, LoKr) on packed layers. Nothing here imports PEFT before it is needed."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..lazy import lazy_names
 from .registration import register
 
 
@@ -27,17 +27,4 @@ __all__ = [
     "register",
 ]
 
-_LAZY = {
-    "TernaryLoHaConv2d": ".layers",
-    "TernaryLoHaLinear": ".layers",
-    "TernaryLoKrConv2d": ".layers",
-    "TernaryLoKrLinear": ".layers",
-    "TernaryLoraConv2d": ".layers",
-    "TernaryLoraLinear": ".layers",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(__name__, {name: ".layers" for name in __all__ if name != "register"})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backend.config import QUANT_METHOD
+from ..backend.method import QUANT_METHOD
 from ..layers import QuantizedConv2d, QuantizedLayer
 from .compat import (
     BaseTunerLayer,

@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes adapters on packed layers known to PEFT and to diffusers' LoRA loaders."""
 
-from functools import partial
-
 from ..backend.after_import import after_import
-from ..backend.compat import patch_flux_expansion, patch_lora_mixin
-from ..backend.summary import count_parameters, has_packed_layers
-from ..layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 
 
 def register() -> None:
     """Registers now with what is imported already, and with the rest when it is. Calling it again changes nothing."""
     after_import("peft", _register_with_peft)
-    after_import("diffusers.loaders.lora_pipeline", partial(patch_flux_expansion, _is_packed_linear))
-    after_import("diffusers.loaders.peft", partial(patch_lora_mixin, has_packed_layers))
+    after_import("diffusers.loaders.lora_pipeline", _register_with_flux_loader)
+    after_import("diffusers.loaders.peft", _register_with_lora_mixin)
 
 
 def _register_with_peft() -> None:
+    from ..backend.summary import count_parameters, has_packed_layers
+    from ..layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
     from . import layers, other_methods
     from .compat import (
         DEQUANTIZE_MARK,
@@ -39,5 +36,15 @@ def _register_with_peft() -> None:
     copy_modules_to_save(has_packed_layers, trainable_copy)
 
 
-def _is_packed_linear(module: object) -> bool:
-    return isinstance(module, QuantizedLinear)
+def _register_with_flux_loader() -> None:
+    from ..backend.compat import patch_flux_expansion
+    from ..layers import QuantizedLinear
+
+    patch_flux_expansion(lambda module: isinstance(module, QuantizedLinear))
+
+
+def _register_with_lora_mixin() -> None:
+    from ..backend.compat import patch_lora_mixin
+    from ..backend.summary import has_packed_layers
+
+    patch_lora_mixin(has_packed_layers)

@@ -11,7 +11,8 @@ import pathlib
 
 import torch
 
-from diffusers_ternary import CalibrationConfig, CalibrationReport, TernaryConfig, calibrate
+from diffusers_ternary import CalibrationConfig, TernaryConfig, calibrate
+from diffusers_ternary.calibration import CalibrationReport
 from diffusers_ternary.demo import DEMO_CALL, demo_pipeline, training_prompts
 
 

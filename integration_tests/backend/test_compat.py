@@ -18,7 +18,7 @@ from diffusers.models import modeling_utils as diffusers_modeling
 from transformers import modeling_utils as transformers_modeling
 
 from diffusers_ternary import backend as quantizers
-from diffusers_ternary.backend import compat
+from diffusers_ternary.backend import compat, compat_registries
 from diffusers_ternary.backend.config import QUANT_METHOD
 from diffusers_ternary.backend.transformers import UnpackOnLoad
 from integration_tests.support import denoisers, text_encoders
@@ -32,19 +32,12 @@ def test_every_name_of_compat_is_there_and_listed():
         assert getattr(compat, name, None) is not None, f"compat.{name} is gone {VERSIONS}"
 
 
-@pytest.mark.parametrize(
-    ("mapping", "neighbour"),
-    [
-        ("DIFFUSERS_CONFIGS", "bitsandbytes_4bit"),
-        ("DIFFUSERS_QUANTIZERS", "bitsandbytes_4bit"),
-        ("TRANSFORMERS_CONFIGS", "bitsandbytes_4bit"),
-        ("TRANSFORMERS_QUANTIZERS", "bitsandbytes_4bit"),
-    ],
-)
-def test_registries_are_the_dictionaries_that_the_hosts_read(mapping, neighbour):
-    registry = getattr(compat, mapping)
-    assert isinstance(registry, dict), f"{mapping} is not a dictionary any more {VERSIONS}"
-    assert neighbour in registry, f"{mapping} is not the registry of quantization backends any more {VERSIONS}"
+@pytest.mark.parametrize("host", ["diffusers", "transformers"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_registries_are_the_dictionaries_that_the_hosts_read(host, which):
+    registry = getattr(compat_registries, f"{host}_registries")()[which]
+    assert isinstance(registry, dict), f"registry {which} of {host} is not a dictionary any more {VERSIONS}"
+    assert "bitsandbytes_4bit" in registry, f"{host} keeps its quantization backends elsewhere {VERSIONS}"
     assert QUANT_METHOD in registry
 
 

@@ -8,11 +8,12 @@ import torch
 from diffusers import ControlNetModel, DiffusionPipeline, FluxPipeline, MultiControlNetModel, WanPipeline
 from torch import nn
 
-from diffusers_ternary import TernaryConfig, TernaryLinear, evaluate, quantize
+from diffusers_ternary import TernaryConfig, evaluate, quantize
 from diffusers_ternary.backend import TernaryDiffusersQuantizer, packed_layers, plan_pipeline
 from diffusers_ternary.backend.components import denoiser_name, denoiser_of, store_in_16_bits
 from diffusers_ternary.calibration import CalibrationConfig, SolverConfig, calibrate
 from diffusers_ternary.interop.inspection import inspect_path
+from diffusers_ternary.layers import TernaryLinear
 from integration_tests.support import denoisers, distillation
 from integration_tests.support.more_pipelines import MORE_PIPELINES
 from integration_tests.support.pipelines import PIPELINES, draw

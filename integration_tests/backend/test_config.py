@@ -10,9 +10,10 @@ from diffusers import FluxTransformer2DModel, PipelineQuantizationConfig
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from diffusers_ternary import TernaryConfig, TernaryLinear
+from diffusers_ternary import TernaryConfig
 from diffusers_ternary.backend import TernaryDiffusersQuantizer, TernaryTransformersQuantizer
 from diffusers_ternary.format import FORMAT_VERSION
+from diffusers_ternary.layers import TernaryLinear
 from integration_tests.support import denoisers
 
 

@@ -7,8 +7,9 @@ from diffusers.models.embeddings import ImageProjection
 from peft import LoraConfig
 from torch import nn
 
-from diffusers_ternary import Int8Linear, TernaryConfig, TernaryLinear, quantize
+from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.backend import bits_per_weight, packed_layers
+from diffusers_ternary.layers import Int8Linear, TernaryLinear
 from integration_tests.support import denoisers
 from integration_tests.support.pipelines import PIPELINES
 

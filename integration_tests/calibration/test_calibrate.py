@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
+from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.calibration import CalibrationConfig, CalibrationReport, SolverConfig, calibrate, store
 from diffusers_ternary.calibration.run import CalibrationRun
-from diffusers_ternary.layers import Int8Linear, TernaryLayer
+from diffusers_ternary.layers import Int8Linear, TernaryLayer, TernaryLinear
 from integration_tests.support.fresh_process import run_python
 from integration_tests.support.pipelines import PIPELINES, draw, quiet
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_ternary import TernaryConfig, TernaryLinear
+from diffusers_ternary import TernaryConfig
 from diffusers_ternary.backend import file_bytes, packed_layers
 from diffusers_ternary.calibration import (
     CalibrationConfig,
@@ -18,7 +18,7 @@ from diffusers_ternary.calibration import (
     calibrate,
     sensitivity,
 )
-from diffusers_ternary.layers import Int8Linear
+from diffusers_ternary.layers import Int8Linear, TernaryLinear
 from diffusers_ternary.rollouts import Rollouts, make_rollouts, recorded_calls
 from integration_tests.support.fresh_process import run_python
 from integration_tests.support.pipelines import PIPELINES, draw

@@ -8,6 +8,7 @@ import pytest
 from diffusers import DiffusionPipeline
 
 import diffusers_ternary
+from diffusers_ternary.layers import Int8Linear, TernaryLinear
 from integration_tests.support.command_line import run_command
 
 
@@ -29,8 +30,8 @@ def test_quantize_then_inspect_then_load(source, tmp_path):
     assert "int8" in table.output
 
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    assert isinstance(pipe.transformer.transformer_blocks[0].attn.to_q, diffusers_ternary.TernaryLinear)
-    assert isinstance(pipe.transformer.transformer_blocks[0].norm1.linear, diffusers_ternary.Int8Linear)
+    assert isinstance(pipe.transformer.transformer_blocks[0].attn.to_q, TernaryLinear)
+    assert isinstance(pipe.transformer.transformer_blocks[0].norm1.linear, Int8Linear)
 
 
 def test_the_embedded_model_by_name(tmp_path):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
+from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.distillation.trainable import LayerTraining, TrainableTernaryLayer
 from diffusers_ternary.distillation.trainee import make_trainee, ternary_layers, train_others, write_back
 from diffusers_ternary.format import TernarySpec
-from diffusers_ternary.layers import TernaryConv2d
+from diffusers_ternary.layers import TernaryConv2d, TernaryLinear
 from diffusers_ternary.ternarize import rotate, ternarize
 from integration_tests.support import denoisers
 

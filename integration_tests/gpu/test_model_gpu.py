@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
+from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary.layers import TernaryLinear
 from integration_tests.support.denoisers import flux
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers_ternary import TernaryLinear
 from diffusers_ternary.kernels import reference
 from diffusers_ternary.kernels.ops import ternary_dequantize, ternary_linear, ternary_rotate
+from diffusers_ternary.layers import TernaryLinear
 from diffusers_ternary.ternarize import TernaryWeight, rotate, ternarize
 
 

@@ -9,8 +9,8 @@ from accelerate import init_empty_weights
 from diffusers import SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
 
+from diffusers_ternary import convert
 from diffusers_ternary.backend import packed_layers
-from diffusers_ternary.interop import convert
 from diffusers_ternary.interop.inspection import inspect_path
 from diffusers_ternary.interop.sana_names import sana_config
 from diffusers_ternary.layers import TernaryConv2d

@@ -16,9 +16,9 @@ from diffusers.loaders.single_file_utils import (
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
 
-from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary import TernaryConfig, convert, quantize
 from diffusers_ternary.backend import packed_layers
-from diffusers_ternary.interop import ExportReport, convert, export_gguf
+from diffusers_ternary.interop import ExportReport, export_gguf
 from diffusers_ternary.interop.compat import TwoBitType, open_reader
 from diffusers_ternary.interop.gguf_blocks import encode_q2_0
 from diffusers_ternary.interop.gguf_names import gguf_tensors

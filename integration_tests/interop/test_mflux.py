@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary import TernaryConfig, convert, quantize
 from diffusers_ternary.backend import packed_layers
-from diffusers_ternary.interop import convert, export_mflux
+from diffusers_ternary.interop import export_mflux
 from diffusers_ternary.interop.mflux_import import dequantize_affine
 from diffusers_ternary.interop.mflux_names import CLASSES, mflux_module
 from diffusers_ternary.interop.mlx_affine import encode_affine

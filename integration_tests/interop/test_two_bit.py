@@ -10,8 +10,8 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 from torch import nn
 
+from diffusers_ternary import convert
 from diffusers_ternary.backend import packed_layers
-from diffusers_ternary.interop import convert
 from diffusers_ternary.interop.inspection import inspect_path
 from integration_tests.support import denoisers, foreign
 

@@ -10,9 +10,8 @@ from diffusers import FluxTransformer2DModel, ModelMixin
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary import TernaryConfig, convert, quantize
 from diffusers_ternary.backend import packed_layers
-from diffusers_ternary.interop import convert
 from diffusers_ternary.interop.inspection import inspect_path
 from integration_tests.support import denoisers, foreign, text_encoders
 

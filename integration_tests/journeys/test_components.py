@@ -5,8 +5,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_ternary import Int8Linear, TernaryConfig, TernaryLinear, quantize
+from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.backend import packed_layers
+from diffusers_ternary.layers import Int8Linear, TernaryLinear
 from integration_tests.support import text_encoders
 from integration_tests.support.pipelines import PIPELINES, draw
 

@@ -10,8 +10,9 @@ import torch
 from diffusers import AutoModel, FluxTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
 from safetensors.torch import save_file
 
-from diffusers_ternary import Int8Linear, TernaryConfig, TernaryLinear, quantize
+from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.backend import packed_layers
+from diffusers_ternary.layers import Int8Linear, TernaryLinear
 from integration_tests.support import denoisers
 from integration_tests.support.checkpoints import read_file, to_original_z_image
 

@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig, WanTransformer3DModel
 from safetensors import safe_open
 
-from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
-from diffusers_ternary.layers import QuantizedLayer, TernaryLayer
+from diffusers_ternary import TernaryConfig, quantize
+from diffusers_ternary.layers import QuantizedLayer, TernaryLayer, TernaryLinear
 from integration_tests.support import denoisers
 from integration_tests.support.fresh_process import run_python
 from integration_tests.support.pipelines import PIPELINES, draw, quiet

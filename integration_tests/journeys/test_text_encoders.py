@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
+from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.backend import packed_layers
+from diffusers_ternary.layers import TernaryLinear
 from integration_tests.support import text_encoders
 from integration_tests.support.checkpoints import read_file
 from integration_tests.support.fresh_process import run_python

@@ -10,9 +10,9 @@ import torch
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from torch import nn
 
-from diffusers_ternary import Int8Linear, TernaryConfig, TernaryLinear, quantize
+from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.format import Int8Spec, TernarySpec
-from diffusers_ternary.layers import QuantizedLinear
+from diffusers_ternary.layers import Int8Linear, QuantizedLinear, TernaryLinear
 from diffusers_ternary.ternarize import ternarize
 from integration_tests.support import denoisers
 

@@ -15,7 +15,7 @@ import json, sys
 
 def state():
     from diffusers_ternary.layers import QuantizedLayer
-    from diffusers_ternary.after_import import _Watcher
+    from diffusers_ternary.backend.after_import import _Watcher
 
     peft = sys.modules.get("peft")
     flux = sys.modules.get("diffusers.loaders.lora_pipeline")
@@ -31,7 +31,8 @@ def state():
 """
 NOTHING = {"peft": False, "custom": False, "dequantizable": False, "flux": False, "mixin": False}
 MODULAR = "diffusers.modular_pipelines.modular_pipeline"  # nobody imports it here
-WATCHED = ["diffusers.loaders.lora_pipeline", "diffusers.loaders.peft", MODULAR, "peft"]
+HOSTS = ["diffusers.quantizers.auto", "transformers.quantizers.auto"]
+WATCHED = sorted(["diffusers.loaders.lora_pipeline", "diffusers.loaders.peft", MODULAR, "peft", *HOSTS])
 DONE = {"peft": True, "custom": 2, "dequantizable": True, "flux": True, "mixin": True, "watched": [MODULAR]}
 
 

@@ -8,8 +8,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from diffusers_ternary import TernaryConfig, TernaryLinear, quantize
+from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.backend import packed_layers
+from diffusers_ternary.layers import TernaryLinear
 from diffusers_ternary.ternarize import TernaryFit, TernaryWeight, find_group_size, recover, ternary_fit
 from integration_tests.support import denoisers, text_encoders
 

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from diffusers_ternary import TernaryLinear
+from diffusers_ternary.layers import TernaryLinear
 from diffusers_ternary.ternarize import hadamard_matrix, rotate, ternarize
 
 

@@ -21,10 +21,10 @@ import torch
 
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from diffusers_ternary import TernaryLinear
 from diffusers_ternary.kernels.ops import prepared, ternary_linear
 from diffusers_ternary.kernels.ops import triton as registered
 from diffusers_ternary.kernels.triton import product
+from diffusers_ternary.layers import TernaryLinear
 from diffusers_ternary.ternarize import ternarize
 from integration_tests.support.gpu_compiler import TARGETS
 from integration_tests.support.stand_in_driver import standing_in

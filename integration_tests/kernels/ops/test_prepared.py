@@ -11,10 +11,10 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_ternary import TernaryLinear
 from diffusers_ternary.kernels.cpu.native import load
 from diffusers_ternary.kernels.operands import Layout
 from diffusers_ternary.kernels.ops import prepared, prepared_products, ternary_linear
+from diffusers_ternary.layers import TernaryLinear
 from diffusers_ternary.ternarize import ternarize
 
 

@@ -9,8 +9,8 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 
-from diffusers_ternary import TernaryLinear
 from diffusers_ternary.kernels.ops import product, traced
+from diffusers_ternary.layers import TernaryLinear
 from diffusers_ternary.ternarize import TernaryWeight, ternarize
 
 

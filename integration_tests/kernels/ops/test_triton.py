@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from diffusers_ternary import TernaryLinear
 from diffusers_ternary.kernels import reference
 from diffusers_ternary.kernels import triton as kernels
 from diffusers_ternary.kernels.ops import kernel_name, serving, ternary_dequantize, ternary_linear, ternary_rotate
 from diffusers_ternary.kernels.ops import triton as registered
+from diffusers_ternary.layers import TernaryLinear
 from diffusers_ternary.ternarize import TernaryWeight, rotate, ternarize
 from integration_tests.support.fresh_process import run_python
 from integration_tests.support.interpreter import skip_without_interpreter

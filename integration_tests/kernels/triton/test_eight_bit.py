@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers_ternary import Int8Linear, TernaryLinear, keep_unpacked
 from diffusers_ternary.format import Int8Spec
+from diffusers_ternary.layers import Int8Linear, TernaryLinear, keep_unpacked
 from diffusers_ternary.ternarize import quantize_int8, rotate, ternarize
 from integration_tests.support.interpreter import skip_without_interpreter
 

@@ -10,9 +10,9 @@ import itertools
 import pytest
 import torch
 
-from diffusers_ternary import TernaryLinear
 from diffusers_ternary.kernels import triton as kernels
 from diffusers_ternary.kernels.ops import prepared as prepared_ops
+from diffusers_ternary.layers import TernaryLinear
 from diffusers_ternary.ternarize import ternarize
 from integration_tests.support.fresh_process import run_python
 
