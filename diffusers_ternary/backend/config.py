@@ -6,6 +6,7 @@ import difflib
 import enum
 import inspect
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from .method import QUANT_METHOD
 # The "rounding" that never rounds: packs layers whose weights are ternary already, and keeps all others.
 RECOVER = "recover"
 
+# What `scale_layout` is called in config.json, where every version reads it, and in the layers' records.
+_STORED_LAYOUT = "scales"
 KINDS = ("ternary", "int8")
 OVERRIDE_KINDS = (*KINDS, "keep")
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,18 +60,18 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
             What activations are rounded to, per token, before the product: `"int8"`, `"float8_e4m3fn"`, `"none"`, or
             `"auto"`: the fastest that the device's kernels have.
         compute_dtype (`str` or `torch.dtype`, *optional*):
-            Dtype of the product, and of the model if `dtype` is not given. `None` follows the input.
+            Dtype of the product, and of the model if `dtype` is not given. `None` = that of the input.
         components (`list[str]` or `dict[str, str]`, *optional*):
-            Components of a pipeline to quantize. `None` = its denoisers. A dictionary gives each component its own
-            `kind`: `{"transformer": "ternary", "text_encoder_2": "int8"}` is what is safe without calibration,
-            because int8 hardly changes a text encoder's output and rounding one to ternary spoils the prompt.
+            Components of a pipeline to quantize, or a dictionary with a `kind` for each. `None` = its denoisers.
+            Text encoders are safe in `"int8"`, which hardly changes their output; rounding one to ternary spoils the
+            prompt.
         rounding (`str`, *optional*, defaults to `"twn"`):
             Rule for on-the-fly quantization: `"twn"`, `"optimum"` (least squares), `"absmean"` (comparison only), or
             `"recover"`: no rounding; packs the layers whose weights are ternary already and keeps the others. Such
             layers are packed exactly under every rule.
-        scales (`str`, *optional*, defaults to `"auto"`):
-            Scale layout: `"group"` (one 16-bit scale per group), `"double"` (an 8-bit multiplier per group and a
-            16-bit scale per row) or `"auto"`, the smaller of the two for each layer.
+        scale_layout (`str`, *optional*, defaults to `"auto"`):
+            How scales are stored: `"group"` (one 16-bit scale per group), `"double"` (an 8-bit multiplier per group
+            and a 16-bit scale per row) or `"auto"`, the smaller of the two for each layer.
         hadamard (`int`, *optional*, defaults to 0):
             Rotate the inputs of ternary layers by Hadamard matrices of this size (a power of two, e.g. 128) and make
             the codes for the rotated weight: no bits, one fast transform per layer. Helps heavy-tailed weights and
@@ -91,6 +94,7 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
 
     def __init__(
         self,
+        *,
         group_size: int | None = 128,
         modules_to_not_convert: Sequence[str] | None = None,
         overrides: Mapping[str, str] | None = None,
@@ -98,13 +102,16 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         compute_dtype: str | torch.dtype | None = None,
         components: Sequence[str] | Mapping[str, str] | None = None,
         rounding: str = "twn",
-        scales: str = "auto",
+        scale_layout: str = "auto",
         hadamard: int = 0,
         rank: int = 0,
         kind: str = "ternary",
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
+        if "scales" in unknown:
+            _warn_scales()
+            scale_layout = unknown.pop("scales")
         if unknown:
             raise TypeError(_unknown_arguments(unknown))
         self.quant_method = TernaryMethod.DIFFUSERS_TERNARY
@@ -117,7 +124,7 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         if components is not None:
             refuse_unknown_components(TernaryConfig)
         self.rounding = _check_choice("rounding", rounding, (*ROUNDINGS, RECOVER))
-        self.scales = _check_choice("scales", scales, ("auto", *SCALE_LAYOUTS))
+        self.scale_layout = _check_choice("scale_layout", scale_layout, ("auto", *SCALE_LAYOUTS))
         check_hadamard(hadamard)
         self.hadamard = hadamard
         check_rank(rank)
@@ -126,6 +133,12 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         check_format_version(format_version, source="TernaryConfig")
         # Whatever version was read, this is the one that will be written.
         self.format_version = FORMAT_VERSION
+
+    @property
+    def scales(self) -> str:
+        """The old name of `scale_layout`."""
+        _warn_scales()
+        return self.scale_layout
 
     @property
     def components_to_quantize(self) -> list[str] | None:
@@ -153,6 +166,8 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
             )
         # First: a newer format may have fields that this version calls unknown.
         check_format_version(fields.get("format_version", FORMAT_VERSION), source="config.json")
+        if _STORED_LAYOUT in fields:
+            fields["scale_layout"] = fields.pop(_STORED_LAYOUT)
         config = cls(**fields)
         return (config, {}) if return_unused_kwargs else config
 
@@ -162,6 +177,7 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         `overrides` becomes a list of pairs: their order decides, and hosts sort the keys of what they write.
         """
         fields = {**copy.deepcopy(self.__dict__), "quant_method": QUANT_METHOD}
+        fields[_STORED_LAYOUT] = fields.pop("scale_layout")
         if self.overrides is not None:
             fields["overrides"] = [list(pair) for pair in self.overrides.items()]
         return fields
@@ -198,6 +214,11 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
     def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Any:
         """Called by the pipeline loader for each component; see `PipelineQuantizationConfig`."""
         return None if module_name is None else self.for_component(module_name)
+
+
+def _warn_scales() -> None:
+    message = "TernaryConfig's scales is scale_layout now; the old name goes in 0.3."
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 def _unknown_arguments(unknown: Mapping[str, Any]) -> str:

@@ -82,7 +82,12 @@ def pack_layer(
         if config.rounding == RECOVER:
             record.kept.append(name)
             return False
-    options = {"rounding": config.rounding, "scales": config.scales, "hadamard": config.hadamard, "rank": config.rank}
+    options = {
+        "rounding": config.rounding,
+        "scales": config.scale_layout,
+        "hadamard": config.hadamard,
+        "rank": config.rank,
+    }
     layer.pack(weight, name=name, **options)
     return True
 

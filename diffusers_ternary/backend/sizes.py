@@ -51,7 +51,7 @@ def _settled(spec: LayerSpec, config: TernaryConfig) -> LayerSpec:
     """The spec with what packing will decide; `"auto"` scales take the layout that needs no multipliers."""
     if not isinstance(spec, TernarySpec):
         return spec
-    scales = "double" if config.scales == "double" else "group"
+    scales = "double" if config.scale_layout == "double" else "group"
     return dataclasses.replace(spec, scales=scales, hadamard=0, rank=config.rank)
 
 

@@ -38,10 +38,10 @@ class Allocation:
     ) -> None:
         self._models = models
         self._candidates = candidates
-        self._scales = config.scales
+        self._scales = config.scale_layout
         converted = {(component, name) for component, plan in plans.items() for name in plan.kinds}
         self._fixed = sum(
-            Candidate("int8").bytes(self._weight(*layer), config.scales)
+            Candidate("int8").bytes(self._weight(*layer), config.scale_layout)
             for layer in converted
             if layer[1] not in candidates[layer[0]]
         )
@@ -145,7 +145,7 @@ def layer_sensitivities(
                 LayerSensitivity(
                     name=f"{component}.{name}",
                     shape=(rows_columns[0], rows_columns[1]),
-                    bytes={candidate.label: candidate.bytes(weight, config.scales) for candidate in errors},
+                    bytes={candidate.label: candidate.bytes(weight, config.scale_layout) for candidate in errors},
                     nmse={candidate.label: error for candidate, error in errors.items()},
                     chosen=choices[component][name].label,
                 )

@@ -70,10 +70,10 @@ def candidates_for(
     found += [dataclasses.replace(base, rank=base.rank + rank) for rank in settings.ranks]
     found += [Candidate("int8")] if settings.int8 else []
     unique: dict[LayerSpec | None, Candidate] = {}
-    least = base.bytes(weight, config.scales)
+    least = base.bytes(weight, config.scale_layout)
     for candidate in found:
         # A group size above the config's own would be smaller, but not what was asked for.
-        if candidate.bytes(weight, config.scales) >= least:
-            unique.setdefault(candidate.spec(weight, config.scales), candidate)
+        if candidate.bytes(weight, config.scale_layout) >= least:
+            unique.setdefault(candidate.spec(weight, config.scale_layout), candidate)
     keep = Candidate("keep")
     return (*unique.values(), keep)

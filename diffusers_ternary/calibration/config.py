@@ -17,7 +17,7 @@ from .budget import SizeBudget
 _STRETCHES = (0.75, 1.65)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SolverConfig:
     """Which stages choose the codes of a layer.
 
@@ -61,7 +61,7 @@ class SolverConfig:
         return tuple(_STRETCHES[0] + (_STRETCHES[1] - _STRETCHES[0]) * (i + 0.5) / count for i in range(count))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SensitivityConfig:
     """How the effect of each layer on the denoiser's output is measured, and what a size budget chooses from.
 
@@ -98,7 +98,7 @@ class SensitivityConfig:
 ACCUMULATION_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
     """How [`calibrate`] runs the pipeline and solves its layers.
 

@@ -116,7 +116,7 @@ class CalibrationRun:
             module.weight.detach().flatten(1),
             moments,
             group_size=candidate.group_size,
-            scales=self.config.scales,
+            scales=self.config.scale_layout,
             hadamard=self.config.hadamard,
             rank=candidate.rank,
             config=self.calibration.solver,

@@ -2,6 +2,7 @@
 """The commands and the options that all of them have."""
 
 import importlib.metadata
+import inspect
 import logging
 from typing import Annotated
 
@@ -23,18 +24,23 @@ app = typer.Typer(
     help="Ternary (1.58-bit) diffusion models: quantize, calibrate, distill, inspect, compare, publish. "
     "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad input (the message says what to do).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
-app.command("demo")(demo_command)
-app.command("quantize")(quantize_command)
-app.command("calibrate")(calibrate_command)
-app.command("distill")(distill_command)
-app.command("convert")(convert_command)
-app.command("inspect")(inspect_command)
-app.command("evaluate")(evaluate_command)
-app.command("push")(push_command)
+COMMANDS = {
+    "demo": demo_command,
+    "quantize": quantize_command,
+    "calibrate": calibrate_command,
+    "distill": distill_command,
+    "convert": convert_command,
+    "inspect": inspect_command,
+    "evaluate": evaluate_command,
+    "push": push_command,
+}
+for name, command in COMMANDS.items():
+    # The terminal wraps the lines, not the source.
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    app.command(name, help="\n\n".join(" ".join(each.split()) for each in paragraphs))(command)
 
 
 def _print_version(value: bool) -> None:

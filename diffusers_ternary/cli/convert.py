@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import ExitCode, console, escape, explained_errors, format_bytes
+from .options import AsJson, Component, Overwrite, Variant, show_path
+from .quiet import quiet_hosts
 
 
 if TYPE_CHECKING:
@@ -23,13 +25,11 @@ def convert_command(
         ),
     ],
     destination: Annotated[pathlib.Path, typer.Argument(help="Folder to write, or FILE.gguf.", metavar="DST")],
-    component: Annotated[
-        list[str] | None, typer.Option(help="Component of the pipeline (repeatable). Default: its denoisers.")
-    ] = None,
+    component: Component = None,
     config: Annotated[
         pathlib.Path | None, typer.Option(help="config.json of the model, for files without one.", metavar="PATH")
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the source's files, e.g. fp16.")] = None,
+    variant: Variant = None,
     verify: Annotated[bool, typer.Option(help="Read the result again and compare every weight.")] = True,
     to: Annotated[
         str | None,
@@ -55,8 +55,8 @@ def convert_command(
     fallback: Annotated[
         str | None, typer.Option(help="To GGUF: f32, f16 or q8_0 for layers that no type holds exactly.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
+    as_json: AsJson = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Packs a ternary model that somebody else published, or exports a packed one to GGUF or mflux.
 
@@ -71,9 +71,7 @@ def convert_command(
 
     Example: diffusers-ternary convert my-flux-ternary flux-mlx --to mflux
     """
-    from .quiet import hide_loading_bars
-
-    hide_loading_bars()
+    quiet_hosts()
     target = to or ("gguf" if destination.suffix == ".gguf" else "packed")
     options: dict[str, Any] = {
         "runtime": runtime,
@@ -82,8 +80,7 @@ def convert_command(
         "fallback": fallback,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    from ..interop import convert
-    from ..interop.convert import check_options
+    from ..interop.convert import check_options, convert
 
     with explained_errors(ExitCode.USAGE):
         check_options(target, components=component, config=config, variant=variant, **given)
@@ -109,7 +106,7 @@ def convert_command(
         console.print(escape(report.summary()), soft_wrap=True)
         ratio = report.source_bytes / report.bytes
         console.print(f"{format_bytes(report.source_bytes)} → {format_bytes(report.bytes)} ({ratio:.2f}x smaller)")
-    console.print(f"saved to {escape(str(destination))}", soft_wrap=True)
+    show_path(destination)
 
 
 def _show_export(report: "ExportReport", destination: pathlib.Path, as_json: bool) -> None:
@@ -119,4 +116,4 @@ def _show_export(report: "ExportReport", destination: pathlib.Path, as_json: boo
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.types.items()))
     console.print(f"{report.architecture}: {kinds} tensors; {format_bytes(report.bytes)}", soft_wrap=True)
     console.print(f"Read again and compared: {report.proof()}.", soft_wrap=True)
-    console.print(f"saved to {escape(str(destination))}", soft_wrap=True)
+    show_path(destination)

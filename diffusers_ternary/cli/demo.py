@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..files.destinations import output_file
 from .console import console, explained_errors, format_bytes
+from .quiet import quiet_hosts
 
 
 # How the files of an earlier demo begin; no others are replaced.
@@ -61,11 +62,9 @@ def demo_command(
 
 
 def _run(full: bool, threads: int) -> "DemoResult":
+    quiet_hosts()
     import torch
 
-    from .quiet import hide_loading_bars
-
-    hide_loading_bars()
     from ..demo.run import run_demo
 
     torch.set_num_threads(threads)

@@ -5,36 +5,39 @@ import contextlib
 import pathlib
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from ..backend.components import denoiser_name
-from ..backend.sources import check_weights
 from ..extras import check_extra
 from ..files.destinations import output_folder
 from .console import ExitCode, console, explained_errors
+from .fields import with_options
 from .options import (
+    CALL,
+    PROMPTS_HELP,
+    Device,
+    DType,
+    Overwrite,
     demo_scorers,
-    demo_settings,
     is_demo,
     load_pipeline,
-    parse_call_kwargs,
     parse_device,
     parse_dtype,
     read_prompts,
 )
+from .quiet import quiet_hosts
 
 
 if TYPE_CHECKING:
+    import torch
+
     from ..evaluation import Scorer
 
 
+@with_options(CALL)
 def evaluate_command(
     student: Annotated[str, typer.Argument(help="Pipeline or denoiser folder, Hub id, or demo:rounded.")],
     teacher: Annotated[str, typer.Argument(help="Pipeline folder, Hub id, or demo for the embedded model.")],
-    prompts: Annotated[
-        str | None, typer.Option(help="Text file, UTF-8, one prompt a line; - for stdin.", metavar="FILE")
-    ] = None,
+    prompts: Annotated[str | None, typer.Option(help=PROMPTS_HELP, metavar="FILE")] = None,
     benchmark: Annotated[
         str | None,
         typer.Option(help="scenes, geneval or t2i-compbench: its prompts and its judge.", metavar="NAME"),
@@ -58,14 +61,6 @@ def evaluate_command(
     report: Annotated[
         pathlib.Path | None, typer.Option(help="Folder to write: HTML page, JSON, images.", metavar="DIR")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale of the pipeline.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.", min=1)] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", min=1)] = None,
-    call: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any other argument of the pipeline call (repeatable).", metavar="NAME=VALUE"),
-    ] = None,
     seed: Annotated[int, typer.Option(help="Prompt i is drawn from seed + i.", min=0)] = 0,
     limit: Annotated[
         int | None, typer.Option(help="Use the first prompts only; of a benchmark, the first of each task.", min=1)
@@ -73,9 +68,10 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="Images per pipeline call.", min=1)] = 1,
     velocity_prompts: Annotated[int, typer.Option(help="Prompts for the velocity error; 0 = none.", min=0)] = 8,
     clip: Annotated[str | None, typer.Option(help="Local CLIP checkpoint for a CLIP score.", metavar="PATH")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it exists.")] = False,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    **values: Any,
 ) -> None:
     """Compares a student with its teacher on the same prompts and seeds, and writes a report.
 
@@ -83,23 +79,22 @@ def evaluate_command(
 
     Example: diffusers-ternary evaluate flux-ternary black-forest-labs/FLUX.1-dev --prompts prompts.txt --report out
     """
-    from ..evaluation import ClipScore, evaluate
-    from ..evaluation.benchmarks import make_benchmark
-    from ..evaluation.report_page import fill_report
-    from .quiet import hide_loading_bars
-
-    hide_loading_bars()
+    quiet_hosts()
     with explained_errors(ExitCode.USAGE):
         if (prompts is None) == (benchmark is None):
             raise ValueError("Give --prompts FILE or --benchmark NAME, one of the two.")
         models = {"detector": detector, "clip": color_model, "vqa": vqa, "judge": judge}
         if benchmark is None and (images_per_prompt or any(models.values())):
             raise ValueError("--images-per-prompt, --detector, --color-model, --vqa and --judge need --benchmark.")
-        call_kwargs = parse_call_kwargs(call, {"height": height, "width": width})
+        call_kwargs = CALL.given(values, teacher)
         place = parse_device(device)
         torch_dtype = parse_dtype(dtype, place)
     with explained_errors(), contextlib.ExitStack() as stack:
         check_extra("torchmetrics", "evaluate")  # before a model is loaded
+        from ..evaluation import ClipScore, evaluate
+        from ..evaluation.benchmarks import make_benchmark
+        from ..evaluation.report_page import fill_report
+
         lines = None if prompts is None else read_prompts(prompts, limit)
         folder = None
         if report is not None:
@@ -119,18 +114,14 @@ def evaluate_command(
             )
         teacher_pipeline = load_pipeline(teacher, torch_dtype).to(place)
         student_pipeline = load_student(student, teacher_pipeline, torch_dtype).to(place)
-        if is_demo(teacher):
-            call_kwargs = demo_settings(call_kwargs, steps, guidance)
-            if lines is not None:
-                scorers.update(demo_scorers(lines))
+        if is_demo(teacher) and lines is not None:
+            scorers.update(demo_scorers(lines))
         result = evaluate(
             student_pipeline,
             teacher_pipeline,
             lines,
             benchmark=task,
             seed=seed,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
             call_kwargs=call_kwargs,
             scorers=scorers,
             batch_size=batch_size,
@@ -143,11 +134,14 @@ def evaluate_command(
         console.print(f"wrote {report / 'index.html'}", soft_wrap=True, markup=False)
 
 
-def load_student(source: str, teacher: Any, dtype: torch.dtype) -> Any:
+def load_student(source: str, teacher: Any, dtype: "torch.dtype") -> Any:
     """Loads a pipeline, or a denoiser's folder, which takes the place of the teacher's in a copy of its pipeline."""
     path = pathlib.Path(source)
     if not (path / "config.json").is_file() or (path / "model_index.json").is_file():
         return load_pipeline(source, dtype)
+    from ..backend.components import denoiser_name
+    from ..backend.sources import check_weights
+
     name = denoiser_name(teacher)
     check_weights(source, [""])
     denoiser = type(teacher.components[name]).from_pretrained(source, dtype=dtype)

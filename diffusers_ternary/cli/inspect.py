@@ -4,20 +4,23 @@
 import itertools
 import json
 import pathlib
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..interop.contents import UNPACKED
-from ..interop.inspection import Component, Row, inspect_path
 from .console import console, escape, explained_errors, format_bytes
+from .options import AsJson
+
+
+if TYPE_CHECKING:
+    from ..interop.inspection import Component, Row
 
 
 def inspect_command(
     path: Annotated[pathlib.Path, typer.Argument(help="Pipeline folder, model folder, safetensors or GGUF file.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Shows what a folder or file of weights holds: layers, shapes, bits per weight, bytes.
 
@@ -26,6 +29,9 @@ def inspect_command(
     Example: diffusers-ternary inspect out/transformer
     """
     with explained_errors():
+        from ..interop.contents import UNPACKED
+        from ..interop.inspection import inspect_path
+
         components = inspect_path(path)
     if as_json:
         print(json.dumps([component.to_dict() for component in components], indent=2))
@@ -39,7 +45,9 @@ def inspect_command(
         console.print(_ratio("total", sum(c.bytes for c in components), sum(c.bytes_16bit for c in components)))
 
 
-def _table(component: Component) -> Table:
+def _table(component: "Component") -> Table:
+    from ..interop.contents import UNPACKED
+
     title = component.name
     if component.format_version is not None:
         title += f"  (packed, format version {component.format_version})"
@@ -75,7 +83,7 @@ def _table(component: Component) -> Table:
     return table
 
 
-def _kind_order(row: Row) -> tuple[bool, str]:
+def _kind_order(row: "Row") -> tuple[bool, str]:
     return row.shape is None, row.kind
 
 

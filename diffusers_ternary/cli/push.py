@@ -8,6 +8,7 @@ import typer
 
 from ..files import temporary_folder
 from .console import console, escape, explained_errors, format_bytes
+from .quiet import quiet_hosts
 
 
 def push_command(
@@ -47,11 +48,10 @@ def push_command(
 
     Example: diffusers-ternary push flux-ternary me/flux-ternary --base-model black-forest-labs/FLUX.1-dev --dry-run
     """
+    quiet_hosts()
     from ..hub import WORK, check_target, prepare, read_base_card, upload
-    from .quiet import hide_loading_bars
 
     with explained_errors(), temporary_folder(WORK) as work:
-        hide_loading_bars()
         check_target(repo_id, revision=revision, create_pr=create_pr)
         publication = prepare(
             folder,

@@ -1,12 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Less output from the libraries, for commands that print a result of their own."""
 
+import logging
 
-def hide_loading_bars() -> None:
-    """Hides the loading bars of diffusers and transformers, and what is not an error, for the rest of the process."""
+
+def quiet_hosts() -> None:
+    """Hides loading bars of diffusers and transformers, and warnings that nobody can do anything about.
+
+    For the rest of the process; called before the hosts' models are imported, which is when transformers tells
+    everyone to install torchvision.
+    """
     import diffusers
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_keep)
+
+
+def _keep(record: logging.LogRecord) -> bool:
+    # Pipelines are annotated with one autoencoder and take several: "Expected types for vae: AutoencoderKL, got ...".
+    return not record.getMessage().startswith("Expected types for ")

@@ -39,7 +39,7 @@ def _takes_former_names(cls: type) -> type:
 
 
 @_takes_former_names
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """What [`distill`] trains, for how long, and how.
 

@@ -195,7 +195,7 @@ def _sampled_fit(matrix: torch.Tensor) -> TernaryFit:
 
 def _config_of(layers: Mapping[str, LayerSpec]) -> TernaryConfig:
     sizes = collections.Counter(spec.group_size for spec in layers.values() if isinstance(spec, TernarySpec))
-    return TernaryConfig(rounding=RECOVER, group_size=sizes.most_common(1)[0][0], scales="group")
+    return TernaryConfig(rounding=RECOVER, group_size=sizes.most_common(1)[0][0], scale_layout="group")
 
 
 def _nothing_ternary(root: pathlib.Path, reports: Sequence[ConversionReport]) -> str:

@@ -143,7 +143,7 @@ class TestDeviceMaps:
     @pytest.mark.parametrize("options", [{}, {"kind": "int8"}, {"overrides": {"*.attn.*": "int8"}}, {"rank": 4}])
     @pytest.mark.parametrize(("room", "fits"), [(1.2, True), (0.9, False)])
     def test_auto_is_planned_with_packed_sizes(self, tmp_path, options, room, fits):
-        config = TernaryConfig(scales="group", group_size=32, **options)
+        config = TernaryConfig(scale_layout="group", group_size=32, **options)
         model = denoisers.flux().bfloat16()
         model.save_pretrained(tmp_path / "float")
         quantizer = TernaryDiffusersQuantizer(config, pre_quantized=False)

@@ -25,7 +25,7 @@ FULL = {
     "compute_dtype": "bfloat16",
     "components": ["transformer", "text_encoder_2"],
     "rounding": "optimum",
-    "scales": "group",
+    "scale_layout": "group",
     "format_version": 2,
 }
 
@@ -76,7 +76,7 @@ class TestValues:
             ({"compute_dtype": "int8"}, ValueError, "compute_dtype='int8' is not one of float32, bfloat16, float16"),
             ({"compute_dtype": torch.float64}, ValueError, "compute_dtype=torch.float64 is not one of"),
             ({"rounding": "nearest"}, ValueError, "rounding='nearest' is not one of twn, optimum, absmean"),
-            ({"scales": "triple"}, ValueError, "scales='triple' is not one of auto, group, double"),
+            ({"scale_layout": "triple"}, ValueError, "scale_layout='triple' is not one of auto, group, double"),
             ({"format_version": 3}, ValueError, "format_version=3 is newer than 2.*pip install -U diffusers-ternary"),
             ({"format_version": 0}, ValueError, "format_version=0 is not a positive integer"),
             ({"format_version": "1"}, ValueError, "format_version='1' is not a positive integer"),
@@ -96,6 +96,26 @@ class TestValues:
     def test_an_argument_like_none_gets_the_list(self):
         with pytest.raises(TypeError, match=r"does not know bits\. It takes group_size, modules_to_not_convert"):
             TernaryConfig(bits=2)
+
+    def test_arguments_have_names(self):
+        with pytest.raises(TypeError, match="positional argument"):
+            TernaryConfig(64)
+
+
+class TestScaleLayout:
+    def test_files_call_it_scales(self):
+        """What every version has written and reads."""
+        config = TernaryConfig(scale_layout="group")
+        assert config.to_dict()["scales"] == "group"
+        assert "scale_layout" not in config.to_dict()
+        assert TernaryConfig.from_dict({"quant_method": "diffusers_ternary", "scales": "group"}) == config
+
+    def test_the_old_name_works_and_warns(self):
+        with pytest.warns(DeprecationWarning, match="scales is scale_layout now"):
+            config = TernaryConfig(scales="group")
+        assert config == TernaryConfig(scale_layout="group")
+        with pytest.warns(DeprecationWarning, match="scales is scale_layout now"):
+            assert config.scales == "group"
 
 
 class TestObjects:

@@ -71,7 +71,7 @@ class TestPlacement:
 
     @pytest.mark.parametrize("options", [{}, {"kind": "int8"}, {"overrides": {"*.mlp.*": "int8"}}, {"rank": 4}])
     def test_sizes_are_those_of_the_packed_model(self, options):
-        config = TernaryConfig(scales="group", **options)
+        config = TernaryConfig(scale_layout="group", **options)
         packed = quantize(LlamaModel(llama_config()).bfloat16(), config)
         with torch.device("meta"):
             model = LlamaModel(llama_config()).bfloat16()

@@ -51,7 +51,7 @@ class TestPlainModules:
         assert model[1][0]["to_q"].bias.dtype == torch.bfloat16
 
     def test_options_reach_the_layers(self):
-        config = TernaryConfig(activation_dtype="int8", compute_dtype="float16", group_size=16, scales="group")
+        config = TernaryConfig(activation_dtype="int8", compute_dtype="float16", group_size=16, scale_layout="group")
         layer = quantize(plain_model(), config)[1][0]["to_q"]
         assert layer.activation_dtype == "int8"
         assert layer.compute_dtype == torch.float16
@@ -63,7 +63,7 @@ class TestPlainModules:
         assert type(layer) is Int8Linear
 
     def test_bits_per_weight(self):
-        model = quantize(plain_model(), TernaryConfig(group_size=32, scales="group"))
+        model = quantize(plain_model(), TernaryConfig(group_size=32, scale_layout="group"))
         specs = {name: layer.spec for name, layer in packed_layers(model).items()}
         # 4096 codes in 820 bytes, 128 scales of 2 bytes.
         assert bits_per_weight(specs) == pytest.approx(8 * (820 + 256) / 4096)

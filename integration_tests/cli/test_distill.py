@@ -18,8 +18,8 @@ from diffusers_ternary.rollouts.prompts import read_prompts, split_held_out
 from integration_tests.support.command_line import run_command
 
 
-CALL = ["--inference-steps", "2", "--height", "16", "--width", "16", "--set", "max_sequence_length=16"]
-SMALL = [*CALL, "--steps", "2", "--batch-size", "2", "--rounded", "--dtype", "float32", "--cpu"]
+CALL = ["--steps", "2", "--height", "16", "--width", "16", "--set", "max_sequence_length=16"]
+SMALL = [*CALL, "--updates", "2", "--batch-size", "2", "--rounded", "--dtype", "float32", "--cpu"]
 
 
 @pytest.fixture
@@ -37,7 +37,9 @@ def run(*arguments: object):
 def test_writes_a_packed_pipeline_and_a_report(source, prompts, tmp_path):
     target, kept = tmp_path / "out", tmp_path / "kept"
     held_out = prompts.with_name("held_out.jsonl")
-    result = run(source, target, "--prompts", prompts, "--held-out", held_out, "--seed", 3, "--cache", kept)
+    result = run(
+        source, target, "--prompts", prompts, "--held-out-prompts", held_out, "--seed", 3, "--cache-dir", kept
+    )
     assert result.exit_code == ExitCode.OK, result.output
     assert "bits per converted weight" in result.output
     assert "held-out velocity error" in result.output
@@ -62,10 +64,10 @@ def test_bad_input(source, prompts, tmp_path):
     held_out = prompts.with_name("held_out.jsonl")
     cases = {
         "32 of 3 different prompts": ([], ExitCode.BAD_INPUT),
-        "mode='best' is not one of": (["--held-out", held_out, "--mode", "best"], ExitCode.USAGE),
-        "held-out prompts": (["--held-out", prompts], ExitCode.BAD_INPUT),
-        "takes no cfg": (["--held-out", held_out, "--set", "cfg=3"], ExitCode.BAD_INPUT),
-        "not a folder of a packed": (["--held-out", held_out, "--student", tmp_path], ExitCode.BAD_INPUT),
+        "mode='best' is not one of": (["--held-out-prompts", held_out, "--mode", "best"], ExitCode.USAGE),
+        "held-out prompts": (["--held-out-prompts", prompts], ExitCode.BAD_INPUT),
+        "takes no cfg": (["--held-out-prompts", held_out, "--set", "cfg=3"], ExitCode.BAD_INPUT),
+        "not a folder of a packed": (["--held-out-prompts", held_out, "--student", tmp_path], ExitCode.BAD_INPUT),
     }
     for message, (extra, code) in cases.items():
         result = run(source, tmp_path / "out", "--prompts", prompts, *extra)
@@ -78,7 +80,9 @@ def test_an_existing_folder_is_refused_before_anything_is_loaded(prompts, tmp_pa
     target = tmp_path / "out"
     target.mkdir()
     (target / "mine.txt").write_text("kept")
-    result = run(tmp_path / "nothing", target, "--prompts", prompts, "--held-out", prompts.with_name("held_out.jsonl"))
+    result = run(
+        tmp_path / "nothing", target, "--prompts", prompts, "--held-out-prompts", prompts.with_name("held_out.jsonl")
+    )
     assert result.exit_code == ExitCode.BAD_INPUT
     assert "exists already" in result.output
     assert (target / "mine.txt").read_text() == "kept"
@@ -88,7 +92,14 @@ def test_an_interrupted_run_goes_on(source, prompts, tmp_path, monkeypatch):
     """The second call finds cache and run folder of the first, which stopped before it could save."""
     from diffusers import FluxPipeline
 
-    arguments = (source, tmp_path / "out", "--prompts", prompts, "--held-out", prompts.with_name("held_out.jsonl"))
+    arguments = (
+        source,
+        tmp_path / "out",
+        "--prompts",
+        prompts,
+        "--held-out-prompts",
+        prompts.with_name("held_out.jsonl"),
+    )
 
     def fail(self, folder, **options):
         raise OSError("No space left on device")
@@ -120,7 +131,7 @@ def test_two_processes_print_once(source, prompts, tmp_path):
     """Two gloo processes, in the environment that `accelerate launch` makes for two devices."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = ["-m", "diffusers_ternary.cli", "distill", str(source), str(tmp_path / "out"), "--prompts", str(prompts)]
-    command += ["--held-out", str(prompts.with_name("held_out.jsonl")), *SMALL]
+    command += ["--held-out-prompts", str(prompts.with_name("held_out.jsonl")), *SMALL]
     root = str(pathlib.Path(__file__).parents[2])
     result = subprocess.run(
         [sys.executable, *launch, *command],

@@ -20,7 +20,7 @@ from integration_tests.support.fresh_process import run_python
 
 CONFIGS = {
     "plain": TernaryConfig(),
-    "per row": TernaryConfig(group_size=None, scales="group"),
+    "per row": TernaryConfig(group_size=None, scale_layout="group"),
     "int8": TernaryConfig(overrides={"*.norm1*.linear": "int8"}),
     "rotated with correction": TernaryConfig(hadamard=64, rank=4),
 }

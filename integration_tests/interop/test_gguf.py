@@ -58,7 +58,7 @@ def sd35_medium() -> SD3Transformer2DModel:
 
 def packed(folder: Path, make: Any = denoisers.flux, *, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
     torch.manual_seed(0)
-    model = quantize(make().to(dtype), TernaryConfig(**{"scales": "group", **options}))
+    model = quantize(make().to(dtype), TernaryConfig(**{"scale_layout": "group", **options}))
     model.save_pretrained(folder)
     model.dequantize()
     return model

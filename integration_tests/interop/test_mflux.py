@@ -94,7 +94,7 @@ def test_every_name_is_one_of_mflux(class_name) -> None:
     ("make", "options"),
     [
         (denoisers.flux, {"group_size": 128}),
-        (denoisers.flux, {"group_size": 32, "scales": "group"}),
+        (denoisers.flux, {"group_size": 32, "scale_layout": "group"}),
         (denoisers.flux, {"group_size": None}),
         (denoisers.qwen_image, {"group_size": 64, "overrides": {"*_mod.1": "int8"}}),
     ],

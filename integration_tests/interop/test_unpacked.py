@@ -57,7 +57,7 @@ class TestModels:
     @pytest.mark.parametrize("scales", ["group", "double"])
     def test_what_this_package_dequantized(self, tmp_path, scales, dtype):
         torch.manual_seed(0)
-        model = quantize(denoisers.flux().to(dtype), TernaryConfig(group_size=32, scales=scales))
+        model = quantize(denoisers.flux().to(dtype), TernaryConfig(group_size=32, scale_layout=scales))
         count = len(packed_layers(model))
         model.dequantize()
         model.save_pretrained(tmp_path / "in")

@@ -44,7 +44,7 @@ class Host:
     def build(self) -> Any:
         torch.manual_seed(0)
         model = denoisers.flux() if self.model_class is FluxTransformer2DModel else text_encoders.clip()
-        return quantize(model, TernaryConfig(group_size=8, scales="double"))
+        return quantize(model, TernaryConfig(group_size=8, scale_layout="double"))
 
     def load(self, folder: Path) -> Any:
         return self.model_class.from_pretrained(folder)

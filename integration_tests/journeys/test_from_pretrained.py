@@ -171,7 +171,7 @@ class TestReload:
     @pytest.mark.parametrize("scales", ["group", "double"])
     def test_any_group_size(self, group_size, scales, tmp_path):
         torch.manual_seed(0)
-        model = quantize(denoisers.pixart(), TernaryConfig(group_size=group_size, scales=scales))
+        model = quantize(denoisers.pixart(), TernaryConfig(group_size=group_size, scale_layout=scales))
         model.save_pretrained(tmp_path)
         assert_same(type(model).from_pretrained(tmp_path).state_dict(), model.state_dict())
 

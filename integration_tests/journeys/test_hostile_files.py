@@ -401,7 +401,13 @@ def test_ids_of_the_hub_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"scales": "double"}, {"rank": 2}, {"hadamard": 8, "rank": 3, "scales": "double"}, {"scales": "group"}]
+    "options",
+    [
+        {"scale_layout": "double"},
+        {"rank": 2},
+        {"hadamard": 8, "rank": 3, "scale_layout": "double"},
+        {"scale_layout": "group"},
+    ],
 )
 def test_the_writer_stores_all_of_a_weight(options, tmp_path):
     torch.manual_seed(0)

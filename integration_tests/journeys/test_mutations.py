@@ -73,12 +73,12 @@ def write_model(folder: Path) -> None:
     model = Model()
     for name, options in {
         "rotated": {"hadamard": 8, "rank": 2},
-        "doubled": {"scales": "double"},
+        "doubled": {"scale_layout": "double"},
         "int8": {"kind": "int8"},
         "conv": {},
     }.items():
         config = TernaryConfig(
-            **{"group_size": 8, "scales": "group", **options}, overrides={"0": options.get("kind", "ternary")}
+            **{"group_size": 8, "scale_layout": "group", **options}, overrides={"0": options.get("kind", "ternary")}
         )
         setattr(model, name, quantize(nn.Sequential(getattr(model, name)), config)[0])
     records = {name: LayerRecord(layer.spec, layer.scale_dtype) for name, layer in packed_layers(model).items()}

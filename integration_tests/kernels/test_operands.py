@@ -15,7 +15,7 @@ from diffusers_ternary.ternarize import ternarize
 
 KINDS = {
     "ternary": {},
-    "double": {"scales": "double", "group_size": 16},
+    "double": {"scale_layout": "double", "group_size": 16},
     "corrected": {"hadamard": 16, "rank": 2},
     "int8": {"kind": "int8"},
     "bfloat16": {"compute_dtype": "bfloat16"},
