@@ -8,55 +8,33 @@ import typer
 from ..extras import MissingExtraError, check_extra
 from ..files import parse_size, remove_folder
 from ..files.destinations import output_folder
+from . import options
 from .console import ExitCode, console, explained_errors
 from .fields import with_options
-from .options import (
-    CALL,
-    CalibrationOptions,
-    Destination,
-    Device,
-    DType,
-    Limit,
-    MaxShardSize,
-    Offload,
-    Overwrite,
-    Prompts,
-    Source,
-    WorkDir,
-    load_pipeline,
-    parse_device,
-    parse_dtype,
-    place_pipeline,
-    read_prompts,
-    save_pipeline,
-    show_saved,
-    ternary_config,
-    weight_options,
-)
 from .quiet import quiet_hosts
 
 
 REPORT = "calibration.json"
 PLOT = "calibration.png"
-WEIGHTS = weight_options("rounding")  # the solver has its own
-CALIBRATION = CalibrationOptions()
+WEIGHTS = options.weight_options("rounding")  # the solver has its own
+CALIBRATION = options.CalibrationOptions()
 
 
-@with_options(CALL, WEIGHTS, CALIBRATION)
+@with_options(options.CALL, WEIGHTS, CALIBRATION)
 def calibrate_command(
-    source: Source,
-    destination: Destination,
-    prompts: Prompts,
-    limit: Limit = None,
+    source: options.Source,
+    destination: options.Destination,
+    prompts: options.Prompts,
+    limit: options.Limit = None,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Measure what each layer does to the denoiser's output.")
     ] = False,
-    work_dir: WorkDir = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    offload: Offload = False,
-    max_shard_size: MaxShardSize = "10GB",
-    overwrite: Overwrite = False,
+    work_dir: options.WorkDir = None,
+    dtype: options.DType = "auto",
+    device: options.Device = "auto",
+    offload: options.Offload = False,
+    max_shard_size: options.MaxShardSize = "10GB",
+    overwrite: options.Overwrite = False,
     **values: Any,
 ) -> None:
     """Chooses ternary weights with the pipeline's own rollouts on a few prompts, and saves it packed.
@@ -71,19 +49,19 @@ def calibrate_command(
     """
     quiet_hosts()
     with explained_errors(ExitCode.USAGE):
-        config = ternary_config(WEIGHTS, values)
-        place = parse_device(device)
-        torch_dtype = parse_dtype(dtype, place)
+        config = options.ternary_config(WEIGHTS, values)
+        place = options.parse_device(device)
+        torch_dtype = options.parse_dtype(dtype, place)
         parse_size(max_shard_size, name="--max-shard-size")
-        calibration = CALIBRATION.config(values, CALL.given(values, source), sensitivity=sensitivity)
+        calibration = CALIBRATION.config(values, options.CALL.given(values, source), sensitivity=sensitivity)
     with explained_errors():
         from ..calibration import calibrate
 
-        lines = read_prompts(prompts, limit)
+        lines = options.read_prompts(prompts, limit)
         plotted = _can_plot()
         kept = work_dir or destination.parent / f".{destination.name}.calibration"
         with output_folder(destination, sources=[source], work=[work_dir], overwrite=overwrite) as folder:
-            pipeline = place_pipeline(load_pipeline(source, torch_dtype), place, offload=offload)
+            pipeline = options.place_pipeline(options.load_pipeline(source, torch_dtype), place, offload=offload)
             try:
                 pipeline, report = calibrate(pipeline, lines, config, calibration, work_dir=kept, return_report=True)
             except (KeyboardInterrupt, SystemExit):
@@ -91,7 +69,7 @@ def calibrate_command(
                     f"Finished layers are kept in {kept}. The same command goes on from there.", markup=False
                 )
                 raise
-            save_pipeline(pipeline, folder, dtype=dtype, max_shard_size=max_shard_size)
+            options.save_pipeline(pipeline, folder, dtype=dtype, max_shard_size=max_shard_size)
             report.save_json(folder / REPORT)
             if plotted:
                 report.plot(folder / PLOT)
@@ -101,7 +79,7 @@ def calibrate_command(
         errors = [(layer.error_rounded, layer.error) for layer in report.layers]
         before, after = (sum(each) / len(errors) for each in zip(*errors, strict=True))
         console.print(f"mean relative error of the layers' outputs: {before:.4f} rounded, {after:.4f} calibrated")
-        show_saved(destination)
+        options.show_saved(destination)
 
 
 def _can_plot() -> bool:

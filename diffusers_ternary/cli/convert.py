@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import options
 from .console import ExitCode, console, escape, explained_errors, format_bytes
-from .options import AsJson, Component, Overwrite, Variant, show_path
 from .quiet import quiet_hosts
 
 
@@ -25,11 +25,11 @@ def convert_command(
         ),
     ],
     destination: Annotated[pathlib.Path, typer.Argument(help="Folder to write, or FILE.gguf.", metavar="DST")],
-    component: Component = None,
+    component: options.Component = None,
     config: Annotated[
         pathlib.Path | None, typer.Option(help="config.json of the model, for files without one.", metavar="PATH")
     ] = None,
-    variant: Variant = None,
+    variant: options.Variant = None,
     verify: Annotated[bool, typer.Option(help="Read the result again and compare every weight.")] = True,
     to: Annotated[
         str | None,
@@ -55,8 +55,8 @@ def convert_command(
     fallback: Annotated[
         str | None, typer.Option(help="To GGUF: f32, f16 or q8_0 for layers that no type holds exactly.")
     ] = None,
-    as_json: AsJson = False,
-    overwrite: Overwrite = False,
+    as_json: options.AsJson = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Packs a ternary model that somebody else published, or exports a packed one to GGUF or mflux.
 
@@ -106,7 +106,7 @@ def convert_command(
         console.print(escape(report.summary()), soft_wrap=True)
         ratio = report.source_bytes / report.bytes
         console.print(f"{format_bytes(report.source_bytes)} → {format_bytes(report.bytes)} ({ratio:.2f}x smaller)")
-    show_path(destination)
+    options.show_path(destination)
 
 
 def _show_export(report: "ExportReport", destination: pathlib.Path, as_json: bool) -> None:
@@ -116,4 +116,4 @@ def _show_export(report: "ExportReport", destination: pathlib.Path, as_json: boo
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.types.items()))
     console.print(f"{report.architecture}: {kinds} tensors; {format_bytes(report.bytes)}", soft_wrap=True)
     console.print(f"Read again and compared: {report.proof()}.", soft_wrap=True)
-    show_path(destination)
+    options.show_path(destination)

@@ -11,29 +11,9 @@ import typer
 
 from ..files import parse_size, read_json, remove_folder
 from ..files.destinations import check_folder, output_folder
+from . import options
 from .console import ExitCode, console, escape, explained_errors
 from .fields import ConfigOptions, warn_renamed, with_options
-from .options import (
-    CALL,
-    PROMPTS_HELP,
-    CalibrationOptions,
-    Destination,
-    DType,
-    Limit,
-    MaxShardSize,
-    Offload,
-    Overwrite,
-    Source,
-    WorkDir,
-    load_pipeline,
-    parse_dtype,
-    place_pipeline,
-    read_prompts,
-    save_pipeline,
-    show_saved,
-    ternary_config,
-    weight_options,
-)
 from .quiet import quiet_hosts
 
 
@@ -45,15 +25,15 @@ TRAINING = ConfigOptions(
     leave_out=("calibration", "call_kwargs"),
     formerly={"gradient_accumulation_steps": "--accumulate", "mixed_precision": "--precision"},
 )
-WEIGHTS = weight_options(renamed={"rank": "--start-rank"})  # --rank is of the correction that is trained
-CALIBRATION = CalibrationOptions("calibration")
+WEIGHTS = options.weight_options(renamed={"rank": "--start-rank"})  # --rank is of the correction that is trained
+CALIBRATION = options.CalibrationOptions("calibration")
 
 
-@with_options(TRAINING, CALL, WEIGHTS, CALIBRATION)
+@with_options(TRAINING, options.CALL, WEIGHTS, CALIBRATION)
 def distill_command(
-    source: Source,
-    destination: Destination,
-    prompts: Annotated[str, typer.Option(help=f"{PROMPTS_HELP} 2,000 or more.", metavar="FILE")],
+    source: options.Source,
+    destination: options.Destination,
+    prompts: Annotated[str, typer.Option(help=f"{options.PROMPTS_HELP} 2,000 or more.", metavar="FILE")],
     held_out_prompts: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +42,7 @@ def distill_command(
             metavar="FILE",
         ),
     ] = None,
-    limit: Limit = None,
+    limit: options.Limit = None,
     student: Annotated[
         str | None,
         typer.Option(help="Folder of a packed student to start from. Default: one is calibrated.", metavar="FOLDER"),
@@ -74,12 +54,12 @@ def distill_command(
     ] = None,
     cache: Annotated[pathlib.Path | None, typer.Option("--cache", hidden=True)] = None,
     inference_steps: Annotated[int | None, typer.Option("--inference-steps", hidden=True)] = None,
-    work_dir: WorkDir = None,
-    dtype: DType = "auto",
+    work_dir: options.WorkDir = None,
+    dtype: options.DType = "auto",
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even where there is a GPU.")] = False,
-    offload: Offload = False,
-    max_shard_size: MaxShardSize = "10GB",
-    overwrite: Overwrite = False,
+    offload: options.Offload = False,
+    max_shard_size: options.MaxShardSize = "10GB",
+    overwrite: options.Overwrite = False,
     **values: Any,
 ) -> None:
     """Trains a ternary student on its own teacher, with prompts only, and saves it packed.
@@ -110,15 +90,15 @@ def distill_command(
         if cache is not None:
             warn_renamed("--cache", "--cache-dir")
         cache_dir = cache_dir or cache
-        config = ternary_config(WEIGHTS, values)
-        settings = CALL.given(values, source)
+        config = options.ternary_config(WEIGHTS, values)
+        settings = options.CALL.given(values, source)
         calibration = None if rounded else CALIBRATION.config(values, settings)
         distill_config = DistillConfig(**TRAINING.given(values), calibration=calibration, call_kwargs=settings)
         parse_size(max_shard_size, name="--max-shard-size")
-        torch_dtype = parse_dtype(dtype, state.device)
+        torch_dtype = options.parse_dtype(dtype, state.device)
     with _quiet(state.is_main_process), explained_errors():
-        lines = read_prompts(prompts, limit)
-        unseen = None if held_out_prompts is None else read_prompts(held_out_prompts)
+        lines = options.read_prompts(prompts, limit)
+        unseen = None if held_out_prompts is None else options.read_prompts(held_out_prompts)
         run = work_dir or destination.parent / f".{destination.name}.distillation"
         checked: dict[str, Any] = {
             "sources": [source, student, held_out_prompts, prompts],
@@ -127,7 +107,7 @@ def distill_command(
         }
         with _saved(destination, main=state.is_main_process, **checked) as folder:
             trained = distill(
-                place_pipeline(load_pipeline(source, torch_dtype), state.device, offload=offload),
+                options.place_pipeline(options.load_pipeline(source, torch_dtype), state.device, offload=offload),
                 lines,
                 config,
                 distill_config,
@@ -138,7 +118,7 @@ def distill_command(
                 progress=state.is_main_process,
             )
             if folder is not None:
-                save_pipeline(trained, folder, dtype=dtype, max_shard_size=max_shard_size)
+                options.save_pipeline(trained, folder, dtype=dtype, max_shard_size=max_shard_size)
                 shutil.copyfile(run / REPORT, folder / REPORT)
         if state.is_main_process:
             if work_dir is None:
@@ -179,7 +159,7 @@ def _summarize(destination: pathlib.Path) -> None:
         f"held-out velocity error: {_number(report['start_error'])} before, {_number(report['best_error'])} after "
         f"{report['best_step']} of {report['steps']} updates"
     )
-    show_saved(destination)
+    options.show_saved(destination)
 
 
 def _number(value: float | None) -> str:

@@ -9,21 +9,9 @@ import typer
 
 from ..extras import check_extra
 from ..files.destinations import output_folder
+from . import options
 from .console import ExitCode, console, explained_errors
 from .fields import with_options
-from .options import (
-    CALL,
-    PROMPTS_HELP,
-    Device,
-    DType,
-    Overwrite,
-    demo_scorers,
-    is_demo,
-    load_pipeline,
-    parse_device,
-    parse_dtype,
-    read_prompts,
-)
 from .quiet import quiet_hosts
 
 
@@ -33,11 +21,11 @@ if TYPE_CHECKING:
     from ..evaluation import Scorer
 
 
-@with_options(CALL)
+@with_options(options.CALL)
 def evaluate_command(
     student: Annotated[str, typer.Argument(help="Pipeline or denoiser folder, Hub id, or demo:rounded.")],
     teacher: Annotated[str, typer.Argument(help="Pipeline folder, Hub id, or demo for the embedded model.")],
-    prompts: Annotated[str | None, typer.Option(help=PROMPTS_HELP, metavar="FILE")] = None,
+    prompts: Annotated[str | None, typer.Option(help=options.PROMPTS_HELP, metavar="FILE")] = None,
     benchmark: Annotated[
         str | None,
         typer.Option(help="scenes, geneval or t2i-compbench: its prompts and its judge.", metavar="NAME"),
@@ -68,9 +56,9 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="Images per pipeline call.", min=1)] = 1,
     velocity_prompts: Annotated[int, typer.Option(help="Prompts for the velocity error; 0 = none.", min=0)] = 8,
     clip: Annotated[str | None, typer.Option(help="Local CLIP checkpoint for a CLIP score.", metavar="PATH")] = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    overwrite: Overwrite = False,
+    dtype: options.DType = "auto",
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
     **values: Any,
 ) -> None:
     """Compares a student with its teacher on the same prompts and seeds, and writes a report.
@@ -86,16 +74,16 @@ def evaluate_command(
         models = {"detector": detector, "clip": color_model, "vqa": vqa, "judge": judge}
         if benchmark is None and (images_per_prompt or any(models.values())):
             raise ValueError("--images-per-prompt, --detector, --color-model, --vqa and --judge need --benchmark.")
-        call_kwargs = CALL.given(values, teacher)
-        place = parse_device(device)
-        torch_dtype = parse_dtype(dtype, place)
+        call_kwargs = options.CALL.given(values, teacher)
+        place = options.parse_device(device)
+        torch_dtype = options.parse_dtype(dtype, place)
     with explained_errors(), contextlib.ExitStack() as stack:
         check_extra("torchmetrics", "evaluate")  # before a model is loaded
         from ..evaluation import ClipScore, evaluate
         from ..evaluation.benchmarks import make_benchmark
         from ..evaluation.report_page import fill_report
 
-        lines = None if prompts is None else read_prompts(prompts, limit)
+        lines = None if prompts is None else options.read_prompts(prompts, limit)
         folder = None
         if report is not None:
             if velocity_prompts:
@@ -112,10 +100,10 @@ def evaluate_command(
                 device=None if benchmark == "scenes" else place,
                 **models,
             )
-        teacher_pipeline = load_pipeline(teacher, torch_dtype).to(place)
+        teacher_pipeline = options.load_pipeline(teacher, torch_dtype).to(place)
         student_pipeline = load_student(student, teacher_pipeline, torch_dtype).to(place)
-        if is_demo(teacher) and lines is not None:
-            scorers.update(demo_scorers(lines))
+        if options.is_demo(teacher) and lines is not None:
+            scorers.update(options.demo_scorers(lines))
         result = evaluate(
             student_pipeline,
             teacher_pipeline,
@@ -138,7 +126,7 @@ def load_student(source: str, teacher: Any, dtype: "torch.dtype") -> Any:
     """Loads a pipeline, or a denoiser's folder, which takes the place of the teacher's in a copy of its pipeline."""
     path = pathlib.Path(source)
     if not (path / "config.json").is_file() or (path / "model_index.json").is_file():
-        return load_pipeline(source, dtype)
+        return options.load_pipeline(source, dtype)
     from ..backend.components import denoiser_name
     from ..backend.sources import check_weights
 

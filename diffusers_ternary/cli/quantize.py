@@ -7,23 +7,13 @@ import typer
 
 from ..files import parse_size
 from ..files.destinations import output_folder
+from . import options
 from .console import ExitCode, explained_errors
 from .fields import with_options
-from .options import (
-    Destination,
-    MaxShardSize,
-    Overwrite,
-    Variant,
-    is_demo,
-    parse_dtype,
-    show_saved,
-    ternary_config,
-    weight_options,
-)
 from .quiet import quiet_hosts
 
 
-WEIGHTS = weight_options()
+WEIGHTS = options.weight_options()
 
 
 @with_options(WEIGHTS)
@@ -31,11 +21,11 @@ def quantize_command(
     source: Annotated[
         str, typer.Argument(help="Folder or Hub id of a float pipeline or model, or demo.", metavar="SRC")
     ],
-    destination: Destination,
+    destination: options.Destination,
     dtype: Annotated[str, typer.Option(help="Dtype of what is not converted.")] = "bfloat16",
-    variant: Variant = None,
-    max_shard_size: MaxShardSize = "10GB",
-    overwrite: Overwrite = False,
+    variant: options.Variant = None,
+    max_shard_size: options.MaxShardSize = "10GB",
+    overwrite: options.Overwrite = False,
     **values: Any,
 ) -> None:
     """Rounds a float pipeline or model to ternary weights and saves it packed.
@@ -49,8 +39,8 @@ def quantize_command(
     """
     quiet_hosts()
     with explained_errors(ExitCode.USAGE):
-        config = ternary_config(WEIGHTS, values)
-        model_dtype = parse_dtype(dtype)
+        config = options.ternary_config(WEIGHTS, values)
+        model_dtype = options.parse_dtype(dtype)
         parse_size(max_shard_size, name="--max-shard-size")
     with explained_errors():
         from ..backend.sources import load_quantized
@@ -59,11 +49,11 @@ def quantize_command(
         with output_folder(destination, sources=[place], overwrite=overwrite) as folder:
             model = load_quantized(place, config, dtype=model_dtype, variant=variant)
             model.save_pretrained(folder, max_shard_size=max_shard_size)
-        show_saved(destination)
+        options.show_saved(destination)
 
 
 def _resolve(source: str) -> str:
-    if not is_demo(source):
+    if not options.is_demo(source):
         return source
     from ..demo.pipeline import demo_folder
 
