@@ -54,7 +54,7 @@ _PLACES = {
     "push_to_hub": ".hub",
     "quantize": ".backend.quantize",
 }
-# Names that were here, and where they are. To be removed in 0.3.
+# Names that were here, and where they are. To be removed with the next minor version.
 _MOVED = {
     "CalibrationReport": ".calibration",
     "DistillReport": ".distillation",
@@ -79,7 +79,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_PLACES[name], __name__), name)
     elif name in _MOVED:
         place = __name__ + _MOVED[name]
-        message = f"diffusers_ternary.{name} has moved: from {place} import {name}. The old place goes in 0.3."
+        old = "The old place goes with the next minor version."
+        message = f"diffusers_ternary.{name} has moved: from {place} import {name}. {old}"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         value = getattr(importlib.import_module(place), name)
     elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):

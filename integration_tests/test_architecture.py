@@ -5,6 +5,7 @@ Imports are parsed, not run, so that lazy ones inside functions count too.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_every_package_has_a_place():
     unknown = parts - RANK.keys()
     assert not unknown, (
         f"{sorted(unknown)} have no place in the order of packages. Add them to FLOORS in {__file__}, as far to the "
-        "left as what they import allows, and to the drawing in CONTRIBUTING.md."
+        "left as what they import allows."
     )
 
 
@@ -147,6 +148,28 @@ def test_files_are_written_in_one_way(name):
                 assert node.value.id not in ("os", "tempfile"), f"{file}:{node.lineno}"
 
 
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+_BEGIN, _END = "<!-- house -->\n", "<!-- /house -->"
+
+
+def picture() -> str:
+    """The rooms from the top floor down, each with what its docstring says first."""
+    lines = []
+    for floor, rooms in reversed(list(enumerate(FLOORS))):
+        for room in sorted(rooms):
+            path = PACKAGE / room / "__init__.py" if (PACKAGE / room).is_dir() else PACKAGE / f"{room}.py"
+            docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+            sentence = re.split(r"(?<=[.])\s|\n", docstring)[0].replace("`", "").rstrip(".")
+            number = "" if lines and room != min(rooms) else f"{floor}"
+            lines.append(f"{number:2}{room:14}{sentence}")
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+def test_the_picture_in_contributing_shows_these_floors():
+    drawn = CONTRIBUTING.read_text().split(_BEGIN)[1].split(_END)[0]
+    assert drawn == picture(), "draw it again: python integration_tests/test_architecture.py"
+
+
 def sources() -> Iterator[Path]:
     for folder in ("diffusers_ternary", "integration_tests", "examples"):
         for file in sorted((ROOT / folder).rglob("*")):
@@ -163,3 +186,8 @@ def test_every_source_file_has_the_licence_line_first():
         )
     ]
     assert not missing, f"first line must be '# SPDX-License-Identifier: Apache-2.0' in: {missing}"
+
+
+if __name__ == "__main__":
+    before, after = CONTRIBUTING.read_text().split(_BEGIN)
+    CONTRIBUTING.write_text(before + _BEGIN + picture() + _END + after.split(_END)[1])

@@ -217,7 +217,7 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
 
 
 def _warn_scales() -> None:
-    message = "TernaryConfig's scales is scale_layout now; the old name goes in 0.3."
+    message = "TernaryConfig's scales is scale_layout now; the old name goes with the next minor version."
     warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 

@@ -138,7 +138,7 @@ class _Gguf:
             if kind is None and self.fallback is None:
                 raise ValueError(
                     f"No GGML type that this program reads holds {reason}. Make the model with a group size that is a "
-                    "multiple of 256 (64 for Q2_0), scales='group', and without rotation and low rank; or store such "
+                    "multiple of 256 (64 for Q2_0), scale_layout='group', and without rotation and low rank; or store "
                     "layers unpacked with --fallback f16, or round scales to float16 (--round-scales, at most 0.05 %)."
                 )
 

@@ -369,14 +369,14 @@ class TestImport:
 
 class TestRefusals:
     def test_double_scales_are_refused_with_advice_if_they_may_not_be_rounded(self, tmp_path):
-        packed(tmp_path / "in", group_size=32, scales="double")
+        packed(tmp_path / "in", group_size=32, scale_layout="double")
         file = tmp_path / "model.gguf"
-        with pytest.raises(ValueError, match=r"not 16-bit floats.*scales='group'.*--round-scales"):
+        with pytest.raises(ValueError, match=r"not 16-bit floats.*scale_layout='group'.*--round-scales"):
             export_gguf(tmp_path / "in", file, round_scales=False)
         assert list(tmp_path.iterdir()) == [tmp_path / "in"]
 
     def test_double_scales_are_rounded_with_notice(self, tmp_path, caplog):
-        model = packed(tmp_path / "in", group_size=32, scales="double", dtype=torch.float32)
+        model = packed(tmp_path / "in", group_size=32, scale_layout="double", dtype=torch.float32)
         file = tmp_path / "model.gguf"
         report = export_gguf(tmp_path / "in", file)
         name = "single_blocks.0.linear2.weight"
