@@ -64,7 +64,7 @@ report["journey"] = journey()
 report["cuda"] = sys.modules["torch"].cuda.is_initialized()
 report["warnings"] = [str(warning.message) for warning in caught]
 print(json.dumps(report))
-""".replace("HEAVY", repr(HEAVY)[1:-1])
+""".replace("HEAVY", repr(HEAVY))
     )
 
 

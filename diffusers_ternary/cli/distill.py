@@ -92,7 +92,7 @@ def distill_command(
         cache_dir = cache_dir or cache
         config = options.ternary_config(WEIGHTS, values)
         settings = options.CALL.given(values, source)
-        calibration = None if rounded else CALIBRATION.config(values, settings)
+        calibration = None if rounded else CALIBRATION.config(values, {})  # the call is the same
         distill_config = DistillConfig(**TRAINING.given(values), calibration=calibration, call_kwargs=settings)
         parse_size(max_shard_size, name="--max-shard-size")
         torch_dtype = options.parse_dtype(dtype, state.device)
