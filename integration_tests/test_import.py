@@ -54,7 +54,7 @@ for name in ("--help", "--version", "calibrate --help"):
     result = CliRunner().invoke(app, name.split())
     report[name] = [result.exit_code, loaded(*HEAVY)]
 folder = diffusers_ternary.__path__[0] + "/demo/data/distilled"
-report["inspect"] = [CliRunner().invoke(app, ["inspect", folder]).exit_code, loaded(*HEAVY)]
+report["inspect"] = [CliRunner().invoke(app, ["inspect", folder]).exit_code, loaded(*HEAVY, "torch._dynamo")]
 
 from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 

@@ -15,9 +15,9 @@ from .atomic import (
 )
 from .disk_errors import explained_disk_errors
 from .documents import RESTORE, parse_json, parse_json_object, read_json, write_json
+from .hashes import file_sha256
 from .locks import lock
 from .names import PathLike, is_leftover
-from .seals import file_sha256
 from .sizes import parse_size
 from .temporary import temporary_folder
 

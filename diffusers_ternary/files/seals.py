@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hashes of files, and records that vouch for themselves and for tensors: what was changed afterwards is noticed."""
+"""Records that vouch for themselves and for tensors: what was changed afterwards is noticed."""
 
 import hashlib
 import json
@@ -15,19 +15,13 @@ from .documents import parse_json_object
 from .names import PathLike
 
 
+if TYPE_CHECKING:
+    import torch
+
 SEAL = "sha256"
 
 
-def file_sha256(path: PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def seal(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
+def seal(record: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor] | None" = None) -> dict[str, Any]:
     """A record with the hash of itself and of tensors under `"sha256"`.
 
     Args:
@@ -37,7 +31,7 @@ def seal(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None =
     return {**record, SEAL: _sha256(record, tensors or {})}
 
 
-def is_sealed(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> bool:
+def is_sealed(record: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor] | None" = None) -> bool:
     """Whether a record and its tensors are as [`seal`] saw them."""
     content = {name: value for name, value in record.items() if name != SEAL}
     return record.get(SEAL) == _sha256(content, tensors or {})

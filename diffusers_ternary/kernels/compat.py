@@ -6,17 +6,24 @@ Each has a canary in `integration_tests/kernels/test_compat.py`.
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 
 
 P = ParamSpec("P")
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_transforms = torch._C._functorch.peek_interpreter_stack
 _traced_by_jit = torch._C._get_tracing_state
+
+
+def constant_when_traced(function: FunctionT) -> FunctionT:
+    """`torch.compiler.assume_constant_result`, which imports the compiler: a second, where nothing is compiled."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_autocast(x: torch.Tensor) -> bool:

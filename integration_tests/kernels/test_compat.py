@@ -7,10 +7,15 @@ import torch.autograd.forward_ad as forward_ad
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_ternary.kernels.compat import is_autocast, is_plain, returns_no_view
+from diffusers_ternary.kernels.compat import constant_when_traced, is_autocast, is_plain, returns_no_view
 
 
 X = torch.ones(2)
+
+
+def test_the_mark_of_constant_results():
+    ours, theirs = (mark(lambda: 1) for mark in (constant_when_traced, torch.compiler.assume_constant_result))
+    assert vars(ours) == vars(theirs)
 
 
 def test_a_plain_call():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ...ternarize import rotate
 from .. import reference
+from ..compat import constant_when_traced
 from .dequantize import check_devices
 from .serving import TRITON_DEVICE_TYPES, triton_serves
 
@@ -193,7 +194,7 @@ def traced_linear(
     return y.view(*input.shape[:-1], out_features)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def library_dtype(*request: Any) -> str | None:
     """The 8-bit dtype in which the vendor's product serves many rows, asked while a graph is traced."""
     return _library_dtype(*request)
