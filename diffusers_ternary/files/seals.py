@@ -15,13 +15,10 @@ from .documents import parse_json_object
 from .names import PathLike
 
 
-if TYPE_CHECKING:
-    import torch
-
 SEAL = "sha256"
 
 
-def seal(record: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor] | None" = None) -> dict[str, Any]:
+def seal(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
     """A record with the hash of itself and of tensors under `"sha256"`.
 
     Args:
@@ -31,7 +28,7 @@ def seal(record: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor] | None"
     return {**record, SEAL: _sha256(record, tensors or {})}
 
 
-def is_sealed(record: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor] | None" = None) -> bool:
+def is_sealed(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> bool:
     """Whether a record and its tensors are as [`seal`] saw them."""
     content = {name: value for name, value in record.items() if name != SEAL}
     return record.get(SEAL) == _sha256(content, tensors or {})

@@ -139,7 +139,8 @@ class _Gguf:
                 raise ValueError(
                     f"No GGML type that this program reads holds {reason}. Make the model with a group size that is a "
                     "multiple of 256 (64 for Q2_0), scale_layout='group', and without rotation and low rank; or store "
-                    "such layers unpacked with --fallback f16, or round scales to float16 (--round-scales, at most 0.05 %)."
+                    "such layers unpacked with --fallback f16, or round scales to float16 (--round-scales, at most "
+                    "0.05 %)."
                 )
 
     def write(self, model: PackedFolder, place: pathlib.Path) -> dict[str, int]:
