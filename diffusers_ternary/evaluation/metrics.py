@@ -80,7 +80,7 @@ def image_distance(
         pooled.update(*pair)
         psnr.append(float(functional.peak_signal_noise_ratio(*pair, data_range=1.0)))
         if "ssim" not in reasons:
-            ssim.append(float(functional.structural_similarity_index_measure(*pair, data_range=1.0)))  # type: ignore[arg-type]
+            ssim.append(float(functional.structural_similarity_index_measure(*pair, data_range=1.0)))
         if perceptual is not None:
             perceptual.update(pair[0].float(), pair[1].float())
     return ImageDistance(
