@@ -1,234 +1,238 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each way to low-bit weights leaves of the embedded pipeline, on prompts that nothing was trained on.
+"""What each way to low-bit weights leaves of a Scenes teacher: GenEval's tasks, on prompts nothing was tuned on.
 
-    python integration_tests/benchmarks/quality.py                     # every method, three seeds
-    python integration_tests/benchmarks/quality.py --seeds 0 --images 64 --methods twn calibrated
+    python integration_tests/benchmarks/quality.py                                # all rows, three seeds
+    python integration_tests/benchmarks/quality.py --seeds 0 --count 102 --rows twn calibrated
+    python integration_tests/benchmarks/quality.py --teacher sana                  # results/scenes_sana.csv
 
-All linear layers inside the blocks are converted, modulation included. A seed decides the calibration prompts, their
-noise, and the prompts and noise that are compared. The judge counts attributes; PSNR and velocity error are against
-the teacher's images and denoiser outputs. Peers (see quality_peers.py) run where they are installed.
+All linear layers inside the blocks are converted, modulation included; each row is converted once. A seed decides the
+prompts and the noise of the pictures, which are held out (see examples/scenes/README.md): no calibration, no training,
+no choice of a checkpoint or of the call saw one of these prompts. All pictures are drawn by the one call of
+`diffusers_ternary.evaluation.scenes.call`, in bfloat16, by stock layers with dequantized weights; the rows called
+"packed" are drawn by the packed layers. Peers (see quality_peers.py) run where they are installed.
 
-Results go to results/quality.csv, one row per method and seed and one with the mean, and contact sheets to
-results/quality_seed<n>.png. A rerun keeps the rows that are there, so an interrupted table goes on. PSNR is of the
-mean squared error over all images, so one trajectory that ends elsewhere weighs as much as all others.
-quantize_seconds is wall time on whatever else the machine did, and without the layers that rows share.
+Results go to results/scenes.csv, one line per row and seed, then mean and standard deviation over the seeds; to
+results/scenes.png, and contact sheets to results/scenes_seed<n>.png. What is finished is written at once and skipped by
+a rerun, as are conversions and trainings. Seconds are CPU time.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import hashlib
+import functools
+import logging
 import shutil
-import time
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
-from quality_peers import PEERS, apply_peer
-from quality_table import SHOWN, Row, Table, load_strip, save_strip
+from quality_methods import METHODS, Effort, Workshop, seconds
+from quality_peers import PACKAGES
+from quality_table import SHOWN, Row, Table, load_strip, machine, mean_psnr, save_strip
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_ternary import TernaryConfig, quantize
-from diffusers_ternary.backend import plan_pipeline
-from diffusers_ternary.calibration import CalibrationConfig, SensitivityConfig, SolverConfig, calibrate
-from diffusers_ternary.demo.grammar import held_out_prompts, training_prompts
-from diffusers_ternary.demo.pipeline import DEMO_CALL, demo_pipeline
-from diffusers_ternary.demo.run import judge_scorer
-from diffusers_ternary.demo.variants import stored_size
-from diffusers_ternary.evaluation import TeacherRun, compare, contact_sheet, observe_teacher
-from diffusers_ternary.rollouts import Rollouts
+from diffusers_ternary.evaluation import EvaluationResult, Scenes, TeacherRun, compare, contact_sheet
+from diffusers_ternary.evaluation import observe_teacher as observe
+from diffusers_ternary.evaluation.scenes.call import GUIDANCE, STEPS, scenes_call
+from diffusers_ternary.evaluation.scenes.files import TEACHERS, scenes_file
+from diffusers_ternary.rollouts import Rollouts, weights_sha256
 
 
 RESULTS = Path(__file__).parent / "results"
-WORK = Path(__file__).parents[2] / "runs" / "quality"  # ignored by git
-BATCH = 32
+WORK = Path(__file__).parents[2] / "runs" / "scenes"  # ignored by git
+BATCH = 64
 VELOCITY_PROMPTS = 32
-# At 128 columns a correction of rank 16 costs 4 bits per weight and smaller groups gain 4 %: only int8 is offered.
-SENSITIVITY = SensitivityConfig(prompts=8, steps=4, group_sizes=(), ranks=())
-ROTATED = {"hadamard": 128}
+TEACHER = "teacher, bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
-class Seed:
-    """What a seed of the table decides.
+class Bench:
+    """What all rows share.
 
     Args:
-        number (`int`): from 0.
-        calibration_prompts (`int`): how many.
-        work (`Path`): where calibrations keep finished layers, for a rerun and for each other, and images are kept.
+        workshop ([`Workshop`]): loads teachers, converts.
+        table ([`Table`]): of the results.
+        count (`int`): prompts of a seed.
+        output (`Path`): the table's file; sheets lie beside it.
     """
 
-    number: int
-    calibration_prompts: int
-    work: Path
+    workshop: Workshop
+    table: Table
+    count: int
+    output: Path
 
-    def prompts(self) -> list[str]:
-        """The prompts to calibrate on."""
-        return training_prompts(self.calibration_prompts, 100 + self.number)
+    def run_seed(self, rows: Iterable[str], seed: int) -> None:
+        """Measures what the table lacks for one seed, and draws its contact sheet."""
+        effort = self.workshop.effort
+        missing = [name for name in rows if not self.table.has(name, seed, METHODS[name].how(effort))]
+        strips = self.workshop.work / "pictures" / str(seed)
+        if not missing and self.table.has(TEACHER, seed, ""):
+            return
+        run, each = self.observe_teacher(seed)
+        save_strip(strips, TEACHER, run.images)
+        self.report(teacher_row(run, seed, each))
+        for name in missing:
+            row, result = self.measure(name, run, seed)
+            save_strip(strips, name, result.student_images)
+            self.report(row)
+        count = min(SHOWN, self.count)
+        pictures = {name: load_strip(strips, name, count) for name in (TEACHER, *METHODS)}
+        shown = {name: strip for name, strip in pictures.items() if strip}
+        sheet = contact_sheet(shown, run.rollouts.prompts[:count], max_prompts=count)
+        sheet.save(self.output.with_name(f"{self.output.stem}_seed{seed}.png"))
 
-    @property
-    def noise(self) -> int:
-        """Seed of the first calibration prompt's noise."""
-        return 1_000_000 + 1000 * self.number
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A way to low-bit weights.
-
-    Args:
-        apply (`Callable[[DiffusionPipeline, Seed], float]`): converts a pipeline in place and returns the stored bits
-            per weight of all the layers that a plain [`TernaryConfig`] converts.
-        calibrated (`bool`): whether it looks at prompts.
-    """
-
-    apply: Callable[[DiffusionPipeline, Seed], float]
-    calibrated: bool = False
-
-
-def rounding(rule: str) -> Method:
-    def apply(pipeline: DiffusionPipeline, seed: Seed) -> float:
-        quantize(pipeline, TernaryConfig(rounding=rule, activation_dtype="none"))
-        return stored_size(pipeline.transformer).bits_per_weight
-
-    return Method(apply)
-
-
-def calibrated(
-    *,
-    correct_bias: bool = True,
-    activations: str = "none",
-    sequential: bool = False,
-    size_budget: str | None = None,
-    config: dict[str, object] | None = None,
-    **solver: object,
-) -> Method:
-    def apply(pipeline: DiffusionPipeline, seed: Seed) -> float:
-        settings = CalibrationConfig(
-            solver=SolverConfig(**solver),
-            correct_bias=correct_bias,
-            sequential=sequential,
-            size_budget=size_budget,
-            sensitivity=SENSITIVITY if size_budget else None,
-            seed=seed.noise,
-            batch_size=BATCH,
-            call_kwargs=dict(DEMO_CALL),
-        )
-        ternary = TernaryConfig(activation_dtype=activations, **(config or {}))
-        # Budgets of different sizes, and none, share their layers.
-        shared = repr((config, solver, correct_bias, sequential, activations)).encode()
-        work_dir = seed.work / "layers" / f"{seed.number}-{hashlib.sha256(shared).hexdigest()[:8]}"
-        return calibrate(pipeline, seed.prompts(), ternary, settings, work_dir=work_dir).ternary_report.bits_per_weight
-
-    return Method(apply, calibrated=True)
-
-
-def peer(name: str) -> Method:
-    def apply(pipeline: DiffusionPipeline, seed: Seed) -> float:
-        plan = plan_pipeline(pipeline, TernaryConfig())["transformer"]
-        return apply_peer(PEERS[name], pipeline.transformer, list(plan.kinds))
-
-    return Method(apply)
-
-
-METHODS: dict[str, Method] = {
-    "absmean": rounding("absmean"),
-    "twn": rounding("twn"),
-    "optimum": rounding("optimum"),
-    "optimum + refit": calibrated(gptq=False, rounding="optimum", descent_passes=0, correct_bias=False),
-    "gptq": calibrated(refit=False, descent_passes=0, starts=1, correct_bias=False),
-    "gptq + refit": calibrated(descent_passes=0, starts=1, correct_bias=False),
-    "gptq + refit + descent": calibrated(starts=1, correct_bias=False),
-    "gptq + refit + descent + bias": calibrated(starts=1),
-    "calibrated": calibrated(),
-    "calibrated, rotated": calibrated(config=ROTATED),
-    "calibrated, rotated, sequential": calibrated(config=ROTATED, sequential=True),
-    "calibrated, int8 activations": calibrated(activations="int8"),
-    "calibrated, group 32": calibrated(config={"group_size": 32}),
-    "budget 1.9 bits": calibrated(config=ROTATED, size_budget="1.9 bits"),
-    "budget 2.1 bits": calibrated(config=ROTATED, size_budget="2.1 bits"),
-    **{name: peer(name) for name, available in PEERS.items() if available.installed},
-}
-
-
-def measure(name: str, run: TeacherRun, seed: Seed) -> tuple[Row, tuple[Image.Image, ...]]:
-    """Converts a fresh pipeline, draws and judges."""
-    method = METHODS[name]
-    student = demo_pipeline()
-    start = time.perf_counter()
-    bits = method.apply(student, seed)
-    seconds = time.perf_counter() - start
-    result = compare(student, run, progress=False)
-    assert result.velocity is not None
-    accuracy, complete = result.scores["attribute_accuracy"], result.scores["all_attributes"]
-    row = Row(
-        method=name,
-        seed=str(seed.number),
-        bits_per_weight=bits,
-        attribute_accuracy=accuracy.student,
-        all_attributes=complete.student,
-        teacher_attribute_accuracy=accuracy.teacher,
-        teacher_all_attributes=complete.teacher,
-        psnr_db=result.psnr_db,
-        velocity_nmse=result.velocity.overall,
-        images=len(result.prompts),
-        calibration_prompts=seed.calibration_prompts if method.calibrated else 0,
-        quantize_seconds=seconds,
-    )
-    return row, result.student_images
-
-
-def run_seed(methods: Iterable[str], table: Table, seed: Seed, *, images: int, output: Path) -> None:
-    """Measures what the table lacks for one seed, and draws its contact sheet."""
-    done = {"images": images, "prompts": seed.calibration_prompts}
-    missing = [name for name in methods if not table.has(name, seed.number, **done)]
-    if not missing:
-        return
-    shown = tuple(held_out_prompts(images, 200 + seed.number))
-    noise = tuple(range(10_000 * seed.number, 10_000 * seed.number + images))
-    run = observe_teacher(
-        demo_pipeline(),
-        Rollouts(shown, noise, DEMO_CALL, BATCH),
-        scorers={"judge": judge_scorer()},
-        velocity_prompts=VELOCITY_PROMPTS,
-        progress=False,
-    )
-    strips = seed.work / "images" / str(seed.number)
-    save_strip(strips, "teacher", run.images)
-    for name in missing:
-        row, drawn = measure(name, run, seed)
-        save_strip(strips, name, drawn)
-        table.add(row)
+    def report(self, row: Row) -> None:
+        """Adds a row to the table, and prints it."""
+        self.table.add(row)
         print(
-            f"seed {row.seed}  {row.method:30} {row.bits_per_weight:.3f} bits  "
-            f"attributes {row.attribute_accuracy:.4f} of {row.teacher_attribute_accuracy:.4f}  "
-            f"all {row.all_attributes:.4f} of {row.teacher_all_attributes:.4f}  "
-            f"PSNR {row.psnr_db:.2f} dB  velocity NMSE {row.velocity_nmse:.5f}  {row.quantize_seconds:.0f} s",
+            f"seed {row.seed}  {row.row:30} {row.bits_per_weight:6.3f} bits  overall {100 * row.overall:5.1f} of "
+            f"{100 * row.teacher_overall:5.1f}  PSNR {row.psnr_mean_db:5.2f} ({row.psnr_pooled_db:5.2f} pooled)  "
+            f"velocity NMSE {row.velocity_nmse:.5f}  {row.convert_seconds:.0f} s + {row.draw_seconds:.3f} s a picture",
             flush=True,
         )
-    rows = {name: load_strip(strips, name) for name in ("teacher", *METHODS)}
-    sheet = contact_sheet({name: strip for name, strip in rows.items() if strip}, shown[:SHOWN], max_prompts=SHOWN)
-    sheet.save(output.with_name(f"{output.stem}_seed{seed.number}.png"))
+
+    def observe_teacher(self, seed: int) -> tuple[TeacherRun, float]:
+        """The teacher's pictures and scores on the prompts of a seed, and its seconds a picture."""
+        benchmark = Scenes(count=self.count, seed=seed)
+        noise = tuple(range(1_000_003 * seed, 1_000_003 * seed + self.count))
+        pipeline = self.workshop.load()
+        rollouts = Rollouts(benchmark.prompts, noise, scenes_call(pipeline), BATCH)
+        before = seconds()
+        with attention():
+            run = observe(pipeline, rollouts, benchmark=benchmark, velocity_prompts=VELOCITY_PROMPTS, progress=False)
+        return run, (seconds() - before) / self.count
+
+    def measure(self, name: str, run: TeacherRun, seed: int) -> tuple[Row, EvaluationResult]:
+        """Converts, draws and judges."""
+        method = METHODS[name]
+        conversion = self.workshop.convert(name)
+        student = self.workshop.load()
+        student.transformer = conversion.load(student, packed=method.same_as is not None).to(run.teacher.device)
+        before = seconds()
+        with attention():
+            result = compare(student, run, progress=False)
+        each = (seconds() - before) / self.count
+        assert result.velocity is not None
+        assert result.benchmark is not None
+        pair = result.benchmark
+        row = Row(
+            row=name,
+            seed=str(seed),
+            bits_per_weight=conversion.bits_per_weight,
+            overall=pair.student.overall,
+            **pair.student.per_task,
+            teacher_overall=pair.teacher.overall,
+            relative=pair.relative,
+            psnr_mean_db=mean_psnr(result.psnr_per_image),
+            psnr_pooled_db=result.psnr_db,
+            velocity_nmse=result.velocity.overall,
+            pictures=self.count,
+            how=method.how(self.workshop.effort),
+            convert_seconds=conversion.seconds,
+            draw_seconds=each,
+            machine=machine(PACKAGES),
+        )
+        return row, result
+
+
+def teacher_row(run: TeacherRun, seed: int, each: float) -> Row:
+    """The line of the teacher itself."""
+    assert run.benchmark_scores is not None
+    overall = run.benchmark_scores.overall
+    return Row(
+        row=TEACHER,
+        seed=str(seed),
+        bits_per_weight=16.0,
+        overall=overall,
+        **run.benchmark_scores.per_task,
+        teacher_overall=overall,
+        relative=1.0,
+        psnr_mean_db=float("nan"),
+        psnr_pooled_db=float("nan"),
+        velocity_nmse=0.0,
+        pictures=len(run.images),
+        how="",
+        convert_seconds=0.0,
+        draw_seconds=each,
+        machine=machine(PACKAGES),
+    )
+
+
+@contextlib.contextmanager
+def attention() -> Iterator[None]:
+    """Plain products on a CPU: with 82 tokens they are faster than its fused attention."""
+    if torch.cuda.is_available():
+        yield
+    else:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+
+
+def load_teacher(folder: Path) -> DiffusionPipeline:
+    """The float pipeline in bfloat16."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe(pipeline: DiffusionPipeline, count: int) -> str:
+    """What all rows of a table have in common."""
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    size = sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e6
+    return (
+        f"Scenes, {type(pipeline.transformer).__name__} of {size:.1f} M parameters ({weights_sha256(modules)[:12]}); "
+        f"{STEPS} steps, guidance {GUIDANCE:g}; {count} held-out prompts a seed"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="flux", help=f"{' or '.join(TEACHERS)}, or a pipeline folder")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
-    parser.add_argument("--images", type=int, default=128, help="held-out prompts, one image each")
-    parser.add_argument("--prompts", type=int, default=256, help="calibration prompts")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--output", type=Path, default=RESULTS / "quality.csv")
-    parser.add_argument("--work", type=Path, default=WORK, help="for layers and images that a rerun needs")
+    parser.add_argument("--count", type=int, default=553, help="held-out prompts a seed, one picture each")
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="ROW", help="default: all"
+    )
+    parser.add_argument("--list", action="store_true", help="print the rows, and what is missing for them")
+    parser.add_argument("--calibration-prompts", type=int, default=256)
+    parser.add_argument("--distillation-prompts", type=int, default=2048)
+    parser.add_argument("--scale-steps", type=int, default=300, help="updates of the row distilled scales")
+    parser.add_argument("--full-steps", type=int, default=1000, help="updates of the row distilled full")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="default: results/scenes.csv, of SANA scenes_sana.csv")
+    parser.add_argument("--work", type=Path, default=WORK, help="for conversions, trainings and pictures")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the model is small: one thread is fastest, and sums are in the same order everywhere
+    missing = {name: METHODS[name].missing for name in arguments.rows if METHODS[name].missing}
+    if arguments.list:
+        print(
+            "\n".join(f"{name}{': needs ' + ', '.join(missing[name]) if name in missing else ''}" for name in METHODS)
+        )
+        return
+    for name, packages in missing.items():
+        print(f"{name}: left out, {', '.join(packages)} not installed", file=sys.stderr)
+    torch.set_num_threads(arguments.threads)
+    torch.set_flush_denormal(True)
+    logging.getLogger("diffusers.pipelines.pipeline_utils").setLevel(logging.ERROR)  # about AutoencoderTiny
+    folder = scenes_file(arguments.teacher) if arguments.teacher in TEACHERS else Path(arguments.teacher)
+    load = functools.partial(load_teacher, folder)
+    about = describe(load(), arguments.count)
+    name = f"scenes_{arguments.teacher}.csv" if arguments.teacher in TEACHERS[1:] else "scenes.csv"
+    output = arguments.output or RESULTS / name
+    work = arguments.work / about.split("(")[1].split(")")[0]
     if arguments.fresh:
-        arguments.output.unlink(missing_ok=True)
-        shutil.rmtree(arguments.work, ignore_errors=True)
-    table = Table(arguments.output, list(METHODS))
-    for number in arguments.seeds:
-        seed = Seed(number, arguments.prompts, arguments.work)
-        run_seed(arguments.methods, table, seed, images=arguments.images, output=arguments.output)
+        output.unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+    effort = Effort(
+        arguments.calibration_prompts, arguments.distillation_prompts, arguments.scale_steps, arguments.full_steps
+    )
+    table = Table(output, [TEACHER, *METHODS], about)
+    bench = Bench(Workshop(load, work, effort), table, arguments.count, output)
+    for seed in arguments.seeds:
+        bench.run_seed([name for name in arguments.rows if name not in missing], seed)
+        table.plot(output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

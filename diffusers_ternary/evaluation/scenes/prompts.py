@@ -136,6 +136,27 @@ def benchmark_tasks(count: int, seed: int, *, held_out: bool = True) -> list[Tas
     return tasks
 
 
+def tuning_prompts(count: int, seed: int = 0) -> list[str]:
+    """Prompts to calibrate, to distill and to choose settings with; the benchmark asks for none of them.
+
+    The six tasks and ``COMPOSED`` in turn, in several wordings, without held-out combinations. Single objects combine
+    nothing, so they are asked for in other words than the benchmark's. Short prompts repeat.
+
+    Args:
+        count: Number of prompts.
+        seed: The same seed gives the same prompts, on every machine.
+    """
+    rng = random.Random(f"scenes tuning {seed}")
+    tags = (*TASKS, COMPOSED)
+    prompts: list[str] = []
+    while len(prompts) < count:
+        tag = tags[len(prompts) % len(tags)]
+        task = training_task(tag, rng)
+        if tag != "single_object" or task.prompt != caption(tag, task.include):
+            prompts.append(task.prompt)
+    return prompts
+
+
 _NOUNS = {name: name for name in CLASSES} | {plural: name for name, plural in PLURALS.items()}
 _PHRASE = re.compile(rf"(?:(an?|{'|'.join(NUMBERS[1:])}) )?(?:({'|'.join(COLORS)}) )?({'|'.join(sorted(_NOUNS))})")
 _LINK = re.compile(rf" (?:(?:to the )?({'|'.join(RELATIONS)})|and|with) ")
