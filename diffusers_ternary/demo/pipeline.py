@@ -64,13 +64,14 @@ def demo_pipeline(variant: str = "teacher", torch_dtype: torch.dtype = torch.flo
     Raises:
         ValueError: If there is no such variant.
     """
-    with _without_vae_type_warning():
+    with without_vae_type_warning():
         return FluxPipeline.from_pretrained(demo_folder(variant), dtype=torch_dtype, local_files_only=True)
 
 
 @contextmanager
-def _without_vae_type_warning() -> Iterator[None]:
-    # FluxPipeline is annotated with AutoencoderKL alone and warns about AutoencoderTiny, which it supports (TAEF1)
+def without_vae_type_warning() -> Iterator[None]:
+    """FluxPipeline is annotated with AutoencoderKL alone, and warns about AutoencoderTiny, which it supports."""
+
     def keep(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("Expected types for vae")
 

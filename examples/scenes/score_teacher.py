@@ -26,7 +26,7 @@ from diffusers_ternary.evaluation.geneval import aggregate, score
 from diffusers_ternary.evaluation.scenes.call import GUIDANCE, STEPS, scenes_call
 from diffusers_ternary.evaluation.scenes.detector import Detector, to_pictures
 from diffusers_ternary.evaluation.scenes.prompts import benchmark_tasks
-from diffusers_ternary.rollouts import Rollouts, draw, prepared
+from diffusers_ternary.rollouts import Rollouts, draw_images, prepared
 
 
 logger = logging.getLogger("score_teacher")
@@ -41,7 +41,7 @@ def generate(
     images: list[Image.Image] = []
     with prepared(pipeline), sdpa_kernel(SDPBackend.MATH):  # at 82 tokens plain products are the fastest on a CPU
         for batch in Rollouts(tuple(prompts), seeds, call, batch_size).batches():
-            images += draw(pipeline, batch, call, "pil").images
+            images += draw_images(pipeline, batch, call)
             logger.info("%d of %d pictures", len(images), len(prompts))
     return images
 

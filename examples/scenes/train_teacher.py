@@ -26,6 +26,7 @@ from components import LATENT_CHANNELS, LATENT_SIDE, FluxTrainee, SanaTrainee, b
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from renderer import CANVAS, Layout, Renderer, Sprites, close_up_of, layout_of
+from storage import save_pipeline, store_in_float8
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
@@ -167,23 +168,21 @@ def content_loss(
     return torch.stack(tuple(terms)).sum()
 
 
-def export(pipeline: DiffusionPipeline, trainee: nn.Module, ema: EMAModel, folder: Path) -> None:
+def export(pipeline: DiffusionPipeline, trainee: nn.Module, ema: EMAModel, folder: Path, *, float8: bool) -> None:
     """Write the averaged weights as a bfloat16 pipeline folder; the weights in training stay as they are."""
     ema.store(trainee.parameters())
     ema.copy_to(trainee.parameters())
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    part, stored = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".new")
+    for left_over in (part, stored):
+        shutil.rmtree(left_over, ignore_errors=True)
     pipeline.save_pretrained(part)
     ema.restore(trainee.parameters())
-    shutil.rmtree(folder, ignore_errors=True)
-    type(pipeline).from_pretrained(part, dtype=torch.bfloat16).save_pretrained(folder)
+    save_pipeline(type(pipeline).from_pretrained(part, dtype=torch.bfloat16), stored)
     shutil.rmtree(part)
-    for config in (*folder.glob("*/config.json"), folder / "model_index.json"):
-        written = json.loads(config.read_text())
-        written.pop("_name_or_path", None)  # the temporary folder's name
-        if written.get("_class_name") == "AutoencoderTiny":
-            written.pop("block_out_channels", None)  # AutoencoderTiny sets it itself, and warns when a file does
-        config.write_text(json.dumps(written, indent=2) + "\n")
+    if float8:
+        store_in_float8(stored)
+    shutil.rmtree(folder, ignore_errors=True)
+    stored.rename(folder)
 
 
 def compile_parts(transformer: nn.Module, *, on_cpu: bool) -> None:
@@ -246,6 +245,7 @@ def train(
     checkpoint_every: int,
     stop_at: int | None = None,
     compile_blocks: bool = False,
+    float8: bool = False,
 ) -> DiffusionPipeline:
     """Run or resume the training; the averaged weights are in ``work/teacher`` at every checkpoint.
 
@@ -257,6 +257,7 @@ def train(
         stop_at: Stop before this step as if interrupted there, after writing a checkpoint.
         compile_blocks: Compile the transformer's blocks: minutes at the start, 1.3 times the speed on a CPU. Rounds
             differently, so a resumed run repeats an uninterrupted one exactly only if both do the same.
+        float8: Round the exported transformer to float8_e4m3fn, half the size; the training goes on in float32.
     """
     set_seed(recipe.seed)
     vae = AutoencoderTiny.from_pretrained(vae_folder).eval().requires_grad_(False)
@@ -319,7 +320,7 @@ def train(
                 if not loss.isfinite():  # and so are the weights: keep the checkpoint before
                     raise FloatingPointError(f"The loss of step {step + 1} is {loss.item()}; nothing was written.")
                 checkpoints.save(accelerator, step + 1, spent + time.process_time())
-                export(pipeline, trainee, ema, work / "teacher")
+                export(pipeline, trainee, ema, work / "teacher", float8=float8)
                 logger.info("step %d, %.0f CPU seconds", step + 1, spent + time.process_time())
     return pipeline
 
@@ -333,6 +334,9 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compile the blocks: a slow start, then 1.3 times faster"
     )
+    parser.add_argument(
+        "--float8", action="store_true", help="export weights rounded to float8_e4m3fn: half the size, other weights"
+    )
     for name, default in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     arguments = vars(parser.parse_args())
@@ -345,6 +349,7 @@ def main() -> None:
         recipe,
         checkpoint_every=arguments["checkpoint_every"],
         compile_blocks=arguments["compile"],
+        float8=arguments["float8"],
     )
 
 

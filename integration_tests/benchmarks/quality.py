@@ -11,9 +11,9 @@ no choice of a checkpoint or of the call saw one of these prompts. All pictures 
 `diffusers_ternary.evaluation.scenes.call`, in bfloat16, by stock layers with dequantized weights; the rows called
 "packed" are drawn by the packed layers. Peers (see quality_peers.py) run where they are installed.
 
-Results go to results/scenes.csv, one line per row and seed, then mean and standard deviation over the seeds; to
-results/scenes.png, and contact sheets to results/scenes_seed<n>.png. What is finished is written at once and skipped by
-a rerun, as are conversions and trainings. Seconds are CPU time.
+Results go to results/scenes.csv: one line per row and seed, then mean and standard deviation over the seeds. Beside it
+are a plot and a contact sheet for each seed. What is finished is written at once and skipped by a rerun, as are
+conversions and trainings. Seconds are CPU time.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from quality_table import SHOWN, Row, Table, load_strip, machine, mean_psnr, sav
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffusers_ternary.cli.quiet import quiet_hosts
 from diffusers_ternary.evaluation import EvaluationResult, Scenes, TeacherRun, compare, contact_sheet
 from diffusers_ternary.evaluation import observe_teacher as observe
 from diffusers_ternary.evaluation.scenes.call import GUIDANCE, STEPS, scenes_call
@@ -215,6 +216,7 @@ def main() -> None:
         print(f"{name}: left out, {', '.join(packages)} not installed", file=sys.stderr)
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
+    quiet_hosts()
     logging.getLogger("diffusers.pipelines.pipeline_utils").setLevel(logging.ERROR)  # about AutoencoderTiny
     folder = scenes_file(arguments.teacher) if arguments.teacher in TEACHERS else Path(arguments.teacher)
     load = functools.partial(load_teacher, folder)

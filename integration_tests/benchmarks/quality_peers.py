@@ -24,6 +24,7 @@ from torch import nn
 
 
 os.environ.setdefault("ORBITQUANT_KERNELS_AUTOFETCH", "0")  # it would download kernels
+os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")  # minutes for products that are made once
 
 
 @dataclasses.dataclass(frozen=True)

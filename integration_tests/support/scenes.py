@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts of examples/scenes as modules."""
+"""The scripts of examples/scenes as modules, and teachers of the size of a test."""
 
 import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
+
+import torch
+from diffusers import DiffusionPipeline
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "scenes"
@@ -19,3 +22,13 @@ def examples(name: str) -> ModuleType:
         finally:
             sys.path.remove(str(FOLDER))
     return sys.modules[name]
+
+
+def tiny_teacher(architecture: str = "flux") -> DiffusionPipeline:
+    """An untrained teacher of two blocks of 64 channels, whose final projection is not zero."""
+    train_teacher, train_vae = examples("train_teacher"), examples("train_vae")
+    recipe = train_teacher.Recipe(architecture=architecture, width=64, num_layers=1, num_single_layers=1)
+    torch.manual_seed(7)
+    pipeline, _ = train_teacher.build(train_vae.build_vae(), recipe)
+    torch.nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.1)
+    return pipeline

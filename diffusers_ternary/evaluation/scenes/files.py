@@ -18,8 +18,8 @@ _CHECKOUT = Path(__file__).parents[3] / "examples" / "scenes" / "models"
 def scenes_file(name: str) -> Path:
     """The folder of a teacher (``"flux"``, ``"sana"``) or the autoencoder (``"vae"``), or the file of the judge.
 
-    A teacher is a whole pipeline folder, to be loaded with ``dtype=torch.bfloat16``: some weights are stored in 8 bits,
-    where these are what the teacher computes with. The judge is called ``"judge.safetensors"``.
+    A teacher is a whole pipeline folder, to be loaded with ``dtype=torch.bfloat16``: its weights may be stored in 8
+    bits, exactly as it computes with them. The judge is called ``"judge.safetensors"``.
 
     Looked for in the folder that the environment variable ``DIFFUSERS_TERNARY_SCENES`` names, if it is set, otherwise
     in ``examples/scenes/models`` of the checkout that the package runs from.

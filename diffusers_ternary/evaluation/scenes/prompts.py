@@ -152,7 +152,8 @@ def tuning_prompts(count: int, seed: int = 0) -> list[str]:
     while len(prompts) < count:
         tag = tags[len(prompts) % len(tags)]
         task = training_task(tag, rng)
-        if tag != "single_object" or task.prompt != caption(tag, task.include):
+        combined = next(combinations_of(task.include), None) is not None
+        if combined or task.prompt != caption("single_object", task.include):
             prompts.append(task.prompt)
     return prompts
 

@@ -15,6 +15,7 @@ from diffusers_ternary.evaluation.scenes.prompts import (
     make_task,
     read_task,
     training_task,
+    tuning_prompts,
 )
 from diffusers_ternary.evaluation.scenes.vocabulary import CLASSES, COLORS, NUMBERS, PLURALS
 
@@ -122,3 +123,15 @@ def test_a_users_own_prompt():
 )
 def test_prompts_outside_the_grammar_are_not_scored(prompt):
     assert read_task(prompt) is None
+
+
+def test_tuning_prompts_are_none_of_the_benchmarks():
+    tuning = tuning_prompts(700, 0)
+    assert len(tuning) == 700
+    assert tuning == tuning_prompts(700, 0) != tuning_prompts(700, 1)
+    tasks = [read_task(prompt) for prompt in tuning]
+    assert all(task is not None and not is_held_out(task) for task in tasks)
+    assert {task.tag for task in tasks} == {*TASKS, COMPOSED}
+    # 40 single objects, each in GenEval's wording, are all that the benchmark asks for without a combination.
+    asked = {task.prompt for seed in range(3) for task in benchmark_tasks(553, seed)}
+    assert not asked & set(tuning)

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, FluxPipeline, SanaPipeline
 from safetensors.torch import load_file
 
-from integration_tests.support.scenes import examples
+from integration_tests.support.scenes import examples, tiny_teacher
 
 
 components = examples("components")
@@ -126,3 +126,29 @@ def test_every_word_is_one_token(architecture):
             ids = pipeline.tokenizer(prompt).input_ids
             assert len(ids) == len(prompt.split()) + special, prompt
             assert len(ids) <= components.TEXT_LENGTH
+
+
+@pytest.mark.parametrize("architecture", ["flux", "sana"])
+def test_a_teacher_stored_in_float8_is_what_is_stored(architecture, vae_folder, tmp_path):
+    recipe = dataclasses.replace(TINY, architecture=architecture, steps=2)
+    train_teacher.train(vae_folder, tmp_path, recipe, checkpoint_every=2, float8=True)
+    path = tmp_path / "teacher" / "transformer" / "diffusion_pytorch_model.safetensors"
+    stored = load_file(path)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "teacher", dtype=torch.bfloat16)
+    loaded = pipeline.transformer.state_dict()
+    assert loaded.keys() == stored.keys()
+    for name, weight in stored.items():
+        assert loaded[name].dtype == torch.bfloat16
+        assert torch.equal(loaded[name].double(), weight.double()), name  # exactly: no value is rounded again
+    in_float8 = sum(weight.numel() for weight in stored.values() if weight.dtype == torch.float8_e4m3fn)
+    assert in_float8 > 0.9 * sum(weight.numel() for weight in stored.values())
+    assert path.stat().st_size < 1.2 * in_float8 + 20_000
+    assert all(parameter.dtype == torch.bfloat16 for parameter in pipeline.text_encoder.parameters())
+
+
+def test_weights_beyond_float8_are_not_stored_in_it(tmp_path):
+    pipeline = tiny_teacher()
+    pipeline.transformer.x_embedder.weight.data[0, 0] = 500.0
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"x_embedder\.weight .* beyond 448"):
+        examples("storage").store_in_float8(tmp_path)
