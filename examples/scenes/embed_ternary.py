@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the ternary Scenes model that `diffusers-ternary demo --scenes` draws with, and put it into the package.
 
-    python examples/scenes/embed_ternary.py runs/scenes/<teacher>/converted/distilled-full-.../model   # of quality.py
+    python examples/scenes/embed_ternary.py runs/scenes/Flux.../converted/distilled-full-.../model   # of quality.py
     python examples/scenes/embed_ternary.py --row "distilled full" --distill-steps 1000                # makes it
 
 The scores that the demo shows, of this model and of its teacher, are those of the benchmark's table.

@@ -178,14 +178,10 @@ def load_teacher(folder: Path) -> DiffusionPipeline:
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def describe(pipeline: DiffusionPipeline, count: int) -> str:
-    """What all rows of a table have in common."""
+def identify(pipeline: DiffusionPipeline) -> str:
+    """Name and hash of a teacher."""
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    size = sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e6
-    return (
-        f"Scenes, {type(pipeline.transformer).__name__} of {size:.1f} M parameters ({weights_sha256(modules)[:12]}); "
-        f"{STEPS} steps, guidance {GUIDANCE:g}; {count} held-out prompts a seed"
-    )
+    return f"{type(pipeline.transformer).__name__}-{weights_sha256(modules)[:12]}"
 
 
 def main() -> None:
@@ -220,10 +216,11 @@ def main() -> None:
     logging.getLogger("diffusers.pipelines.pipeline_utils").setLevel(logging.ERROR)  # about AutoencoderTiny
     folder = scenes_file(arguments.teacher) if arguments.teacher in TEACHERS else Path(arguments.teacher)
     load = functools.partial(load_teacher, folder)
-    about = describe(load(), arguments.count)
+    teacher = identify(load())
+    about = f"Scenes, {teacher}; {STEPS} steps, guidance {GUIDANCE:g}; {arguments.count} held-out prompts a seed"
     name = f"scenes_{arguments.teacher}.csv" if arguments.teacher in TEACHERS[1:] else "scenes.csv"
     output = arguments.output or RESULTS / name
-    work = arguments.work / about.split("(")[1].split(")")[0]
+    work = arguments.work / teacher
     if arguments.fresh:
         output.unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
