@@ -13,6 +13,7 @@ layer. OrbitQuant's rotation belongs to its weights here, and activations are no
 
 import ctypes
 import dataclasses
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -208,22 +209,30 @@ def _gguf_k(kind: str, block_bytes: int) -> Peer:
             raise ValueError(f"{kind} has blocks of 256 columns; a layer has {columns}.")
         values = np.ascontiguousarray(weight.float().numpy())
         packed = np.zeros((rows, columns // 256 * block_bytes), dtype=np.uint8)
-        pointers = (array.ctypes.data_as(ctypes.c_void_p) for array in (values, packed, np.zeros(16, dtype=np.int64)))
-        source, target, histogram = pointers
-        function = getattr(_ggml(), f"ggml_quantize_{kind.lower().replace('_k', '_K')}")
-        function.restype = ctypes.c_size_t
-        size = function(source, target, ctypes.c_int(values.size), ctypes.c_int(columns), histogram)
-        assert size == packed.nbytes
+        source, target = (array.ctypes.data_as(ctypes.c_void_p) for array in (values, packed))
+        function = getattr(_ggml(), f"quantize_row_{kind.lower().replace('_k', '_K')}_reference")
+        function(source, target, ctypes.c_int(values.size))  # rows are whole blocks, so all of them are one long row
         return torch.from_numpy(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[kind])), packed.nbytes
 
     return Peer(("gguf", "ctransformers"), _layer_by_layer(quantize))
 
 
+class _InitParams(ctypes.Structure):
+    """`struct ggml_init_params`."""
+
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+@functools.cache
 def _ggml() -> ctypes.CDLL:
     spec = importlib.util.find_spec("ctransformers")
     assert spec is not None
     assert spec.submodule_search_locations
-    return ctypes.CDLL(str(Path(spec.submodule_search_locations[0], "lib", "basic", "libctransformers.so")))
+    library = ctypes.CDLL(str(Path(spec.submodule_search_locations[0], "lib", "basic", "libctransformers.so")))
+    library.ggml_init.restype = ctypes.c_void_p
+    library.ggml_init.argtypes, library.ggml_free.argtypes = [_InitParams], [ctypes.c_void_p]
+    library.ggml_free(library.ggml_init(_InitParams(1024, None, False)))  # fills the table of float16 values
+    return library
 
 
 PEERS = {
