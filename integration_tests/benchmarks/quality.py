@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import logging
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -213,7 +212,6 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
     quiet_hosts()
-    logging.getLogger("diffusers.pipelines.pipeline_utils").setLevel(logging.ERROR)  # about AutoencoderTiny
     folder = scenes_file(arguments.teacher) if arguments.teacher in TEACHERS else Path(arguments.teacher)
     load = functools.partial(load_teacher, folder)
     teacher = identify(load())
