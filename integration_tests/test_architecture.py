@@ -38,8 +38,8 @@ def part_of(file: Path) -> str:
     return "" if first == "__init__" else first
 
 
-def imported_parts(file: Path) -> Iterator[tuple[int, str]]:
-    """Line and package of every import of this project in a file; empty for the root's namespace."""
+def imports(file: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Line and dotted name of everything of this project that a file imports."""
     package = ("diffusers_ternary", *file.relative_to(PACKAGE).parts[:-1])
     for node in ast.walk(ast.parse(file.read_text())):
         targets: list[tuple[str, ...]] = []
@@ -51,29 +51,26 @@ def imported_parts(file: Path) -> Iterator[tuple[int, str]]:
             targets = [(*base, alias.name) for alias in node.names]
         for target in targets:
             if target[0] == "diffusers_ternary":
-                part = target[1] if len(target) > 1 else ""
-                yield node.lineno, part if (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").exists() else ""
+                yield node.lineno, target
+
+
+def imported_parts(file: Path) -> Iterator[tuple[int, str]]:
+    """Line and package of every import of this project in a file; empty for the root's namespace."""
+    for line, target in imports(file):
+        part = target[1] if len(target) > 1 else ""
+        yield line, part if (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").exists() else ""
 
 
 def imported_files(file: Path) -> Iterator[Path]:
     """The files of this package that a file imports."""
-    package = ("diffusers_ternary", *file.relative_to(PACKAGE).parts[:-1])
-    for node in ast.walk(ast.parse(file.read_text())):
-        targets: list[tuple[str, ...]] = []
-        if isinstance(node, ast.Import):
-            targets = [tuple(alias.name.split(".")) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            base += tuple((node.module or "").split(".")) if node.module else ()
-            targets = [(*base, alias.name) for alias in node.names]
-        for target in targets:
-            while target and target[0] == "diffusers_ternary":
-                path = ROOT.joinpath(*target)
-                found = next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.exists()), None)
-                if found is not None:
-                    yield found
-                    break
-                target = target[:-1]
+    for _, target in imports(file):
+        while target:
+            path = ROOT.joinpath(*target)
+            found = next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.exists()), None)
+            if found is not None:
+                yield found
+                break
+            target = target[:-1]
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -168,6 +165,35 @@ def picture() -> str:
 def test_the_picture_in_contributing_shows_these_floors():
     drawn = CONTRIBUTING.read_text().split(_BEGIN)[1].split(_END)[0]
     assert drawn == picture(), "draw it again: python integration_tests/test_architecture.py"
+
+
+# Tests in a room that are of no single file, and what they are of.
+OF_A_WHOLE_ROOM = {
+    "kernels/cpu/test_c.py": "all C sources, under sanitizers and for another architecture",
+    "kernels/triton/test_alone.py": "the imports of the room",
+    "kernels/triton/test_benchmarks.py": "benchmarks/gpu, which run its kernels",
+    "kernels/triton/test_compile.py": "every kernel, compiled for GPUs",
+    "kernels/triton/test_interpreted.py": "runs test_kernels.py under Triton's interpreter",
+    "kernels/triton/test_kernels.py": "every kernel against float32",
+    "kernels/triton/test_ptx.py": "the inlined PTX of several files",
+}
+
+
+def test_the_test_of_a_file_is_found_by_its_path():
+    """`<room>/test_X.py` is of `<room>/X.py`, of `<room>/src/X.c`, or of the files `<room>/X_*.py`."""
+    tests = ROOT / "integration_tests"
+    lost = set()
+    for test in tests.rglob("test_*.py"):
+        room, name = PACKAGE / test.parent.relative_to(tests), test.stem.removeprefix("test_")
+        if test.parent == tests or not room.is_dir():
+            continue  # of the whole package; journeys, examples, GPUs
+        found = [room / f"{name}.py", room / "src" / f"{name}.c", *room.glob(f"{name}_*.py")]
+        if not any(file.is_file() for file in found):
+            lost.add(test.relative_to(tests).as_posix())
+    assert lost == OF_A_WHOLE_ROOM.keys(), (
+        f"{sorted(lost ^ OF_A_WHOLE_ROOM.keys())}: name a test after the file that it is of; put it into journeys/ if "
+        "it is of many, or into OF_A_WHOLE_ROOM with what it is of."
+    )
 
 
 def sources() -> Iterator[Path]:

@@ -96,7 +96,7 @@ def test_vram_of_an_offloaded_model_is_returned(model):
     assert torch.cuda.memory_allocated() <= before + (1 << 20)
 
 
-@pytest.mark.usefixtures("cuda")  # on the CPU, `lora/test_running.py` does it
+@pytest.mark.usefixtures("cuda")  # on the CPU, `journeys/test_lora_running.py` does it
 def test_compiled_lora_hotswap_does_not_recompile(model, tmp_path):
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     for rank in (4, 8):
