@@ -2,13 +2,12 @@
 """What a distillation did."""
 
 import dataclasses
-import math
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..files import parse_json_object, write_json
+from ..files import finite, parse_json_object, write_json
 from .progress import Evaluation
 
 
@@ -54,17 +53,7 @@ class DistillReport:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dictionary: numbers that are not finite become `None`."""
-
-        def finite(value: Any) -> Any:
-            if isinstance(value, float) and not math.isfinite(value):
-                return None
-            if isinstance(value, dict):
-                return {key: finite(item) for key, item in value.items()}
-            if isinstance(value, (list, tuple)):
-                return [finite(item) for item in value]
-            return value
-
-        return {key: finite(value) for key, value in dataclasses.asdict(self).items()}
+        return finite(dataclasses.asdict(self))
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Writes [`~DistillReport.to_dict`] to a file."""

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from ..files import new_file, write_json
+from ..files import finite, new_file, write_json
 from ..rollouts import VelocityError
 from .contact_sheet import contact_sheet
 from .judgement import BenchmarkScores
@@ -202,7 +202,7 @@ class EvaluationResult:
             "created": self.created,
             "images": images,
         }
-        return _finite(data)
+        return finite(data)
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Writes [`~EvaluationResult.to_dict`] to a file."""
@@ -281,11 +281,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, (str, int, float, bool)) else repr(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

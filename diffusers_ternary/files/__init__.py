@@ -14,7 +14,7 @@ from .atomic import (
     write_text,
 )
 from .disk_errors import explained_disk_errors
-from .documents import RESTORE, parse_json, parse_json_object, read_json, write_json
+from .documents import RESTORE, finite, parse_json, parse_json_object, read_json, write_json
 from .hashes import file_sha256
 from .locks import lock
 from .names import PathLike, is_leftover
@@ -28,6 +28,7 @@ __all__ = [
     "explained_disk_errors",
     "file_sha256",
     "finish_folder",
+    "finite",
     "is_leftover",
     "lock",
     "new_file",

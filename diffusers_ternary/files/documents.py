@@ -2,6 +2,7 @@
 """JSON documents, read as something that anybody may have written."""
 
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -49,6 +50,15 @@ def read_json(path: PathLike, *, remedy: str = RESTORE) -> dict[str, Any] | None
     if not file.is_file():
         return None
     return parse_json_object(file.read_bytes(), source=file, remedy=remedy)
+
+
+def finite(value: Any) -> Any:
+    """JSON values that every reader knows: numbers that are not finite become `None`, inside dicts and lists too."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: PathLike, content: Any, *, allow_nan: bool = True) -> None:

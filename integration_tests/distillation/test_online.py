@@ -2,13 +2,14 @@
 """The pool of trajectories: rows of the real pipeline, one step at a time, and the same bits after a resume."""
 
 import io
+import shutil
 import threading
 
 import pytest
 import torch
 
 from diffusers_ternary.distillation.cache import TeacherCache
-from diffusers_ternary.distillation.online import TeacherPool
+from diffusers_ternary.distillation.online import TeacherPool, load_pool, save_pool
 from diffusers_ternary.rollouts import recorded_calls
 from integration_tests.distillation.test_cache import call_kwargs, recorder
 from integration_tests.support import distillation as tiny
@@ -161,6 +162,29 @@ def test_bad_rows_and_states():
         source.load_state_dict({**state, "seed": 8})
     with pytest.raises(ValueError, match="prompts_sha256="):
         source.load_state_dict({**state, "prompts_sha256": "0"})
+
+
+def test_stored_states_that_change_are_noticed(tmp_path):
+    source = pool()
+    take(source, 3)
+    for step in (2, 4, 6):
+        save_pool(source, tmp_path, step, 0)
+    files = sorted(tmp_path.iterdir())
+    assert [path.name for path in files] == [f"pool-0000000{step}-process-0.safetensors" for step in (4, 6)]
+    expected = take(source, 3)
+    source.close()
+    resumed = pool()
+    load_pool(resumed, tmp_path, 6, 0)
+    assert same(take(resumed, 3), expected)
+    resumed.close()
+    shutil.copy(files[0], files[1])
+    with pytest.raises(ValueError, match=r"is of another step\. The run cannot go on"):
+        load_pool(pool(), tmp_path, 6, 0)
+    data = bytearray(files[0].read_bytes())
+    data[-1] ^= 1
+    files[0].write_bytes(data)
+    with pytest.raises(ValueError, match=r"is not as it was written\. The run cannot go on"):
+        load_pool(pool(), tmp_path, 4, 0)
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):

@@ -14,7 +14,7 @@ from diffusers_ternary.calibration.solver import OutputErrors, SolvedLayer
 from diffusers_ternary.calibration.store import FinishedLayer, LayerStore
 from diffusers_ternary.distillation.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_ternary.distillation.shards import find_fault, write_tensors
-from diffusers_ternary.files.seals import is_sealed, seal
+from diffusers_ternary.files.seals import is_sealed, read_sealed, seal, write_sealed
 from diffusers_ternary.ternarize import ternarize
 
 
@@ -57,6 +57,26 @@ def test_changed_records_are_noticed(changes):
 )
 def test_changed_tensors_are_noticed(changed):
     assert not is_sealed(seal(RECORD, TENSORS), changed)
+
+
+def test_sealed_files(tmp_path):
+    file = tmp_path / "file.safetensors"
+    record = {"of": "a", "numbers": [1, 0.1, None]}
+    write_sealed(file, record, TENSORS, metadata_key="key")
+    found, tensors = read_sealed(file, metadata_key="key")
+    assert {name: found[name] for name in record} == record
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+    with pytest.raises(ValueError, match=r"file\.safetensors cannot be read"):
+        read_sealed(file, metadata_key="other")
+    with safe_open(file, framework="pt") as handle:
+        metadata = handle.metadata()
+    save_file({**tensors, "n": torch.tensor(4)}, file, metadata)
+    with pytest.raises(ValueError, match=r"file\.safetensors is not as it was written"):
+        read_sealed(file, metadata_key="key")
+    file.write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match=r"file\.safetensors cannot be read"):
+        read_sealed(file, metadata_key="key")
 
 
 # --- calibrate ------------------------------------------------------------------------------------------------------
