@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The repeated blocks of a denoiser: which they are, and what comes out of them."""
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,46 +19,39 @@ def block_names(layers: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(match.group(1) for match in found if match))
 
 
-class Interrupted(Exception):  # noqa: N818 - no error: the rest of the forward is not needed
-    """Raised by a [`BlockRecorder`] after its last block."""
+class _Interrupted(Exception):  # noqa: N818 - no error: the rest of the forward is not needed
+    pass
 
 
-class BlockRecorder:
-    """Keeps the outputs of blocks during one forward, in the order in which they run.
+@contextlib.contextmanager
+def recorded_blocks(
+    model: nn.Module, names: Iterable[str], *, stop_after: str | None = None
+) -> Iterator[dict[str, tuple[torch.Tensor, ...]]]:
+    """Keeps the outputs of blocks while the model runs inside, in the order in which they run.
+
+    Hooks are gone afterwards: gradient checkpointing runs the blocks again, and those outputs are not wanted.
 
     Args:
         model (`nn.Module`): the denoiser.
         names (`Iterable[str]`): blocks to record.
-        stop_after (`str`, *optional*): raise [`Interrupted`] when this block is done.
+        stop_after (`str`, *optional*): end what runs inside when this block is done.
     """
+    outputs: dict[str, tuple[torch.Tensor, ...]] = {}
 
-    def __init__(self, model: nn.Module, names: Iterable[str], *, stop_after: str | None = None) -> None:
-        self.outputs: dict[str, tuple[torch.Tensor, ...]] = {}
-        self._stop_after = stop_after
-        self._recording = False
-        self._handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in names]
+    def record(name: str, output: Any) -> None:
+        parts = output if isinstance(output, (tuple, list)) else (output,)
+        outputs[name] = tuple(part for part in parts if isinstance(part, torch.Tensor))
+        if name == stop_after:
+            raise _Interrupted
 
-    def __enter__(self) -> "BlockRecorder":
-        self.outputs = {}
-        self._recording = True
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        # Gradient checkpointing runs the blocks again in the backward: those outputs are not wanted.
-        self._recording = False
-
-    def close(self) -> None:
-        """Takes the hooks off the model."""
-        for handle in self._handles:
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, args, output, name=name: record(name, output))
+        for name in names
+    ]
+    try:
+        yield outputs
+    except _Interrupted:
+        pass
+    finally:
+        for handle in handles:
             handle.remove()
-
-    def _hook(self, name: str) -> Any:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            if not self._recording:
-                return
-            parts = output if isinstance(output, (tuple, list)) else (output,)
-            self.outputs[name] = tuple(part for part in parts if isinstance(part, torch.Tensor))
-            if name == self._stop_after:
-                raise Interrupted
-
-        return record

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_che
 from .config import DistillConfig
 from .held_out import HeldOutError
 from .inputs import InputMaker
-from .loss import DenoiserInputs, StudentNetwork, TeacherNetwork
+from .loss import DenoiserInputs, StudentNetwork, Targets, observe
 from .online import load_pool, save_pool
 from .optimizer import MAX_GRADIENT_NORM, make_optimizer, parameter_groups, rate_factor
 from .phases import Phase, plan_phases
@@ -107,28 +108,24 @@ class Trainer:
         peaks = [group["lr"] for group in optimizer.param_groups]
         if checkpoint is not None:
             load_checkpoint(checkpoint, network, optimizer.optimizer)
-        teacher = TeacherNetwork(self.teacher, blocks, stop_after=phase.block)
-        try:
-            for step in range(self.progress.phase_step, phase.steps):
-                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["lr"] = peak * rate_factor(step, phase.steps)
-                fault = self._step(network, teacher, optimizer)
-                if fault is not None:
-                    self.progress.stopped = f"step {self.progress.step}: {fault}"
-                    return
-                self._after_step(trainee, network, optimizer, last=step + 1 == phase.steps)
-        finally:
-            teacher.close()
+        for step in range(self.progress.phase_step, phase.steps):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * rate_factor(step, phase.steps)
+            fault = self._step(network, blocks, phase.block, optimizer)
+            if fault is not None:
+                self.progress.stopped = f"step {self.progress.step}: {fault}"
+                return
+            self._after_step(trainee, network, optimizer, last=step + 1 == phase.steps)
         write_back(trainee, self.student)
         self._save_student(self.folder / "phases" / str(number + 1))
 
-    def _step(self, network: nn.Module, teacher: TeacherNetwork, optimizer: Any) -> str | None:
+    def _step(self, network: nn.Module, blocks: Sequence[str], stop_after: str | None, optimizer: Any) -> str | None:
         """One update; returns why there must not be another."""
         start = time.perf_counter(), time.process_time()
         total, forwards = 0.0, self.config.gradient_accumulation_steps
         for forward in range(forwards):
             inputs = self._inputs(self.progress.step, forward)
-            targets = teacher(inputs)
+            targets = self._targets(inputs, blocks, stop_after=stop_after)
             with self.accelerator.accumulate(network):
                 loss = network(inputs, targets)
                 total += float(self.accelerator.reduce(loss.detach(), "mean")) / forwards
@@ -149,6 +146,10 @@ class Trainer:
 
     def _inputs(self, step: int, forward: int) -> DenoiserInputs:
         return self.inputs.make(step, forward).to(self.accelerator.device, float_dtype(self.teacher))
+
+    @torch.no_grad()
+    def _targets(self, inputs: DenoiserInputs, blocks: Sequence[str], *, stop_after: str | None = None) -> Targets:
+        return observe(self.teacher, inputs, blocks, stop_after=stop_after)
 
     def _after_step(self, trainee: nn.Module, network: nn.Module, optimizer: Any, *, last: bool) -> None:
         step = self.progress.step
@@ -198,10 +199,7 @@ class Trainer:
 
     def _blocks_in_order(self) -> list[str]:
         """Blocks as they run, which is not always the order in which they are defined."""
-        teacher = TeacherNetwork(self.teacher, self.blocks)
-        order = list(teacher(self._inputs(0, 0)).blocks)
-        teacher.close()
-        return order
+        return list(self._targets(self._inputs(0, 0), self.blocks).blocks)
 
     def _name_blocks_for_fsdp(self, trainee: nn.Module) -> None:
         """FSDP wraps what is named here, with `--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP`."""

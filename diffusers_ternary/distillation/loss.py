@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..rollouts import map_tensors, timestep_name
-from .blocks import BlockRecorder, Interrupted
+from .blocks import recorded_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class DenoiserInputs:
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What the teacher makes of the same inputs.
+    """What a denoiser makes of inputs: what the student is to make of the teacher's.
 
     Args:
         prediction (`torch.Tensor`, *optional*): `None` if only blocks were asked for.
@@ -79,28 +79,21 @@ def block_error(
     return torch.stack(blocks).mean()
 
 
-class TeacherNetwork:
-    """Answers with the teacher's predictions and block outputs, without gradient.
+def observe(
+    denoiser: nn.Module, inputs: DenoiserInputs, blocks: Sequence[str], *, stop_after: str | None = None
+) -> Targets:
+    """One forward: the prediction, and the outputs of blocks.
 
     Args:
-        denoiser (`nn.Module`): float.
+        denoiser (`nn.Module`): the teacher or the trainee.
+        inputs ([`DenoiserInputs`]): of the forward.
         blocks (`Sequence[str]`): blocks whose outputs are wanted.
         stop_after (`str`, *optional*): the forward ends after this block, without a prediction.
     """
-
-    def __init__(self, denoiser: nn.Module, blocks: Sequence[str], *, stop_after: str | None = None) -> None:
-        self.denoiser = denoiser
-        self._recorder = BlockRecorder(denoiser, blocks, stop_after=stop_after)
-
-    @torch.no_grad()
-    def __call__(self, inputs: DenoiserInputs) -> Targets:
-        """What the teacher makes of these inputs."""
-        prediction = _forward(self.denoiser, inputs, self._recorder)
-        return Targets(prediction, self._recorder.outputs)
-
-    def close(self) -> None:
-        """Takes the hooks off the denoiser."""
-        self._recorder.close()
+    prediction = None
+    with recorded_blocks(denoiser, blocks, stop_after=stop_after) as outputs:
+        prediction = inputs.call(denoiser)
+    return Targets(prediction, outputs)
 
 
 class StudentNetwork(nn.Module):
@@ -121,24 +114,16 @@ class StudentNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self.blocks = blocks
         self.block_weight = block_weight
-        self._recorder = BlockRecorder(denoiser, blocks, stop_after=stop_after)
+        self.stop_after = stop_after
 
     def forward(self, inputs: DenoiserInputs, targets: Targets) -> torch.Tensor:
         """Scalar loss, float32."""
-        prediction = _forward(self.denoiser, inputs, self._recorder)
-        outputs, self._recorder.outputs = self._recorder.outputs, {}
-        if prediction is None or targets.prediction is None:
-            return block_error(outputs, targets.blocks)
-        loss = relative_error(prediction, targets.prediction)
+        own = observe(self.denoiser, inputs, self.blocks, stop_after=self.stop_after)
+        if own.prediction is None or targets.prediction is None:
+            return block_error(own.blocks, targets.blocks)
+        loss = relative_error(own.prediction, targets.prediction)
         if self.block_weight and targets.blocks:
-            loss = loss + self.block_weight * block_error(outputs, targets.blocks)
+            loss = loss + self.block_weight * block_error(own.blocks, targets.blocks)
         return loss
-
-
-def _forward(denoiser: nn.Module, inputs: DenoiserInputs, recorder: BlockRecorder) -> torch.Tensor | None:
-    with recorder:
-        try:
-            return inputs.call(denoiser)
-        except Interrupted:
-            return None

@@ -6,13 +6,13 @@ import copy
 import pytest
 import torch
 
-from diffusers_ternary.distillation.blocks import BlockRecorder, Interrupted, block_names
+from diffusers_ternary.distillation.blocks import block_names, recorded_blocks
 from diffusers_ternary.distillation.loss import (
     DenoiserInputs,
     StudentNetwork,
     Targets,
-    TeacherNetwork,
     block_error,
+    observe,
     relative_error,
 )
 from integration_tests.support import denoisers, distillation
@@ -42,6 +42,11 @@ def pair():
     return teacher, student
 
 
+@torch.no_grad()
+def asked(teacher, blocks, **options):
+    return observe(teacher, inputs(), blocks, **options)
+
+
 BLOCKS = ("transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0")
 
 
@@ -67,8 +72,7 @@ def test_block_error_is_the_mean_over_blocks_of_the_mean_over_outputs():
 
 def test_the_loss_is_prediction_plus_blocks(pair):
     teacher, student = pair
-    asked = TeacherNetwork(teacher, BLOCKS)
-    targets = asked(inputs())
+    targets = asked(teacher, BLOCKS)
     loss = StudentNetwork(student, BLOCKS, block_weight=0.5)(inputs(), targets).item()
     with torch.no_grad():
         outputs = {}
@@ -90,13 +94,11 @@ def test_the_loss_is_prediction_plus_blocks(pair):
             sum(float((s - t).square().sum() / t.square().sum()) for s, t in pairs) / len(targets.blocks[name])
         )
     assert loss == pytest.approx(float(expected) + 0.5 * sum(parts) / 3, rel=1e-4)
-    asked.close()
 
 
 def test_gradients_with_checkpointing_are_the_same(pair):
     teacher, student = pair
-    asked = TeacherNetwork(teacher, BLOCKS)
-    targets = asked(inputs())
+    targets = asked(teacher, BLOCKS)
     gradients = []
     for checkpointing in (False, True):
         trained = copy.deepcopy(student)
@@ -107,13 +109,11 @@ def test_gradients_with_checkpointing_are_the_same(pair):
     for name, gradient in gradients[0].items():
         if gradient is not None:
             torch.testing.assert_close(gradient, gradients[1][name], msg=name)
-    asked.close()
 
 
 def test_a_block_alone_ends_the_forward(pair):
     teacher, student = pair
-    asked = TeacherNetwork(teacher, BLOCKS[:2], stop_after=BLOCKS[1])
-    targets = asked(inputs())
+    targets = asked(teacher, BLOCKS[:2], stop_after=BLOCKS[1])
     assert targets.prediction is None
     assert list(targets.blocks) == list(BLOCKS[:2])
     trained = copy.deepcopy(student)
@@ -121,18 +121,21 @@ def test_a_block_alone_ends_the_forward(pair):
     StudentNetwork(trained, BLOCKS[1:2], block_weight=0.5, stop_after=BLOCKS[1])(inputs(), only).backward()
     assert trained.transformer_blocks[1].attn.to_q.weight.grad is not None
     assert trained.single_transformer_blocks[0].attn.to_q.weight.grad is None
-    asked.close()
     assert not any(module._forward_hooks for module in teacher.modules())
 
 
-def test_a_recorder_is_silent_outside_its_block(pair):
-    recorder = BlockRecorder(pair[0], BLOCKS, stop_after=BLOCKS[0])
-    inputs().call(pair[0])
-    assert recorder.outputs == {}
-    with recorder, pytest.raises(Interrupted):
+def test_nothing_is_recorded_outside(pair):
+    """Nor is a forward ended: gradient checkpointing runs the blocks again in the backward."""
+    with recorded_blocks(pair[0], BLOCKS, stop_after=BLOCKS[0]) as outputs:
+        assert outputs == {}
         inputs().call(pair[0])
-    assert list(recorder.outputs) == [BLOCKS[0]]
-    recorder.close()
+        pytest.fail("the forward went on")
+    assert list(outputs) == [BLOCKS[0]]
+    assert inputs().call(pair[0]).shape == (2, 16, 4)
+    assert list(outputs) == [BLOCKS[0]]
+    with pytest.raises(RuntimeError, match="of the model"), recorded_blocks(pair[0], BLOCKS):
+        raise RuntimeError("of the model")
+    assert not any(module._forward_hooks for module in pair[0].modules())
 
 
 def test_a_learned_variance_is_left_out():
