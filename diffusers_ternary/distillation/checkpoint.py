@@ -101,8 +101,11 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.o
     path = checkpoint.folder / _TENSORS
     if not path.is_file() or file_sha256(path) != checkpoint.state_sha256:
         raise ValueError(f"{path} is missing or not as it was written. {_REMEDY}")
-    parameters = dict(_trained(model))
-    for key, tensor in load_file(path).items():
+    stored, parameters = load_file(path), dict(_trained(model))
+    missing = sorted(name for name in parameters if f"{_MODEL}{name}" not in stored)
+    if missing:
+        raise ValueError(f"{path} holds no {missing[0]}, which is trained now. {_REMEDY}")
+    for key, tensor in stored.items():
         if key.startswith(_MODEL):
             parameter = parameters[key.removeprefix(_MODEL)]
             parameter.copy_(_like(parameter, tensor))

@@ -14,11 +14,8 @@ from ..files import file_sha256, write_bytes
 SUFFIX = ".sha256"
 
 
-def write_tensors(path: pathlib.Path, tensors: Mapping[str, torch.Tensor]) -> int:
+def write_tensors(path: pathlib.Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes a safetensors file and its hash.
-
-    Returns:
-        `int`: bytes of the file.
 
     Raises:
         OSError: if it cannot be written (disk full, no permission); nothing half-written stays behind.
@@ -28,7 +25,6 @@ def write_tensors(path: pathlib.Path, tensors: Mapping[str, torch.Tensor]) -> in
     digest = f"{hashlib.sha256(data).hexdigest()}  {path.name}\n"
     # The hash comes last: a file without one is not complete.
     write_bytes(hash_path(path), digest.encode())
-    return len(data)
 
 
 def hash_path(path: pathlib.Path) -> pathlib.Path:

@@ -2,7 +2,7 @@
 """The student while it is trained: a float twin of the packed denoiser, and the way back."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -52,19 +52,12 @@ def train_others(trainee: nn.Module, which: str) -> None:
     """
     if which == "none":
         return
-    for module, name, parameter in other_parameters(trainee):
-        if which == "all" or parameter.dim() == 1:
-            module.register_parameter(name, nn.Parameter(parameter.detach().float()))
-
-
-def other_parameters(trainee: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Floating parameters outside the trainable ternary layers, with their module and their name in it."""
     for module in list(trainee.modules()):
         if isinstance(module, TrainableTernaryLayer):
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_floating_point():
-                yield module, name, parameter
+            if parameter.is_floating_point() and (which == "all" or parameter.dim() == 1):
+                module.register_parameter(name, nn.Parameter(parameter.detach().float()))
 
 
 @torch.no_grad()

@@ -196,6 +196,13 @@ def test_checkpoints_with_the_state_of_others(checkpoint, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
+def test_checkpoints_of_another_model(checkpoint):
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"state\.safetensors holds no 0\.bias, which is trained now\. Delete"):
+        load_checkpoint(latest_checkpoint(checkpoint.parent), model, optimizer)
+
+
 def test_checkpoints_under_another_name(checkpoint):
     checkpoint.rename(checkpoint.with_name("step-00000009"))
     with pytest.raises(ValueError, match=r"step-00000009 is the checkpoint of step 7 under another name\. Delete"):
