@@ -24,9 +24,9 @@ from torch import nn
 import diffusers_ternary
 from diffusers_ternary.backend.dequantize import dequantize_layers
 from diffusers_ternary.kernels import cpu
-from diffusers_ternary.kernels.cpu import call as cpu_call
-from diffusers_ternary.kernels.cpu import linear as cpu_linear
 from diffusers_ternary.kernels.cpu import native
+from diffusers_ternary.kernels.cpu import prepared as cpu_call
+from diffusers_ternary.kernels.cpu import products as cpu_linear
 
 
 RANK = 16

@@ -26,9 +26,9 @@ import diffusers_ternary
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.backend.dequantize import dequantize_layers as dense_layers
 from diffusers_ternary.kernels import cpu
-from diffusers_ternary.kernels.cpu import call as cpu_call
-from diffusers_ternary.kernels.cpu import linear as cpu_linear
 from diffusers_ternary.kernels.cpu import native
+from diffusers_ternary.kernels.cpu import prepared as cpu_call
+from diffusers_ternary.kernels.cpu import products as cpu_linear
 
 
 RESULTS = Path(__file__).parent / "results"

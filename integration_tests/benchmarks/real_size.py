@@ -37,9 +37,9 @@ from safetensors.torch import save_file
 import diffusers_ternary
 from diffusers_ternary import TernaryConfig
 from diffusers_ternary.backend import bits_per_weight, packed_layers
-from diffusers_ternary.kernels.cpu import call as cpu_call
-from diffusers_ternary.kernels.cpu import linear as cpu_linear
 from diffusers_ternary.kernels.cpu import native
+from diffusers_ternary.kernels.cpu import prepared as cpu_call
+from diffusers_ternary.kernels.cpu import products as cpu_linear
 
 
 RESULTS = Path(__file__).parent / "results" / "real_size.csv"

@@ -2,8 +2,8 @@
 """CPU kernels: packed ternary weights times int8 activations in C, and what serves without the compiled library."""
 
 from . import twn  # noqa: F401 (registers itself with ternarize)
-from .call import prepare
-from .linear import dequantize_rows, kernel_name, linear_exact, linear_int8
+from .prepared import prepare
+from .products import dequantize_rows, kernel_name, linear_exact, linear_int8
 
 
 __all__ = ["dequantize_rows", "kernel_name", "linear_exact", "linear_int8", "prepare"]

@@ -105,7 +105,7 @@ def linear_int8(
     """The int8 linear map in torch.
 
     Args:
-        rows (`torch.Tensor`): `[M, K]` float; the others as in `linear.linear_int8`.
+        rows (`torch.Tensor`): `[M, K]` float; the others as in `products.linear_int8`.
 
     Returns:
         `[M, N]` in the dtype of `rows`, and whether some rows hold an infinity (they are NaN here).

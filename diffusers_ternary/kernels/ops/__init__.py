@@ -3,14 +3,14 @@
 
 from . import mps, triton  # noqa: F401 (register the operators on GPUs)
 from .checks import check_devices, check_float
-from .dequantize import ternary_dequantize
 from .int8 import int8_product
-from .linear import ACTIVATION_DTYPES, ternary_linear
 from .prepared import PreparedProducts, prepared_products
 from .product import ternary_product
 from .resident import ResidentWeight, resident_weight, unpacked_bytes
 from .rotate import ternary_rotate
 from .serving import kernel_name
+from .ternary_linear import ACTIVATION_DTYPES, ternary_linear
+from .unpack import ternary_dequantize
 
 
 __all__ = [

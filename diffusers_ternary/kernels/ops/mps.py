@@ -4,8 +4,8 @@
 import torch
 
 from .checks import check_devices
-from .dequantize import ternary_dequantize
-from .linear import check_arguments, ternary_linear
+from .ternary_linear import check_arguments, ternary_linear
+from .unpack import ternary_dequantize
 
 
 @ternary_linear.register_kernel("mps")

@@ -8,9 +8,9 @@ the products of a small model.
 import torch
 
 from .. import blocked
-from .linear import _linear_cpu, check_arguments, ternary_linear
 from .mps import _linear as _linear_mps
 from .serving import TRITON_DEVICE_TYPES
+from .ternary_linear import _linear_cpu, check_arguments, ternary_linear
 from .traced import traced_linear
 from .triton import _linear as _linear_triton
 

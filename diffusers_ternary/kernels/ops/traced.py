@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from ...ternarize import rotate
 from .. import reference
 from ..compat import constant_when_traced
-from .dequantize import check_devices
 from .serving import TRITON_DEVICE_TYPES, triton_serves
+from .unpack import check_devices
 
 
 # From here unpacking costs less (about 20 %, by arithmetic) than an opaque operator does.

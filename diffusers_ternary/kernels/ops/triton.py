@@ -10,11 +10,11 @@ from ...ternarize import rotate
 from .. import blocked, reference
 from ..compat import returns_no_view
 from .checks import check_devices
-from .dequantize import ternary_dequantize
-from .linear import check_arguments, ternary_linear
 from .prepared import quick_linear
 from .rotate import ternary_rotate
 from .serving import TRITON_DEVICE_TYPES, triton_serves
+from .ternary_linear import check_arguments, ternary_linear
+from .unpack import ternary_dequantize
 
 
 @ternary_linear.register_kernel(TRITON_DEVICE_TYPES)

@@ -234,7 +234,7 @@ def _gathers(request: Request, block_k: int) -> bool:
 
 
 def _scale_sums(target: Target, request: Request, plan: Plan) -> bool:
-    """Whether scaling the sums over blocks is shorter than scaling the codes (see `accumulate.multiply_add`).
+    """Whether scaling the sums over blocks is shorter than scaling the codes (see `multiply_add`).
 
     The second set of accumulators spills on sm_90 (152 bytes a thread in tiles of 128 x 128), not in those of a GEMV.
     """

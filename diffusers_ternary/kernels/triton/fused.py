@@ -5,9 +5,9 @@
 import triton
 import triton.language as tl
 
-from .accumulate import multiply_add
 from .decode import decode, load_groups
 from .epilogue import store_output
+from .multiply_add import multiply_add
 from .tiles import tile_of_program
 
 

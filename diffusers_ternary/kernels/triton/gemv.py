@@ -5,9 +5,9 @@
 import triton
 import triton.language as tl
 
-from .accumulate import multiply_add
 from .decode import decode, load_groups
 from .epilogue import store_output
+from .multiply_add import multiply_add
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])  # one row, or any other number of them

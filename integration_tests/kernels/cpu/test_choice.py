@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers_ternary.format import expand_scales, pack_planes
 from diffusers_ternary.kernels import cpu
 from diffusers_ternary.kernels.cpu import choice, native
-from diffusers_ternary.kernels.cpu import linear as cpu_linear
+from diffusers_ternary.kernels.cpu import products as cpu_linear
 
 
 NAMES = ("amx-int8", "avx512-vnni", "avx2")
@@ -67,7 +67,7 @@ def test_dense_product_in_blocks(monkeypatch, dtype):
 
 
 def test_prepared_calls_choose_as_the_operator_does(monkeypatch):
-    from diffusers_ternary.kernels.cpu import call
+    from diffusers_ternary.kernels.cpu import prepared as call
     from diffusers_ternary.kernels.operands import Layout
 
     library = native.load()
@@ -82,7 +82,7 @@ def test_prepared_calls_choose_as_the_operator_does(monkeypatch):
 
 
 def test_a_prepared_call_uses_the_threads_of_torch():
-    from diffusers_ternary.kernels.cpu.call import prepare
+    from diffusers_ternary.kernels.cpu.prepared import prepare
     from diffusers_ternary.kernels.operands import Layout
 
     if native.load() is None:

@@ -37,7 +37,7 @@ def by_operator(layer: TernaryLinear, x: torch.Tensor) -> torch.Tensor:
     spec = layer.spec
     tensors = (layer.weight, layer.scales, layer.weight_multiplier, layer.bias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffusers_ternary.kernels.ops.linear.quick_linear", lambda *_: None)
+        patch.setattr("diffusers_ternary.kernels.ops.ternary_linear.quick_linear", lambda *_: None)
         return ternary_linear(
             x, *tensors, spec.in_features, spec.group_size, layer.activation_dtype, spec.hadamard
         ).detach()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers_ternary.format import expand_scales, group_scales, pack_planes
 from diffusers_ternary.kernels import cpu
 from diffusers_ternary.kernels.cpu import fallback, native
-from diffusers_ternary.kernels.cpu import linear as cpu_linear
+from diffusers_ternary.kernels.cpu import products as cpu_linear
 
 
 VARIANTS = native.variants()

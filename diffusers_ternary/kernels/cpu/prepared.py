@@ -6,7 +6,7 @@ import math
 import torch
 
 from ..operands import Call, Layout
-from . import linear
+from . import products
 from .choice import choose
 from .native import DTYPES, load
 
@@ -31,7 +31,7 @@ def prepare(layout: Layout, shape: torch.Size, dtype: torch.dtype, device: torch
         library = choose(library, rows, group_size, in_features, layout.has_multiplier, dense)
     if library is None:
         return None
-    threaded = rows * columns * in_features >= linear.THREAD_LEAST_PRODUCTS
+    threaded = rows * columns * in_features >= products.THREAD_LEAST_PRODUCTS
     product, pack = library.functions.dt_linear, library.pack
     variant, code, scale_code = library.variant_index, DTYPES[dtype], DTYPES[layout.scale_dtype]
     bias_code = 0 if layout.bias_dtype is None else DTYPES[layout.bias_dtype]
@@ -68,7 +68,7 @@ def prepare(layout: Layout, shape: torch.Size, dtype: torch.dtype, device: torch
         # 0 is by far the usual result: no row holds an infinity, and there was no error.
         if product(arguments, torch.get_num_threads() if threaded else 1) == 0:
             return out
-        return linear.linear_int8(
+        return products.linear_int8(
             x,
             weight,
             scale.view(layout.scale_dtype),

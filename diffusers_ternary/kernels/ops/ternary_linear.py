@@ -9,9 +9,9 @@ from ...ternarize import rotate
 from .. import blocked, cpu, reference
 from ..compat import returns_no_view
 from .checks import check_devices, check_float
-from .dequantize import ternary_dequantize
 from .prepared import quick_linear
 from .rotate import ternary_rotate
+from .unpack import ternary_dequantize
 
 
 ACTIVATION_DTYPES = ("auto", "int8", "float8_e4m3fn", "none")
