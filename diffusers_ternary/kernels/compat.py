@@ -20,6 +20,9 @@ _function_transforms = torch._C._functorch.peek_interpreter_stack
 _traced_by_jit = torch._C._get_tracing_state
 
 
+any_autocast = torch._C._is_any_autocast_enabled  # whether it is on for any device, which is quickly asked
+
+
 def constant_when_traced(function: FunctionT) -> FunctionT:
     """`torch.compiler.assume_constant_result`, which imports the compiler: a second, where nothing is compiled."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -27,20 +30,21 @@ def constant_when_traced(function: FunctionT) -> FunctionT:
 
 
 def is_autocast(x: torch.Tensor) -> bool:
-    """Whether autocast is on for the device of `x`; first asked for any device, which takes a tenth of the time."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    """Whether autocast is on for the device of `x`."""
+    if not torch.compiler.is_compiling() and not any_autocast():
         return False
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Whether a call on `x` may skip torch's dispatcher: nobody watches it, and it has no gradient to record.
+    """Whether a call on `x` may skip torch's dispatcher: nobody traces or watches it, and it records no gradient.
 
     Dispatch modes (fake tensors, FLOP counters, exports), transforms (vmap, forward-mode derivatives), tracing and
     tensor subclasses all need the operator.
     """
     return (
-        (type(x) is torch.Tensor or type(x) is torch.nn.Parameter)
+        not torch.compiler.is_dynamo_compiling()
+        and (type(x) is torch.Tensor or type(x) is torch.nn.Parameter)
         and not (x.requires_grad and torch.is_grad_enabled())
         and _dispatch_modes() == 0
         and _function_transforms() is None

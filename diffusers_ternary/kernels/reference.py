@@ -6,82 +6,57 @@ import torch.nn.functional as F
 
 from ..format import expand_scales, group_scales, unpack_planes
 from ..ternarize import rotate
+from .operands import PackedWeight
 
 
-def dequantize(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    *,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Dense weight `[N, K]` from 2-bit planes `[N, ceil(K / 4)]` and scales; float32 product, rounded once."""
-    scales = expand_scales(group_scales(scale, multiplier), group_size, in_features)
-    return (unpack_planes(weight, in_features) * scales).to(dtype)
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """Codes times scales `[N, K]`: a float32 product, rounded once."""
+    scales = expand_scales(group_scales(weight.scale, weight.multiplier), weight.group_size, weight.in_features)
+    return (unpack_planes(weight.packed, weight.in_features) * scales).to(dtype)
 
 
-def integer_weight(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    *,
-    in_features: int,
-    group_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def integer_weight(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight as integers times a scale per row.
-
-    Args: see [`dequantize`].
 
     Returns:
         int8 `[N, K]` of codes times integer multipliers of 0..63, and float32 scales `[N]`. Scales of groups without
         multipliers become the nearest integer of 1..63 times 1/63 of the row's largest.
     """
-    codes = unpack_planes(weight, in_features)
-    scale = scale.float()
+    codes = unpack_planes(weight.packed, weight.in_features)
+    scale, multiplier = weight.scale.float(), weight.multiplier
     if multiplier is None:
         if scale.shape[1] == 1:
             return codes.contiguous(), scale[:, 0]
         largest = scale.amax(dim=1, keepdim=True)
         ratio = scale / torch.where(largest > 0, largest, 1.0)
         multiplier, scale = (ratio * 63 + 0.5).floor().clamp(min=1) * (scale > 0), largest
-    wide = multiplier.to(torch.int8).repeat_interleave(group_size, dim=1)[:, :in_features]
+    wide = multiplier.to(torch.int8).repeat_interleave(weight.group_size, dim=1)[:, : weight.in_features]
     return (codes * wide).contiguous(), scale[:, 0] / 63
 
 
 def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    *,
-    in_features: int,
-    group_size: int,
-    activation_dtype: str = "none",
-    hadamard: int = 0,
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation_dtype: str = "none"
 ) -> torch.Tensor:
     """`rotate(x) @ W.T + bias` with W dequantized.
 
     Args:
         x (`torch.Tensor`): `[..., K]` float.
-        weight, scale, multiplier: the packed weight (see [`dequantize`]).
+        weight ([`PackedWeight`]): W.
         bias (`torch.Tensor`, *optional*): `[N]`.
-        in_features (`int`): K.
-        group_size (`int`): columns per scale.
         activation_dtype (`str`): `"none"` and `"auto"` multiply `x` as it is; `"int8"` and `"float8_e4m3fn"` round it
             per token first (fake quantization), as the kernels for those dtypes do.
-        hadamard (`int`): block size of the rotation of `x` that the codes were made for; 0 = none.
 
     Returns:
         `torch.Tensor`: `[..., N]`, dtype of `x`.
     """
-    dense = dequantize(weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=x.dtype)
-    x = rotate(x, hadamard)
-    if activation_dtype in ("int8", "float8_e4m3fn"):
-        x = fake_quantize_activations(x, activation_dtype)
-    return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    dense = dequantize(weight, x.dtype)
+    return F.linear(operand(x, weight, activation_dtype), dense, None if bias is None else bias.to(x.dtype))
+
+
+def operand(x: torch.Tensor, weight: PackedWeight, activation_dtype: str) -> torch.Tensor:
+    """What the codes of a weight are multiplied by: `x` rotated as they ask for, and rounded if that was asked for."""
+    x = rotate(x, weight.hadamard)
+    return fake_quantize_activations(x, activation_dtype) if activation_dtype in ("int8", "float8_e4m3fn") else x
 
 
 def fake_quantize_activations(x: torch.Tensor, activation_dtype: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..format import LayerSpec
+from ..kernels.compat import any_autocast
 from ..kernels.ops import check_devices, check_float
 from .base import QuantizedLayer
 
@@ -44,6 +45,12 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         """`nn.Linear` around a weight `[N, K]` and a bias."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         return self._fill_float(linear, weight, bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[`QuantizedLayer.forward`]; the usual call goes straight to the product."""
+        if self.compute_dtype is None and self._parameters["fused_weight"] is None and not any_autocast():
+            return self.multiply_rows(input)
+        return super().forward(input)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         return self.multiply_rows(x)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..format import LOW_RANK_DTYPE, TernarySpec
 from ..kernels.compat import is_plain
-from ..kernels.operands import Layout
+from ..kernels.operands import Layout, PackedWeight
 from ..kernels.ops import (
     PreparedProducts,
     ResidentWeight,
@@ -18,12 +18,12 @@ from ..kernels.ops import (
     kernel_name,
     prepared_products,
     resident_weight,
-    ternary_dequantize,
     ternary_product,
     ternary_rotate,
+    unpack_weight,
     unpacked_bytes,
 )
-from ..ternarize import LowRank, TernaryWeight, ternarize
+from ..ternarize import LowRank, TernaryWeight, complete, ternarize
 from .base import QuantizedLayer, bits_to_scale
 from .conv import QuantizedConv2d
 from .linear import QuantizedLinear
@@ -37,7 +37,7 @@ class TernaryLayer(QuantizedLayer):
     weight_multiplier: nn.Parameter | None
     low_rank_up: nn.Parameter | None
     low_rank_down: nn.Parameter | None
-    # What `_quick_product` found last; of the class until then, so that layers of older pickles have it.
+    # What `multiply_rows` found last; of the class until then, so that layers of older pickles have it.
     _prepared: PreparedProducts | None = None
     _prepared_kind: tuple[Any, ...] | None = None
     _resident: ResidentWeight | None = None
@@ -51,13 +51,7 @@ class TernaryLayer(QuantizedLayer):
         """Installs a packed weight, whose spec may differ from the placeholder's in all but its shape."""
         self.spec = packed.spec
         self.drop_unpacked()
-        self.install(
-            weight=packed.packed,
-            weight_scale=packed.scale,
-            weight_multiplier=packed.multiplier,
-            low_rank_up=None if packed.low_rank is None else packed.low_rank.up,
-            low_rank_down=None if packed.low_rank is None else packed.low_rank.down,
-        )
+        self.install(**packed.tensors())
 
     def pack(self, weight: torch.Tensor, *, name: str = "weight", **options: Any) -> None:
         """Ternarizes a float weight of shape `weight_shape` (`options`: see [`ternarize`]) and installs it."""
@@ -71,41 +65,50 @@ class TernaryLayer(QuantizedLayer):
         up, down = (bits_to_scale(bits, LOW_RANK_DTYPE) for bits in (self.low_rank_up, self.low_rank_down))
         return LowRank(up, down)
 
+    @property
+    def operand(self) -> PackedWeight:
+        """The packed weight as kernels take it; its tensors are the layer's own."""
+        spec = self.spec
+        sizes = (spec.in_features, spec.group_size, spec.hadamard)
+        return PackedWeight(self.weight, self.scales, self.weight_multiplier, *sizes)
+
     def matrix(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of the dense weight matrix, `[n, K]`: formed in float32 and rounded once to `dtype`."""
-        multiplier, low_rank, block = self.weight_multiplier, self.low_rank, self.spec.hadamard
-        dense = ternary_dequantize(
-            self.weight[rows],
-            self.scales[rows],
-            None if multiplier is None else multiplier[rows],
-            self.spec.in_features,
-            self.spec.group_size,
-            dtype if low_rank is None and not block else torch.float32,
-        )
-        dense = ternary_rotate(dense, block) if block else dense
+        low_rank, block = self.low_rank, self.spec.hadamard
+        weight = self.operand.each(lambda tensor: tensor[rows])
+        unpacked = unpack_weight(weight, dtype if low_rank is None and not block else torch.float32)
         if low_rank is not None:
-            check_devices(dense.device, "the weight", low_rank_up=low_rank.up, low_rank_down=low_rank.down)
-            dense = dense + low_rank.up[rows].float() @ low_rank.down.float()
-        return dense.to(dtype)
+            low_rank = low_rank.part(rows)
+            check_devices(unpacked.device, "the weight", low_rank_up=low_rank.up, low_rank_down=low_rank.down)
+        return complete(unpacked, block, low_rank, dtype, rotation=ternary_rotate)
 
     def multiply_rows(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` times the matrix, plus the bias: `[..., N]`."""
         product = None
-        if not torch.compiler.is_compiling():
-            product = None if self._resident is None else self._resident_product(x)
-            product = self._quick_product(x) if product is None else product
+        if is_plain(x):
+            # By a prepared call, past the dispatcher. Module.__getattr__ takes longer than the checks below.
+            parameters = self._parameters
+            weight, scale = parameters["weight"], parameters["weight_scale"]
+            multiplier, bias = parameters["weight_multiplier"], parameters["bias"]
+            bias_dtype = None if bias is None else bias.dtype
+            kind = (self.spec, self.scale_dtype, self.activation_dtype, multiplier is not None, bias_dtype)
+            prepared = self._prepared
+            if prepared is None or kind != self._prepared_kind:
+                prepared = self._prepare(*kind)
+            if self._resident is not None:
+                product = self._resident(x, (weight, scale, multiplier), bias, self.activation_dtype)
+            if (
+                product is None
+                and weight is not None
+                and scale is not None
+                and (bias is None or not bias.requires_grad)
+            ):
+                device = x.device
+                call = prepared.calls.get((x.shape, x.dtype, device)) or prepared.find(x)
+                if call is not None and prepared.layout.fits(device, weight, scale, multiplier, bias):
+                    product = call(x, weight, scale, multiplier, bias)
         if product is None:
-            product = ternary_product(
-                x,
-                self.weight,
-                self.scales,
-                self.weight_multiplier,
-                self.bias,
-                self.spec.in_features,
-                self.spec.group_size,
-                self.activation_dtype,
-                self.spec.hadamard,
-            )
+            product = ternary_product(x, self.operand, self.bias, self.activation_dtype)
         if not self.spec.rank:
             return product
         low_rank = self.low_rank
@@ -119,9 +122,7 @@ class TernaryLayer(QuantizedLayer):
         Returns:
             `int`: its bytes, 0 where the layer's device has no 8-bit products for it.
         """
-        spec = self.spec
-        layout = (spec.in_features, spec.group_size, self.activation_dtype, spec.hadamard)
-        self._resident = resident_weight(self.weight, self.scales, self.weight_multiplier, *layout)
+        self._resident = resident_weight(self.operand, self.activation_dtype)
         return 0 if self._resident is None else self._resident.nbytes
 
     def unpacked_bytes(self) -> int:
@@ -132,30 +133,10 @@ class TernaryLayer(QuantizedLayer):
         """Frees what [`~TernaryLayer.keep_unpacked`] keeps."""
         self._resident = None
 
-    def _resident_product(self, x: torch.Tensor) -> torch.Tensor | None:
-        assert self._resident is not None
-        sources = (self.weight, self.weight_scale, self.weight_multiplier)
-        return self._resident(x, sources, self.bias, self.activation_dtype)
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "TernaryLayer":
         self.drop_unpacked()  # it would stay on the device that the layer leaves
         super()._apply(fn, recurse)
         return self
-
-    def _quick_product(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The product by a prepared call, past the dispatcher; `None` where the operator must be called."""
-        # Module.__getattr__ takes longer than the checks below.
-        parameters = self._parameters
-        weight, scale = parameters["weight"], parameters["weight_scale"]
-        multiplier, bias = parameters["weight_multiplier"], parameters["bias"]
-        if weight is None or scale is None or not is_plain(x) or (bias is not None and bias.requires_grad):
-            return None
-        bias_dtype = None if bias is None else bias.dtype
-        kind = (self.spec, self.scale_dtype, self.activation_dtype, multiplier is not None, bias_dtype)
-        prepared = self._prepared
-        if prepared is None or kind != self._prepared_kind:
-            prepared = self._prepare(*kind)
-        return prepared(x, weight, scale, multiplier, bias)
 
     def _prepare(
         self,

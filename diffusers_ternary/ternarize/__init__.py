@@ -6,7 +6,7 @@ from .low_rank import LowRank, low_rank_residual
 from .recover import TernaryFit, find_group_size, recover, ternary_fit
 from .rotation import hadamard_matrix, rotate
 from .rounding import ROUNDINGS, Ternarized, absmean, optimum, register_fused_rounding, twn
-from .weight import TernaryWeight, check_finite, ternarize
+from .weight import TernaryWeight, check_finite, complete, ternarize
 
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "TernaryWeight",
     "absmean",
     "check_finite",
+    "complete",
     "find_group_size",
     "hadamard_matrix",
     "low_rank_residual",

@@ -27,6 +27,10 @@ class LowRank:
     up: torch.Tensor
     down: torch.Tensor
 
+    def part(self, features: slice) -> "LowRank":
+        """The correction of some output features."""
+        return LowRank(self.up[features], self.down)
+
     def dense(self) -> torch.Tensor:
         """The product, float32 `[N, K]`."""
         return self.up.float() @ self.down.float()

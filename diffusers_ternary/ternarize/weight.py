@@ -2,10 +2,12 @@
 """A float matrix to a packed ternary weight, one layer at a time."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ..format import (
+    LOW_RANK_NAMES,
     TernarySpec,
     double_quantize,
     expand_scales,
@@ -52,8 +54,22 @@ class TernaryWeight:
         """Dense weight `[N, K]`, rotated back and corrected: formed in float32 and rounded once to `dtype`."""
         scales = group_scales(self.scale, self.multiplier)
         scales = expand_scales(scales, self.spec.group_size, self.spec.in_features)
-        dense = rotate(self.codes() * scales, self.spec.hadamard)
-        return (dense if self.low_rank is None else dense + self.low_rank.dense()).to(dtype)
+        return complete(self.codes() * scales, self.spec.hadamard, self.low_rank, dtype)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by the names of [`TernarySpec.memory_tensors`]."""
+        tensors = {"weight": self.packed, "weight_scale": self.scale}
+        if self.multiplier is not None:
+            tensors["weight_multiplier"] = self.multiplier
+        if self.low_rank is not None:
+            tensors |= zip(LOW_RANK_NAMES, (self.low_rank.up, self.low_rank.down), strict=True)
+        return tensors
+
+    @classmethod
+    def of_tensors(cls, spec: TernarySpec, tensors: Mapping[str, torch.Tensor]) -> "TernaryWeight":
+        """Inverse of [`~TernaryWeight.tensors`]; other tensors are ignored."""
+        low_rank = LowRank(*(tensors[name] for name in LOW_RANK_NAMES)) if spec.rank else None
+        return cls(spec, tensors["weight"], tensors["weight_scale"], tensors.get("weight_multiplier"), low_rank)
 
     def to(self, device: torch.device | str) -> "TernaryWeight":
         """The same weight on a device."""
@@ -65,6 +81,27 @@ class TernaryWeight:
             None if self.multiplier is None else self.multiplier.to(device),
             None if low_rank is None else LowRank(low_rank.up.to(device), low_rank.down.to(device)),
         )
+
+
+def complete(
+    unpacked: torch.Tensor,
+    hadamard: int,
+    low_rank: LowRank | None,
+    dtype: torch.dtype,
+    *,
+    rotation: Callable[[torch.Tensor, int], torch.Tensor] = rotate,
+) -> torch.Tensor:
+    """The dense weight: codes times scales, rotated back and corrected, in float32 and rounded once to `dtype`.
+
+    Args:
+        unpacked (`torch.Tensor`): codes times scales, `[N, K]`.
+        hadamard (`int`): block size of the rotation that the codes were made after; 0 = none.
+        low_rank ([`LowRank`], *optional*): the correction.
+        dtype (`torch.dtype`): of the result.
+        rotation (`Callable`): what rotates on the device, as [`rotate`] does.
+    """
+    dense = rotation(unpacked, hadamard) if hadamard else unpacked
+    return (dense if low_rank is None else dense + low_rank.dense()).to(dtype)
 
 
 def check_finite(weight: torch.Tensor, *, name: str) -> None:

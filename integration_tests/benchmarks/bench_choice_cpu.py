@@ -19,6 +19,7 @@ import diffusers_ternary
 from diffusers_ternary.format import expand_scales, group_scales, pack_planes
 from diffusers_ternary.kernels import cpu
 from diffusers_ternary.kernels.cpu import native
+from integration_tests.support.operands import of_parts
 
 
 SIZE = 1536
@@ -51,11 +52,11 @@ def main() -> None:
             calls = {
                 "float32": lambda: F.linear(wide, dense),  # noqa: B023
                 "bfloat16": lambda: F.linear(x, half),  # noqa: B023
-                "auto": lambda: cpu.linear_int8(x, weight, scale, multiplier, None, **shape, dense=True),  # noqa: B023
+                "auto": lambda: of_parts(cpu.linear_int8)(x, weight, scale, multiplier, None, **shape, dense=True),  # noqa: B023
             }
             for name in variants:
                 library = native.load(name)
-                calls[name] = lambda library=library: cpu.linear_int8(
+                calls[name] = lambda library=library: of_parts(cpu.linear_int8)(
                     x,  # noqa: B023
                     weight,
                     scale,  # noqa: B023

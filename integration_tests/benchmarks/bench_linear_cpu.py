@@ -26,7 +26,9 @@ import diffusers_ternary
 from diffusers_ternary.format import expand_scales, group_scales, pack_planes
 from diffusers_ternary.kernels import cpu
 from diffusers_ternary.kernels.cpu import fallback, native
+from diffusers_ternary.kernels.operands import PackedWeight
 from diffusers_ternary.kernels.ops import ternary_linear
+from integration_tests.support.operands import of_parts
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,13 +60,13 @@ def ternary(
     name = "row" if groups == 1 else f"group {group_size}"
 
     def int8(x: torch.Tensor) -> torch.Tensor:
-        return cpu.linear_int8(x, weight, scale, None, None, **options, library=library)
+        return of_parts(cpu.linear_int8)(x, weight, scale, None, None, **options, library=library)
 
     def torch_only(x: torch.Tensor) -> torch.Tensor:
-        return fallback.linear_int8(x, weight, scale, None, None, in_features, group_size)[0]
+        return fallback.linear_int8(x, PackedWeight(weight, scale, None, in_features, group_size), None)[0]
 
     def exact(x: torch.Tensor) -> torch.Tensor:
-        return cpu.linear_exact(x, weight, scale, None, None, **options)
+        return of_parts(cpu.linear_exact)(x, weight, scale, None, None, **options)
 
     def operator(x: torch.Tensor) -> torch.Tensor:
         return ternary_linear(x, weight, scale, None, None, in_features, group_size, "int8")
@@ -81,7 +83,7 @@ def ternary(
             folded = codes * expand_scales(group_scales(row_scale, multiplier), group_size, in_features).float()
 
             def double(x: torch.Tensor) -> torch.Tensor:
-                return cpu.linear_int8(x, weight, row_scale, multiplier, None, **options, library=library)
+                return of_parts(cpu.linear_int8)(x, weight, row_scale, multiplier, None, **options, library=library)
 
             name = f"ternary, {name} with multipliers"
             candidates[name] = Candidate(double, folded, 0.02)
@@ -207,7 +209,7 @@ def peak_growth(kind: str) -> int:
     def forward(x: torch.Tensor) -> torch.Tensor:
         if kind == "float32":
             return F.linear(x, dense)
-        return cpu.linear_int8(x, weight, scale, None, None, in_features=3072, group_size=GROUP)
+        return of_parts(cpu.linear_int8)(x, weight, scale, None, None, in_features=3072, group_size=GROUP)
 
     forward(x[:32])
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here

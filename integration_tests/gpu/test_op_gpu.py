@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_ternary.kernels import reference
-from diffusers_ternary.kernels.ops import ternary_dequantize, ternary_linear, ternary_rotate
+from diffusers_ternary.kernels.ops import ternary_linear, ternary_rotate, ternary_unpack
 from diffusers_ternary.layers import TernaryLinear
 from diffusers_ternary.ternarize import TernaryWeight, rotate, ternarize
+from integration_tests.support.operands import of_weight_parts
 
 
 GPU = torch.cuda.is_available()
@@ -231,9 +232,9 @@ def test_gradient_of_the_input(dtype, hadamard):
 def test_dequantize_equals_the_reference():
     n, k = (3072, 3072) if GPU else (64, 650)
     w = make(n, k)
-    actual = ternary_dequantize(w.packed, w.scale, w.multiplier, k, 128, torch.bfloat16)
+    actual = ternary_unpack(w.packed, w.scale, w.multiplier, k, 128, torch.bfloat16)
     options = {"in_features": k, "group_size": 128, "dtype": torch.bfloat16}
-    assert torch.equal(actual, reference.dequantize(w.packed, w.scale, w.multiplier, **options))
+    assert torch.equal(actual, of_weight_parts(reference.dequantize)(w.packed, w.scale, w.multiplier, **options))
 
 
 @pytest.mark.usefixtures("cuda")

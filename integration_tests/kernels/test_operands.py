@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffusers_ternary import TernaryConfig, quantize
-from diffusers_ternary.kernels.ops import ternary_dequantize, ternary_linear
+from diffusers_ternary.kernels.ops import ternary_linear, ternary_unpack
 from diffusers_ternary.layers import QuantizedLayer
 from diffusers_ternary.ternarize import ternarize
 
@@ -71,7 +71,7 @@ def test_operators_on_their_own():
     for name in ("scale", "multiplier"):
         given = {**operands, name: operands[name].to("meta")}
         with pytest.raises(RuntimeError, match=f"{name} is on meta"):
-            ternary_dequantize(*given.values(), 64, 16, torch.float32)
+            ternary_unpack(*given.values(), 64, 16, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])

@@ -8,6 +8,7 @@ import torch
 from diffusers_ternary.format import TernarySpec
 from diffusers_ternary.kernels import reference
 from diffusers_ternary.ternarize import ternarize
+from integration_tests.support.operands import of_parts
 
 
 def packed_and_dense(rows: int, columns: int, group_size: int, layout: str, seed: int = 0):
@@ -23,7 +24,7 @@ def packed_and_dense(rows: int, columns: int, group_size: int, layout: str, seed
 
 def call(x, packed, bias=None, activation_dtype="none"):
     spec: TernarySpec = packed.spec
-    return reference.linear(
+    return of_parts(reference.linear)(
         x,
         packed.packed,
         packed.scale,

@@ -3,7 +3,7 @@
 
 from . import twn  # noqa: F401 (registers itself with ternarize)
 from .prepared import prepare
-from .products import dequantize_rows, kernel_name, linear_exact, linear_int8
+from .products import dequantize, kernel_name, linear_exact, linear_int8
 
 
-__all__ = ["dequantize_rows", "kernel_name", "linear_exact", "linear_int8", "prepare"]
+__all__ = ["dequantize", "kernel_name", "linear_exact", "linear_int8", "prepare"]

@@ -6,39 +6,18 @@ import logging
 
 import torch
 
-from ...format import unpack_planes
-from ..reference import dequantize as dequantize_all
+from .. import reference
+from ..operands import PackedWeight
 
 
 logger = logging.getLogger(__name__)
 
 BLOCK_ELEMENTS = 1 << 20  # weight elements decoded at a time
-ONEDNN_LEAST_ROWS = 32  # prepacking the weight costs more than it saves below
-MULTIPLIER_LIMIT = 63.0
+ONEDNN_LEAST_TOKENS = 32  # prepacking the weight costs more than it saves below
 
 
-def dequantize(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    first: int,
-    last: int,
-    in_features: int,
-    group_size: int,
-) -> torch.Tensor:
-    """Rows `[first, last)` of the dense weight, float32 `[last - first, K]`."""
-    return dequantize_all(
-        weight[first:last],
-        scale[first:last],
-        None if multiplier is None else multiplier[first:last],
-        in_features=in_features,
-        group_size=group_size,
-        dtype=torch.float32,
-    )
-
-
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rounds rows to int8 as the native kernels do.
+def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rounds tokens to int8 as the native kernels do.
 
     Args:
         x (`torch.Tensor`): `[M, K]` float.
@@ -83,52 +62,31 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch
     )
 
 
-def _integer_weight(
-    weight: torch.Tensor, multiplier: torch.Tensor | None, in_features: int, group_size: int
-) -> torch.Tensor:
-    codes = unpack_planes(weight, in_features)
-    if multiplier is None:
-        return codes.contiguous()
-    wide = multiplier.to(torch.int8).repeat_interleave(group_size, 1)[:, :in_features]
-    return (codes * wide).contiguous()
-
-
-def linear_int8(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-) -> tuple[torch.Tensor, bool]:
+def linear_int8(tokens: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
     """The int8 linear map in torch.
 
     Args:
-        rows (`torch.Tensor`): `[M, K]` float; the others as in `products.linear_int8`.
+        tokens (`torch.Tensor`): `[M, K]` float; the others as in `products.linear_int8`.
 
     Returns:
-        `[M, N]` in the dtype of `rows`, and whether some rows hold an infinity (they are NaN here).
+        `[M, N]` in the dtype of `tokens`, and whether some tokens hold an infinity (they are NaN here).
     """
-    out = torch.empty(rows.shape[0], weight.shape[0], dtype=rows.dtype)
+    out = torch.empty(tokens.shape[0], weight.out_features, dtype=tokens.dtype)
     if out.numel() == 0:
         return out, False
-    q, row_scale, largest = quantize_rows(rows)
-    per_row = scale.shape[1] == 1  # one scale per row, or multipliers that fold into integers
-    use_onednn = per_row and rows.shape[0] >= ONEDNN_LEAST_ROWS and onednn_is_exact()
+    q, token_scale, largest = quantize_tokens(tokens)
+    per_row = weight.scale.shape[1] == 1  # one scale per row, or multipliers that fold into integers
+    use_onednn = per_row and tokens.shape[0] >= ONEDNN_LEAST_TOKENS and onednn_is_exact()
     factors = None if use_onednn else q.float()
-    step = max(16, BLOCK_ELEMENTS // in_features)
-    for first in range(0, weight.shape[0], step):
-        last = min(first + step, weight.shape[0])
+    step = max(16, BLOCK_ELEMENTS // weight.in_features)
+    for first in range(0, weight.out_features, step):
+        last = min(first + step, weight.out_features)
+        part = weight.part(first, last)
         if factors is None:
-            part = None if multiplier is None else multiplier[first:last]
-            column_scale = scale[first:last, 0].float()
-            if part is not None:
-                column_scale = column_scale / MULTIPLIER_LIMIT
-            block = _onednn(q, _integer_weight(weight[first:last], part, in_features, group_size), column_scale)
+            block = _onednn(q, *reference.integer_weight(part))
         else:
-            block = factors @ dequantize(weight, scale, multiplier, first, last, in_features, group_size).T
-        block.mul_(row_scale)
+            block = factors @ reference.dequantize(part, torch.float32).T
+        block.mul_(token_scale)
         if bias is not None:
             block.add_(bias[first:last])
         out[:, first:last] = block

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 
 from ...format import pack_planes
+from ..operands import PackedWeight
 
 
 logger = logging.getLogger(__name__)
@@ -52,61 +53,47 @@ class NativeLibrary:
     variant_index: int
     pack: ClassVar[Callable[..., bytes]] = _ARGUMENTS.pack
 
-    def arguments(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        multiplier: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        out: torch.Tensor,
-        *,
-        in_features: int,
-        group_size: int,
-    ) -> bytes:
+    def arguments(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor) -> bytes:
         """Packs a call.
 
         Args:
             x (`torch.Tensor`): `[M, K]` float32, bfloat16 or float16, last stride 1.
-            weight (`torch.Tensor`): int8 `[N, ceil(K / 4)]`, contiguous.
-            scale (`torch.Tensor`): `[N, G]`, or `[N, 1]` with a multiplier, contiguous.
-            multiplier (`torch.Tensor`, *optional*): uint8 `[N, G]`, contiguous.
+            weight ([`PackedWeight`]): contiguous.
             bias (`torch.Tensor`, *optional*): `[N]`, contiguous.
             out (`torch.Tensor`): `[M, N]`, dtype of `x`, last stride 1.
-            in_features (`int`): K.
-            group_size (`int`): columns per scale.
         """
         return _ARGUMENTS.pack(
             self.variant_index,
             x.data_ptr(),
             x.stride(0),
             DTYPES[x.dtype],
-            weight.data_ptr(),
-            scale.data_ptr(),
-            DTYPES[scale.dtype],
-            0 if multiplier is None else multiplier.data_ptr(),
+            weight.packed.data_ptr(),
+            weight.scale.data_ptr(),
+            DTYPES[weight.scale.dtype],
+            0 if weight.multiplier is None else weight.multiplier.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             0 if bias is None else DTYPES[bias.dtype],
             out.data_ptr(),
             out.stride(0),
             x.shape[0],
-            weight.shape[0],
-            in_features,
-            group_size,
+            weight.out_features,
+            weight.in_features,
+            min(weight.group_size, weight.in_features),
         )
 
     def linear(self, arguments: bytes, workers: int) -> int:
-        """The layer by `workers` threads; returns how many rows of x hold an infinity.
+        """The layer by `workers` threads; returns how many tokens hold an infinity.
 
         The call returns when all threads are done, also when a signal arrives meanwhile: Python handles it afterwards.
         """
         return checked(self.functions.dt_linear(arguments, workers))
 
-    def dequantize(self, arguments: bytes, first: int, last: int, out: torch.Tensor, workers: int) -> None:
-        """Weight rows `[first, last)` as float32 `[last - first, K]` into `out`, by `workers` threads."""
-        checked(self.functions.dt_dequantize(arguments, first, last, out.data_ptr(), workers))
+    def dequantize(self, weight: PackedWeight, out: torch.Tensor, workers: int) -> None:
+        """The dense weight as float32 `[N, K]` into `out`, by `workers` threads."""
+        arguments = self.arguments(out[:0], weight, None, out[:0])
+        checked(self.functions.dt_dequantize(arguments, 0, weight.out_features, out.data_ptr(), workers))
 
-    def accumulate(self, x: torch.Tensor, weight: torch.Tensor, *, group_size: int) -> torch.Tensor:
+    def tile_sums(self, x: torch.Tensor, weight: torch.Tensor, *, group_size: int) -> torch.Tensor:
         """Test hook: the int32 sums of the layer's own tiles.
 
         Args:
@@ -117,24 +104,20 @@ class NativeLibrary:
         Returns:
             `torch.Tensor`: int32 `[M, G, N]`.
         """
-        rows, in_features = x.shape
-        out = torch.empty(rows, -(-in_features // group_size), weight.shape[0], dtype=torch.int32)
-        unused = torch.ones(rows, 1)
-        arguments = self.arguments(
-            unused, weight, unused, None, None, unused, in_features=in_features, group_size=group_size
-        )
+        tokens, in_features = x.shape
+        out = torch.empty(tokens, -(-in_features // group_size), weight.shape[0], dtype=torch.int32)
+        unused = torch.ones(tokens, 1)
+        arguments = self.arguments(unused, PackedWeight(weight, unused, None, in_features, group_size), None, unused)
         checked(self.functions.dt_accumulate(arguments, x.data_ptr(), out.data_ptr()))
         return out
 
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Test hook: int8 `[M, K]` and float32 scales `[M]` as the layer quantises `x` `[M, K]`."""
+        """Test hook: int8 `[M, K]` and float32 scales `[M]` as the layer quantizes `x` `[M, K]`."""
         q = torch.empty(x.shape, dtype=torch.int8)
         scales = torch.empty(x.shape[0])
-        weight = torch.zeros(1, 1, dtype=torch.int8)
-        columns = x.shape[1]
-        arguments = self.arguments(
-            x, weight, scales, None, None, scales[:, None], in_features=columns, group_size=columns
-        )
+        in_features = x.shape[1]
+        unused = PackedWeight(torch.zeros(1, 1, dtype=torch.int8), scales, None, in_features, in_features)
+        arguments = self.arguments(x, unused, None, scales[:, None])
         checked(self.functions.dt_quantize_rows(arguments, q.data_ptr(), scales.data_ptr()))
         return q, scales
 
@@ -189,10 +172,10 @@ def _variant_index(functions: ctypes.CDLL, variant: str) -> int:
 def passes_self_test(library: NativeLibrary) -> bool:
     """Whether the variant's integers equal torch's, for a GEMV and for tiles with tails in every direction."""
     generator = torch.Generator().manual_seed(0)
-    for rows, columns, in_features, group_size in ((2, 37, 267, 267), (27, 37, 267, 64)):
-        codes = torch.randint(-1, 2, (columns, in_features), generator=generator, dtype=torch.int8)
-        x = torch.randint(-127, 128, (rows, in_features), generator=generator, dtype=torch.int8)
-        sums = library.accumulate(x, pack_planes(codes), group_size=group_size)
+    for tokens, out_features, in_features, group_size in ((2, 37, 267, 267), (27, 37, 267, 64)):
+        codes = torch.randint(-1, 2, (out_features, in_features), generator=generator, dtype=torch.int8)
+        x = torch.randint(-127, 128, (tokens, in_features), generator=generator, dtype=torch.int8)
+        sums = library.tile_sums(x, pack_planes(codes), group_size=group_size)
         parts = zip(x.long().split(group_size, 1), codes.long().split(group_size, 1), strict=True)
         if not torch.equal(sums, torch.stack([a @ b.T for a, b in parts], 1).int()):
             return False

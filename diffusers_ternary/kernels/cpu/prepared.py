@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ..operands import Call, Layout
+from ..operands import Call, Layout, PackedWeight
 from . import products
 from .choice import choose
 from .native import DTYPES, load
@@ -24,18 +24,18 @@ def prepare(layout: Layout, shape: torch.Size, dtype: torch.dtype, device: torch
     if layout.activation_dtype not in ("auto", "int8") or (layout.bias_dtype or dtype) not in DTYPES:
         return None
     library = load()
-    rows, columns, in_features = math.prod(shape[:-1]), layout.out_features, layout.in_features
+    tokens, out_features, in_features = math.prod(shape[:-1]), layout.out_features, layout.in_features
     group_size = min(layout.group_size, in_features)
     if library is not None:
         dense = layout.activation_dtype == "auto"
-        library = choose(library, rows, group_size, in_features, layout.has_multiplier, dense)
+        library = choose(library, tokens, group_size, in_features, layout.has_multiplier, dense)
     if library is None:
         return None
-    threaded = rows * columns * in_features >= products.THREAD_LEAST_PRODUCTS
+    threaded = tokens * out_features * in_features >= products.THREAD_LEAST_PRODUCTS
     product, pack = library.functions.dt_linear, library.pack
     variant, code, scale_code = library.variant_index, DTYPES[dtype], DTYPES[layout.scale_dtype]
     bias_code = 0 if layout.bias_dtype is None else DTYPES[layout.bias_dtype]
-    out_shape = (*shape[:-1], columns)
+    out_shape = (*shape[:-1], out_features)
 
     def call(
         x: torch.Tensor,
@@ -46,7 +46,7 @@ def prepare(layout: Layout, shape: torch.Size, dtype: torch.dtype, device: torch
     ) -> torch.Tensor:
         if not x.is_contiguous():
             x = x.contiguous()
-        out = x.new_empty(*out_shape)
+        out = x.new_empty(out_shape)
         arguments = pack(
             variant,
             x.data_ptr(),
@@ -59,24 +59,16 @@ def prepare(layout: Layout, shape: torch.Size, dtype: torch.dtype, device: torch
             0 if bias is None else bias.data_ptr(),
             bias_code,
             out.data_ptr(),
-            columns,
-            rows,
-            columns,
+            out_features,
+            tokens,
+            out_features,
             in_features,
             group_size,
         )
-        # 0 is by far the usual result: no row holds an infinity, and there was no error.
+        # 0 is by far the usual result: no token holds an infinity, and there was no error.
         if product(arguments, torch.get_num_threads() if threaded else 1) == 0:
             return out
-        return products.linear_int8(
-            x,
-            weight,
-            scale.view(layout.scale_dtype),
-            multiplier,
-            bias,
-            in_features=in_features,
-            group_size=group_size,
-            library=library,
-        )
+        packed = PackedWeight(weight, scale.view(layout.scale_dtype), multiplier, in_features, group_size)
+        return products.linear_int8(x, packed, bias, library=library)
 
     return call

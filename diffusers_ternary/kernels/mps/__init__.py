@@ -14,6 +14,7 @@ import torch
 from ...format import group_count
 from ...ternarize import rotate
 from .. import blocked, reference
+from ..operands import PackedWeight
 from ..triton.trial import TOLERANCE, Trials, problem_of
 from .shader import METAL_TYPES, metal_source
 
@@ -27,62 +28,34 @@ BUFFER_ELEMENTS = 1 << 24
 
 
 def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    *,
-    in_features: int,
-    group_size: int,
-    activation_dtype: str = "none",
-    hadamard: int = 0,
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation_dtype: str = "none"
 ) -> torch.Tensor:
     """`rotate(x) @ W.T + bias`; arguments as in [`reference.linear`]. Activations are multiplied as they are.
 
     8-bit activations are not faster on these devices, so every `activation_dtype` is served exactly.
     """
-    if not _serves(x.device, x.dtype, scale.dtype, multiplier is not None):
-        return blocked.linear(
-            x,
-            weight,
-            scale,
-            multiplier,
-            bias,
-            in_features=in_features,
-            group_size=group_size,
-            hadamard=hadamard,
-        )
-    out_features = weight.shape[0]
+    if not _serves(x.device, x.dtype, weight):
+        return blocked.linear(x, weight, bias)
+    out_features, in_features = weight.out_features, weight.in_features
     step = min(max(16, BUFFER_ELEMENTS // in_features), out_features)
     buffer = _buffer(x.device, x.dtype, step * in_features)
 
-    def rows(first: int, last: int) -> torch.Tensor:
+    def part(first: int, last: int) -> torch.Tensor:
         out = buffer[: (last - first) * in_features].view(last - first, in_features)
-        part = None if multiplier is None else multiplier[first:last]
-        _unpack(out, weight[first:last], scale[first:last], part, group_size)
+        _unpack(out, weight.part(first, last))
         return out
 
-    return blocked.multiply_rows(rotate(x, hadamard), rows, out_features, bias, BUFFER_ELEMENTS)
+    return blocked.multiply_parts(rotate(x, weight.hadamard), part, out_features, bias, BUFFER_ELEMENTS)
 
 
-def dequantize(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    *,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Dense weight `[N, K]`; arguments as in [`reference.dequantize`]."""
-    if not _serves(weight.device, dtype, scale.dtype, multiplier is not None):
-        return reference.dequantize(
-            weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=dtype
-        )
-    out = torch.empty(weight.shape[0], in_features, dtype=dtype, device=weight.device)
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """[`reference.dequantize`]."""
+    device = weight.packed.device
+    if not _serves(device, dtype, weight):
+        return reference.dequantize(weight, dtype)
+    out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=device)
     if out.numel():
-        _unpack(out, weight, scale, multiplier, group_size)
+        _unpack(out, weight)
     return out
 
 
@@ -99,26 +72,19 @@ def _buffer(device: torch.device, dtype: torch.dtype, elements: int) -> torch.Te
     return held[0]
 
 
-def _unpack(
-    out: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    group_size: int,
-) -> None:
-    rows, columns = out.shape
-    width = weight.shape[1]
-    shader = _shader(out.dtype, scale.dtype, multiplier is not None)
+def _unpack(out: torch.Tensor, weight: PackedWeight) -> None:
+    weight = weight.contiguous()
+    shader = _shader(out.dtype, weight.scale.dtype, weight.multiplier is not None)
     shader.unpack(
         out,
-        weight.contiguous(),
-        scale.contiguous(),
-        weight if multiplier is None else multiplier.contiguous(),  # not read without multipliers, but bound
-        columns,
-        width,
-        group_size,
-        group_count(columns, group_size),
-        threads=rows * width,
+        weight.packed,
+        weight.scale,
+        weight.packed if weight.multiplier is None else weight.multiplier,  # not read without multipliers, but bound
+        weight.in_features,
+        weight.plane_width,
+        weight.group_size,
+        weight.groups,
+        threads=weight.out_features * weight.plane_width,
         arg_casts=dict.fromkeys(range(4, 8), "int32"),
     )
 
@@ -131,26 +97,25 @@ def _shader(dtype: torch.dtype, scale_dtype: torch.dtype, double: bool) -> Any:
 _trials = Trials("mps")
 
 
-def _serves(device: torch.device, dtype: torch.dtype, scale_dtype: torch.dtype, double: bool) -> bool:
+def _serves(device: torch.device, dtype: torch.dtype, weight: PackedWeight) -> bool:
     """Whether the kernel compiles and agrees with the reference; tried once for each kind."""
+    scale_dtype, double = weight.scale.dtype, weight.multiplier is not None
     if dtype not in METAL_TYPES or scale_dtype not in METAL_TYPES:
         return False
 
     def problem() -> str | None:
         generator = torch.Generator().manual_seed(0)
-        rows, columns, group_size = 37, 203, 48
-        width, groups = -(-columns // 4), group_count(columns, group_size)
-        bits = torch.randint(0, 256, (rows, width), generator=generator)
+        out_features, in_features, group_size = 37, 203, 48
+        width, groups = -(-in_features // 4), group_count(in_features, group_size)
+        bits = torch.randint(0, 256, (out_features, width), generator=generator)
         bits = bits & 0x55 | bits & (bits & 0x55) << 1  # 2 is not a code: the sign needs the bit below it
         packed = bits.to(torch.uint8).view(torch.int8)
-        scale = (torch.rand(rows, 1 if double else groups, generator=generator) + 0.5).to(scale_dtype)
-        multiplier = torch.randint(0, 64, (rows, groups), generator=generator).to(torch.uint8) if double else None
-        out = torch.empty(rows, columns, dtype=dtype, device=device)
-        on_device = None if multiplier is None else multiplier.to(device)
-        _unpack(out, packed.to(device), scale.to(device), on_device, group_size)
-        options = {"in_features": columns, "group_size": group_size}
-        expected = reference.dequantize(packed, scale, multiplier, dtype=torch.float32, **options)
-        return problem_of(out.cpu().float(), expected, TOLERANCE[dtype])
+        scale = (torch.rand(out_features, 1 if double else groups, generator=generator) + 0.5).to(scale_dtype)
+        multiplier = torch.randint(0, 64, (out_features, groups), generator=generator).to(torch.uint8)
+        sample = PackedWeight(packed, scale, multiplier if double else None, in_features, group_size)
+        out = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        _unpack(out, sample.to(device))
+        return problem_of(out.cpu().float(), reference.dequantize(sample, torch.float32), TOLERANCE[dtype])
 
     layout = "multipliers" if double else "group scales"
     return _trials.passes((dtype, scale_dtype, double), f"The Metal kernel ({dtype}, {layout})", problem)

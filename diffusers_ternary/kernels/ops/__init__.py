@@ -5,12 +5,12 @@ from . import mps, triton  # noqa: F401 (register the operators on GPUs)
 from .checks import check_devices, check_float
 from .int8 import int8_product
 from .prepared import PreparedProducts, prepared_products
-from .product import ternary_product
 from .resident import ResidentWeight, resident_weight, unpacked_bytes
 from .rotate import ternary_rotate
+from .schema import ACTIVATION_DTYPES
 from .serving import kernel_name
-from .ternary_linear import ACTIVATION_DTYPES, ternary_linear
-from .unpack import ternary_dequantize
+from .ternary_linear import ternary_linear, ternary_product
+from .unpack import ternary_unpack, unpack_weight
 
 
 __all__ = [
@@ -23,9 +23,10 @@ __all__ = [
     "kernel_name",
     "prepared_products",
     "resident_weight",
-    "ternary_dequantize",
     "ternary_linear",
     "ternary_product",
     "ternary_rotate",
+    "ternary_unpack",
+    "unpack_weight",
     "unpacked_bytes",
 ]

@@ -3,49 +3,26 @@
 
 import torch
 
-from .checks import check_devices
-from .ternary_linear import check_arguments, ternary_linear
-from .unpack import ternary_dequantize
+from ..operands import PackedWeight
+from .schema import weight_kernel
+from .ternary_linear import register_linear
+from .unpack import ternary_unpack
 
 
-@ternary_linear.register_kernel("mps")
-def _linear(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    activation_dtype: str,
-    hadamard: int = 0,
+def _serve(
+    input: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation_dtype: str
 ) -> torch.Tensor:
-    check_arguments(input, (weight, scale, multiplier, bias), in_features, activation_dtype)
     from .. import mps
 
-    return mps.linear(
-        input,
-        weight,
-        scale,
-        multiplier,
-        bias,
-        in_features=in_features,
-        group_size=group_size,
-        activation_dtype=activation_dtype,
-        hadamard=hadamard,
-    )
+    return mps.linear(input, weight, bias, activation_dtype)
 
 
-@ternary_dequantize.register_kernel("mps")
-def _dequantize(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    check_devices(weight.device, "the weight", scale=scale, multiplier=multiplier)
+register_linear(_serve, ["mps"], prepared=False)
+
+
+@ternary_unpack.register_kernel("mps")
+@weight_kernel
+def _unpack(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     from .. import mps
 
-    return mps.dequantize(weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=dtype)
+    return mps.dequantize(weight, dtype)

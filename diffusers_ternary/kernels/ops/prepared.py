@@ -13,7 +13,7 @@ import torch
 
 from .. import cpu
 from ..compat import is_plain
-from ..operands import Call, Layout
+from ..operands import Call, Layout, PackedWeight
 from .serving import TRITON_DEVICE_TYPES, triton_serves
 
 
@@ -27,17 +27,7 @@ def _prepare_triton(layout: Layout, shape: torch.Size, dtype: torch.dtype, devic
         return None
     from .. import triton as kernels
 
-    return kernels.prepare(
-        shape,
-        dtype,
-        device,
-        out_features=layout.out_features,
-        in_features=layout.in_features,
-        group_size=layout.group_size,
-        scale_dtype=layout.scale_dtype,
-        activation_dtype=layout.activation_dtype,
-        hadamard=layout.hadamard,
-    )
+    return kernels.prepare(shape, dtype, device, layout)
 
 
 # A device that is not named here has no quick way, and the operator serves it.
@@ -49,7 +39,7 @@ class PreparedProducts:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._calls: dict[tuple[torch.Size, torch.dtype, torch.device], Call | None] = {}
+        self.calls: dict[tuple[torch.Size, torch.dtype, torch.device], Call | None] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
         # Copies of a layer and pickles share or make anew: compiled kernels cannot travel.
@@ -69,26 +59,25 @@ class PreparedProducts:
             x (`torch.Tensor`): `[..., K]`.
             weight, scale, multiplier, bias (`torch.Tensor`): see [`ternary_linear`]; the scale may be its bit pattern.
         """
-        device = x.device
-        if not self.layout.fits(device, weight, scale, multiplier, bias):
+        call = self.find(x)
+        if call is None or not self.layout.fits(x.device, weight, scale, multiplier, bias):
             return None
-        key = (x.shape, x.dtype, device)
-        try:
-            call = self._calls[key]
-        except KeyError:
-            call = self._prepare(*key)
-        return None if call is None else call(x, weight, scale, multiplier, bias)
+        return call(x, weight, scale, multiplier, bias)
+
+    def find(self, x: torch.Tensor) -> Call | None:
+        """The prepared call for an input, of `calls` or new; `None` where the operator must be called."""
+        key = (x.shape, x.dtype, x.device)
+        if key not in self.calls:
+            if len(self.calls) >= MAX_CALLS:
+                self.calls.clear()
+            self.calls[key] = self._prepare(*key)
+        return self.calls[key]
 
     def _prepare(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Call | None:
-        layout = self.layout
-        call = None
-        if len(shape) > 0 and shape[-1] == layout.in_features and shape.numel() > 0:
-            prepare = _PREPARE.get(device.type)
-            call = None if prepare is None else prepare(layout, shape, dtype, device)
-        if len(self._calls) >= MAX_CALLS:
-            self._calls.clear()
-        self._calls[shape, dtype, device] = call
-        return call
+        prepare = _PREPARE.get(device.type)
+        if prepare is None or not shape or shape[-1] != self.layout.in_features or shape.numel() == 0:
+            return None
+        return prepare(self.layout, shape, dtype, device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -98,30 +87,22 @@ def prepared_products(layout: Layout) -> PreparedProducts:
 
 
 def quick_linear(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    activation_dtype: str,
-    hadamard: int,
+    input: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation_dtype: str
 ) -> torch.Tensor | None:
     """The operator's own way to a prepared call, for compiled graphs; `None` where there is none."""
     if not is_plain(input):
         return None
     products = _products_of(
-        weight.shape[0],
-        in_features,
-        group_size,
-        scale.dtype,
-        multiplier is not None,
+        weight.out_features,
+        weight.in_features,
+        weight.group_size,
+        weight.scale.dtype,
+        weight.multiplier is not None,
         None if bias is None else bias.dtype,
         activation_dtype,
-        hadamard,
+        weight.hadamard,
     )
-    return products(input, weight, scale, multiplier, bias)
+    return products(input, *weight.tensors, bias)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from ..compat import is_plain
+from ..operands import PackedWeight
 from .serving import TRITON_DEVICE_TYPES, triton_serves
 
 
@@ -57,28 +58,13 @@ def unpacked_bytes(out_features: int, in_features: int) -> int:
     return out_features * (-(-in_features // 128) * 128 + 4)
 
 
-def resident_weight(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    activation_dtype: str,
-    hadamard: int,
-) -> ResidentWeight | None:
-    """Unpacks a weight on its GPU; `None` where no 8-bit product serves it. Arguments as in [`ternary_linear`]."""
-    if weight.device.type not in TRITON_DEVICE_TYPES or not triton_serves(weight.device):
+def resident_weight(weight: PackedWeight, activation_dtype: str) -> ResidentWeight | None:
+    """Unpacks a weight on its GPU; `None` where no 8-bit product serves it."""
+    device = weight.packed.device
+    if device.type not in TRITON_DEVICE_TYPES or not triton_serves(device):
         return None
     from .. import triton as kernels
 
-    product = kernels.unpacked(
-        weight.detach(),
-        scale.detach(),
-        None if multiplier is None else multiplier.detach(),
-        in_features=in_features,
-        group_size=group_size,
-        activation_dtype=activation_dtype,
-        hadamard=hadamard,
-    )
-    nbytes = unpacked_bytes(weight.shape[0], in_features)
-    return None if product is None else ResidentWeight(product, (weight, scale, multiplier), nbytes)
+    product = kernels.unpacked(weight.each(torch.Tensor.detach), activation_dtype)
+    nbytes = unpacked_bytes(weight.out_features, weight.in_features)
+    return None if product is None else ResidentWeight(product, weight.tensors, nbytes)

@@ -1,62 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`diffusers_ternary::linear`: schema, fake kernel, autograd, and one implementation registered per device."""
+"""The linear map as operators: schema, fake kernel, gradient, and one implementation registered per device.
 
+`diffusers_ternary::linear` has a gradient formula and so passes through Python twice more for each call, which costs
+as much host time as the products of a small model. `diffusers_ternary::linear_inference` has none.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ...ternarize import rotate
 from .. import blocked, cpu, reference
-from ..compat import returns_no_view
-from .checks import check_devices, check_float
-from .prepared import quick_linear
+from ..operands import PackedWeight
 from .rotate import ternary_rotate
-from .unpack import ternary_dequantize
+from .schema import LINEAR, Linear, call_linear, linear_kernel
+from .traced import traced_linear
+from .unpack import ternary_unpack
 
 
-ACTIVATION_DTYPES = ("auto", "int8", "float8_e4m3fn", "none")
+_blocked = linear_kernel(blocked.linear)
 
 
-def check_arguments(
-    input: torch.Tensor,
-    operands: tuple[torch.Tensor | None, ...],
-    in_features: int,
-    activation_dtype: str,
-) -> None:
-    """Checks what a caller can get wrong; every device's implementation calls it first.
-
-    Args:
-        input (`torch.Tensor`): the activations.
-        operands (`tuple`): weight, scale, multiplier and bias.
-        in_features (`int`): K.
-        activation_dtype (`str`): one of `ACTIVATION_DTYPES`.
-
-    Raises:
-        ValueError: names the value and what is expected.
-        RuntimeError: for an input that is not float, or an operand on another device.
-    """
-    check_float(input)
-    check_devices(
-        input.device, "the input", weight=operands[0], scale=operands[1], multiplier=operands[2], bias=operands[3]
-    )
-    if input.dim() == 0 or input.shape[-1] != in_features:
-        raise ValueError(f"A ternary linear map expected [..., {in_features}], got {list(input.shape)}.")
-    if activation_dtype not in ACTIVATION_DTYPES:
-        raise ValueError(f"activation_dtype={activation_dtype!r} is not one of {', '.join(ACTIVATION_DTYPES)}.")
-
-
-@torch.library.custom_op("diffusers_ternary::linear", mutates_args=())
-def ternary_linear(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    activation_dtype: str,
-    hadamard: int = 0,
-) -> torch.Tensor:
+@torch.library.custom_op("diffusers_ternary::linear", mutates_args=(), schema=LINEAR)
+def ternary_linear(*arguments: Any) -> torch.Tensor:
     """`rotate(input) @ W.T + bias` with a packed ternary W.
 
     Args:
@@ -78,74 +45,45 @@ def ternary_linear(
         ValueError: if `input` has another number of features, or `activation_dtype` is unknown.
         RuntimeError: if `input` is not float, or an operand is on another device.
     """
-    check_arguments(input, (weight, scale, multiplier, bias), in_features, activation_dtype)
-    # The default implementation serves every device without one of its own.
-    return blocked.linear(
-        input,
-        weight,
-        scale,
-        multiplier,
-        bias,
-        in_features=in_features,
-        group_size=group_size,
-        activation_dtype=activation_dtype,
-        hadamard=hadamard,
-    )
+    return _blocked(*arguments)  # serves every device without an implementation of its own
 
 
-@ternary_linear.register_kernel("cpu")
-@returns_no_view
-def _linear_cpu(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    activation_dtype: str,
-    hadamard: int = 0,
+_LIBRARY = torch.library.Library("diffusers_ternary", "FRAGMENT")
+_LIBRARY.define(f"linear_inference{LINEAR}", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("linear_inference", _blocked, "CompositeExplicitAutograd")
+
+
+def register_linear(serve: Linear, devices: Sequence[str], *, prepared: bool) -> Any:
+    """Registers what serves both operators on devices, see [`linear_kernel`]; returns their implementation."""
+    kernel = linear_kernel(serve, prepared=prepared)
+    ternary_linear.register_kernel(devices)(kernel)
+    for device in devices:
+        _LIBRARY.impl("linear_inference", kernel, device.upper())
+    return kernel
+
+
+def _serve_cpu(
+    input: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation_dtype: str
 ) -> torch.Tensor:
-    quick = quick_linear(input, weight, scale, multiplier, bias, in_features, group_size, activation_dtype, hadamard)
-    if quick is not None:
-        return quick
-    check_arguments(input, (weight, scale, multiplier, bias), in_features, activation_dtype)
-    packed = (weight, scale, multiplier, bias)
     if input.dtype == torch.float64 or activation_dtype == "float8_e4m3fn":
         # Whoever asks for float64 wants exact numbers (gradient checks), not speed.
-        exact = "none" if activation_dtype == "auto" else activation_dtype
-        return reference.linear(
-            input,
-            *packed,
-            in_features=in_features,
-            group_size=group_size,
-            activation_dtype=exact,
-            hadamard=hadamard,
-        )
+        return reference.linear(input, weight, bias, activation_dtype)
     # float32: CPUs rotate it faster than 16 bits, and the activations are rounded once.
-    rotated = rotate(input.float(), hadamard) if hadamard else input
+    rotated = rotate(input.float(), weight.hadamard) if weight.hadamard else input
     if activation_dtype == "none":
-        out = cpu.linear_exact(rotated, *packed, in_features=in_features, group_size=group_size)
-    else:
-        dense = activation_dtype == "auto"
-        out = cpu.linear_int8(rotated, *packed, in_features=in_features, group_size=group_size, dense=dense)
-    return out.to(input.dtype)
+        return cpu.linear_exact(rotated, weight, bias).to(input.dtype)
+    return cpu.linear_int8(rotated, weight, bias, dense=activation_dtype == "auto").to(input.dtype)
 
 
-@ternary_linear.register_fake
-def _(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    activation_dtype: str,
-    hadamard: int = 0,
-) -> torch.Tensor:
-    check_arguments(input, (weight, scale, multiplier, bias), in_features, activation_dtype)
-    return input.new_empty(*input.shape[:-1], weight.shape[0])
+register_linear(_serve_cpu, ["cpu"], prepared=True)
+
+
+def _fake(input: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation_dtype: str) -> torch.Tensor:
+    return input.new_empty(*input.shape[:-1], weight.out_features)
+
+
+ternary_linear.register_fake(linear_kernel(_fake))
+torch.library.register_fake("diffusers_ternary::linear_inference", linear_kernel(_fake), lib=_LIBRARY)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -163,7 +101,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_input = grad_bias = None
     if ctx.needs_input_grad[0]:
         # Straight through the rounding of activations: the gradient is that of the float map.
-        dense = ternary_dequantize(weight, scale, multiplier, ctx.in_features, ctx.group_size, grad.dtype)
+        dense = ternary_unpack(weight, scale, multiplier, ctx.in_features, ctx.group_size, grad.dtype)
         grad_input = grad @ dense
         if ctx.hadamard:
             grad_input = ternary_rotate(grad_input, ctx.hadamard)  # R is symmetric
@@ -174,3 +112,28 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 ternary_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def ternary_product(
+    input: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation_dtype: str
+) -> torch.Tensor:
+    """[`ternary_linear`] of a [`PackedWeight`], by the operator that serves best here.
+
+    Where a compiled graph needs no gradient that is the one without a gradient formula.
+    """
+    operator: Any = ternary_linear
+    if torch.compiler.is_compiling() and not _is_exporting() and not _needs_gradient(input, bias):
+        y = traced_linear(input, weight, bias, activation_dtype)
+        if y is not None:
+            return y
+        operator = torch.ops.diffusers_ternary.linear_inference
+    return call_linear(operator, input, weight, bias, activation_dtype)
+
+
+def _needs_gradient(input: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def _is_exporting() -> bool:
+    """An exported program may be trained later."""
+    return torch.compiler.is_exporting()

@@ -15,21 +15,18 @@ import torch.nn.functional as F
 from ...ternarize import rotate
 from .. import reference
 from ..compat import constant_when_traced
+from ..operands import Layout, PackedWeight
+from .schema import UNPACK_8BIT, call_unpack, weight_kernel
 from .serving import TRITON_DEVICE_TYPES, triton_serves
-from .unpack import check_devices
 
 
 # From here unpacking costs less (about 20 %, by arithmetic) than an opaque operator does.
-LEAST_ROWS = 1024
+LEAST_TOKENS = 1024
 LIMITS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # largest values of the 8-bit dtypes
 COLUMN_MULTIPLE = 16  # library products want rows of whole 16-byte words
 
 _LIBRARY = torch.library.Library("diffusers_ternary", "FRAGMENT")
-_LIBRARY.define(
-    "unpack(Tensor weight, Tensor scale, Tensor? multiplier, SymInt in_features, SymInt group_size, str dtype)"
-    " -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+_LIBRARY.define(f"unpack_8bit{UNPACK_8BIT}", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(
     "quantize(Tensor x, str dtype, SymInt hadamard) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
 )
@@ -39,67 +36,41 @@ def _padded(in_features: int) -> int:
     return -(-in_features // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
-def unpack_reference(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    dtype: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack_reference(weight: PackedWeight, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight as operand of an 8-bit product.
 
     Args:
-        weight, scale, multiplier, in_features, group_size: as in [`ternary_linear`].
+        weight ([`PackedWeight`]): W.
         dtype (`str`): `"int8"` or `"float8_e4m3fn"`.
 
     Returns:
         `[N, K']` of that dtype, K' = K rounded up to 16, zero past K, and float32 scales of rows `[N]`. Group scales
         are integers of 1..63 times a row scale, as in the kernels: exact for the `"double"` layout in int8.
     """
-    check_devices(weight.device, "the weight", scale=scale, multiplier=multiplier)
-    values, row_scale = reference.integer_weight(
-        weight, scale, multiplier, in_features=in_features, group_size=group_size
-    )
-    values = F.pad(values, (0, _padded(in_features) - in_features))
+    values, row_scale = reference.integer_weight(weight)
+    values = F.pad(values, (0, _padded(weight.in_features) - weight.in_features))
     return values if dtype == "int8" else values.float().to(torch.float8_e4m3fn), row_scale
 
 
-def _unpack_triton(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    dtype: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if not triton_serves(weight.device):
-        return unpack_reference(weight, scale, multiplier, in_features, group_size, dtype)
+def _unpack_triton(weight: PackedWeight, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if not triton_serves(weight.packed.device):
+        return unpack_reference(weight, dtype)
     from .. import triton as kernels
 
-    return kernels.unpack_8bit(
-        weight, scale, multiplier, in_features=in_features, group_size=group_size, activation_dtype=dtype
-    )
+    return kernels.unpack_8bit(weight, dtype)
 
 
-_LIBRARY.impl("unpack", unpack_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("unpack_8bit", weight_kernel(unpack_reference), "CompositeExplicitAutograd")
 for _device_type in TRITON_DEVICE_TYPES:
-    _LIBRARY.impl("unpack", _unpack_triton, _device_type.upper())
+    _LIBRARY.impl("unpack_8bit", weight_kernel(_unpack_triton), _device_type.upper())
 
 
-@torch.library.register_fake("diffusers_ternary::unpack", lib=_LIBRARY)
-def _(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    dtype: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    check_devices(weight.device, "the weight", scale=scale, multiplier=multiplier)
-    rows = weight.shape[0]
-    values = weight.new_empty(rows, _padded(in_features), dtype=getattr(torch, dtype))
-    return values, weight.new_empty(rows, dtype=torch.float32)
+@torch.library.register_fake("diffusers_ternary::unpack_8bit", lib=_LIBRARY)
+@weight_kernel
+def _(weight: PackedWeight, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    n = weight.out_features
+    values = weight.packed.new_empty(n, _padded(weight.in_features), dtype=getattr(torch, dtype))
+    return values, weight.packed.new_empty(n, dtype=torch.float32)
 
 
 def quantize(x: torch.Tensor, dtype: str, hadamard: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,36 +118,19 @@ _LIBRARY.impl("quantize", _quantize_once, "CompositeImplicitAutograd")
 
 
 def traced_linear(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    activation_dtype: str,
-    hadamard: int,
+    input: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation_dtype: str
 ) -> torch.Tensor | None:
     """[`ternary_linear`] for a graph without gradients, or `None` where the opaque operator serves better."""
     device, dtype = input.device, input.dtype
-    if device.type not in TRITON_DEVICE_TYPES or input.shape[-1] != in_features:
+    if device.type not in TRITON_DEVICE_TYPES or input.shape[-1] != weight.in_features:
         return None
-    out_features = weight.shape[0]
-    eight = library_dtype(
-        device.type,
-        device.index or 0,
-        out_features,
-        in_features,
-        group_size,
-        scale.dtype,
-        multiplier is not None,
-        dtype,
-        activation_dtype,
-    )
-    if eight is None or input.numel() < LEAST_ROWS * in_features:
+    sizes = (weight.out_features, weight.in_features, weight.group_size)
+    layout = (*sizes, weight.scale.dtype, weight.multiplier is not None, None, activation_dtype)
+    eight = library_dtype(device.type, device.index or 0, dtype, *layout)
+    if eight is None or input.numel() < LEAST_TOKENS * weight.in_features:
         return None
-    codes, token_scale = torch.ops.diffusers_ternary.quantize(input, eight, hadamard)
-    dense, row_scale = torch.ops.diffusers_ternary.unpack(weight, scale, multiplier, in_features, group_size, eight)
+    codes, token_scale = torch.ops.diffusers_ternary.quantize(input, eight, weight.hadamard)
+    dense, row_scale = call_unpack(torch.ops.diffusers_ternary.unpack_8bit, weight, eight)
     codes, token_scale = codes.flatten(0, -2), token_scale.flatten(0, -2)
     if eight == "int8":
         product = torch._int_mm(codes, dense.t()).float() * (token_scale * row_scale)
@@ -191,7 +145,7 @@ def traced_linear(
             out_dtype=dtype,
             use_fast_accum=True,
         )
-    return y.view(*input.shape[:-1], out_features)
+    return y.view(*input.shape[:-1], weight.out_features)
 
 
 @constant_when_traced
@@ -201,10 +155,10 @@ def library_dtype(*request: Any) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _library_dtype(device_type: str, index: int, *request: Any) -> str | None:
+def _library_dtype(device_type: str, index: int, dtype: torch.dtype, *layout: Any) -> str | None:
     device = torch.device(device_type, index)
     if not torch.get_device_module(device_type).is_available() or not triton_serves(device):
         return None
     from .. import triton as kernels
 
-    return kernels.library_dtype(device, *request)
+    return kernels.library_dtype(device, dtype, Layout(*layout))

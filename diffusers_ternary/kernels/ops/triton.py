@@ -4,78 +4,47 @@
 Where they cannot run the reference serves, and one line of the log says why. Triton is imported at the first call.
 """
 
+import dataclasses
+
 import torch
 
 from ...ternarize import rotate
 from .. import blocked, reference
 from ..compat import returns_no_view
-from .checks import check_devices
-from .prepared import quick_linear
+from ..operands import PackedWeight
 from .rotate import ternary_rotate
+from .schema import weight_kernel
 from .serving import TRITON_DEVICE_TYPES, triton_serves
-from .ternary_linear import check_arguments, ternary_linear
-from .unpack import ternary_dequantize
+from .ternary_linear import register_linear
+from .unpack import ternary_unpack
 
 
-@ternary_linear.register_kernel(TRITON_DEVICE_TYPES)
-@returns_no_view
-def _linear(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    activation_dtype: str,
-    hadamard: int = 0,
+def _serve(
+    input: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation_dtype: str
 ) -> torch.Tensor:
-    quick = quick_linear(input, weight, scale, multiplier, bias, in_features, group_size, activation_dtype, hadamard)
-    if quick is not None:
-        return quick
-    check_arguments(input, (weight, scale, multiplier, bias), in_features, activation_dtype)
-    packed = (weight, scale, multiplier, bias)
     # Whoever asks for float64 wants exact numbers (gradient checks), not speed.
     if input.dtype == torch.float64 or not triton_serves(input.device):
-        return blocked.linear(
-            input,
-            *packed,
-            in_features=in_features,
-            group_size=group_size,
-            activation_dtype=activation_dtype,
-            hadamard=hadamard,
-        )
+        return blocked.linear(input, weight, bias, activation_dtype)
     from .. import triton as kernels
 
-    if hadamard > kernels.MAX_HADAMARD:
-        input, hadamard = rotate(input, hadamard), 0
-    return kernels.linear(
-        input,
-        *packed,
-        in_features=in_features,
-        group_size=group_size,
-        activation_dtype=activation_dtype,
-        hadamard=hadamard,
-    )
+    if weight.hadamard > kernels.MAX_HADAMARD:
+        input, weight = rotate(input, weight.hadamard), dataclasses.replace(weight, hadamard=0)
+    return kernels.linear(input, weight, bias, activation_dtype)
 
 
-@ternary_dequantize.register_kernel(TRITON_DEVICE_TYPES)
-def _dequantize(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    check_devices(weight.device, "the weight", scale=scale, multiplier=multiplier)
-    if dtype == torch.float64 or not triton_serves(weight.device):
-        return reference.dequantize(
-            weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=dtype
-        )
+_linear = register_linear(_serve, TRITON_DEVICE_TYPES, prepared=True)
+
+
+@weight_kernel
+def _unpack(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.float64 or not triton_serves(weight.packed.device):
+        return reference.dequantize(weight, dtype)
     from .. import triton as kernels
 
-    return kernels.dequantize(weight, scale, multiplier, in_features=in_features, group_size=group_size, dtype=dtype)
+    return kernels.dequantize(weight, dtype)
+
+
+ternary_unpack.register_kernel(TRITON_DEVICE_TYPES)(_unpack)
 
 
 @ternary_rotate.register_kernel(TRITON_DEVICE_TYPES)

@@ -4,17 +4,20 @@
 The folder needs torch and Triton, and nothing else of this package: its files can be published as they are.
 """
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
 
 import torch
 
-from .weights import PackedWeight
+from .weights import FLOAT_DTYPES, Layout, PackedWeight
 
 
 __all__ = [
     "MAX_HADAMARD",
+    "Layout",
+    "PackedWeight",
     "dequantize",
     "int8_linear",
     "library_dtype",
@@ -56,7 +59,7 @@ def _failure_of_a_kernel(device: torch.device) -> str | None:
     try:
         with current(device):
             ones = torch.ones(1, 1, dtype=torch.float16, device=device)
-            derive_multipliers(_packed_weight(ones.to(torch.int8), ones, None, 4, 4))
+            derive_multipliers(PackedWeight(ones.to(torch.int8), ones, None, 4, 4))
     except Exception as error:  # of every kind: compilers, linkers and drivers raise their own
         return f"a first kernel failed ({type(error).__name__}: {error})"
     return None
@@ -73,30 +76,14 @@ def served_activation_dtype(device_type: str, index: int, activation_dtype: str)
     return resolve_activation_dtype(target, Request(4096, 4096, 4096, 128, False, torch.bfloat16, activation_dtype))
 
 
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    *,
-    in_features: int,
-    group_size: int,
-    activation_dtype: str,
-    hadamard: int = 0,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activation_dtype: str) -> torch.Tensor:
     """`rotate(x) @ W.T + bias` with packed ternary W, on a device that [`unavailable_reason`] has nothing against.
 
     Args:
         x (`torch.Tensor`): `[..., K]` float32, bfloat16 or float16.
-        weight (`torch.Tensor`): int8 `[N, ceil(K / 4)]`, 2-bit planes.
-        scale (`torch.Tensor`): `[N, G]`, or `[N, 1]` with a multiplier; float.
-        multiplier (`torch.Tensor`, *optional*): uint8 `[N, G]`.
+        weight ([`PackedWeight`]): W; it is rotated in blocks of at most `MAX_HADAMARD`.
         bias (`torch.Tensor`, *optional*): `[N]` float.
-        in_features (`int`): K.
-        group_size (`int`): columns per scale.
         activation_dtype (`str`): `"auto"`, `"none"`, `"int8"` or `"float8_e4m3fn"`.
-        hadamard (`int`): block size of the rotation of x, a power of two of at most `MAX_HADAMARD`; 0 = none.
 
     Returns:
         `torch.Tensor`: `[..., N]`, dtype of `x`. With 8-bit activations the scales of groups are integers of 1..63
@@ -108,58 +95,30 @@ def linear(
     """
     from .product import multiply
 
-    packed = _packed_weight(weight, scale, multiplier, in_features, group_size, hadamard)
-    return multiply(x, packed, bias, activation_dtype)
+    return multiply(x, _operand(weight), bias, activation_dtype)
 
 
 def prepare(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    scale_dtype: torch.dtype,
-    activation_dtype: str,
-    hadamard: int,
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, layout: Layout
 ) -> Callable[..., torch.Tensor] | None:
     """[`linear`] for inputs of one shape, with as little host time as can be; `None` where `linear` must be called.
 
     Args:
         shape, dtype, device: of `x`, not empty.
-        out_features (`int`): N.
-        scale_dtype (`torch.dtype`): of the scales.
-        in_features, group_size, activation_dtype, hadamard: as in [`linear`].
+        layout ([`Layout`]): of the weight.
 
     Returns:
         A function of `(x, weight, scale, multiplier, bias)`, see [`PreparedCall`]. It holds no tensor.
     """
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or hadamard > MAX_HADAMARD:
+    if dtype not in FLOAT_DTYPES or layout.hadamard > MAX_HADAMARD:
         return None
     from .prepared import PreparedCall
 
-    return PreparedCall(
-        shape,
-        device,
-        out_features=out_features,
-        in_features=in_features,
-        group_size=group_size,
-        scale_dtype=scale_dtype,
-        activation_dtype=activation_dtype,
-        hadamard=hadamard,
-    )
+    return PreparedCall(shape, device, layout)
 
 
 def unpacked(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    *,
-    in_features: int,
-    group_size: int,
-    activation_dtype: str,
-    hadamard: int = 0,
+    weight: PackedWeight, activation_dtype: str
 ) -> Callable[[torch.Tensor, torch.Tensor | None, str], torch.Tensor | None] | None:
     """[`linear`] with the weight unpacked to 8 bits once, which takes 4 times the memory; arguments as there.
 
@@ -167,12 +126,11 @@ def unpacked(
         A function of `(x, bias, activation_dtype)` that holds the unpacked weight and returns `None` where [`linear`]
         must be called (few rows, activations that are not rounded); or `None` where there are no 8-bit products.
     """
-    if hadamard > MAX_HADAMARD:
+    if weight.hadamard > MAX_HADAMARD:
         return None
     from . import eight_bit
 
-    packed = _packed_weight(weight, scale, multiplier, in_features, group_size, hadamard)
-    dense = eight_bit.unpacked(packed, activation_dtype)
+    dense = eight_bit.unpacked(_operand(weight), activation_dtype)
     return None if dense is None else lambda x, bias, asked: eight_bit.linear(x, dense, bias, asked)
 
 
@@ -185,33 +143,16 @@ def int8_linear(
     return eight_bit.int8_linear(x, values, scale, bias, activation_dtype)
 
 
-def dequantize(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    *,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Dense weight `[N, K]`, codes times scales rounded once to `dtype`; arguments as in [`linear`]."""
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """Dense weight `[N, K]`, codes times scales rounded once to `dtype`; not rotated back."""
     from . import product
     from .devices import current
 
-    packed = _packed_weight(weight, scale, multiplier, in_features, group_size)
-    with current(weight.device):
-        return product.dequantize(packed, dtype)
+    with current(weight.packed.device):
+        return product.dequantize(_operand(weight), dtype)
 
 
-def unpack_8bit(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    *,
-    in_features: int,
-    group_size: int,
-    activation_dtype: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack_8bit(weight: PackedWeight, activation_dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight as operand of an 8-bit product; arguments as in [`linear`].
 
     Returns:
@@ -220,41 +161,34 @@ def unpack_8bit(
     from . import product
     from .devices import current
 
-    packed = _packed_weight(weight, scale, multiplier, in_features, group_size)
-    with current(weight.device):
-        values, row_scale = product.unpack(packed, activation_dtype)
+    with current(weight.packed.device):
+        values, row_scale = product.unpack(_operand(weight), activation_dtype)
     return values.view(getattr(torch, activation_dtype)), row_scale
 
 
-def library_dtype(
-    device: torch.device,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    scale_dtype: torch.dtype,
-    has_multiplier: bool,
-    dtype: torch.dtype,
-    activation_dtype: str,
-) -> str | None:
+def library_dtype(device: torch.device, dtype: torch.dtype, layout: Layout) -> str | None:
     """The 8-bit dtype in which the vendor's product serves many rows of a layer; `None` if it does not, or is wrong.
 
     The first question of a kind launches kernels.
+
+    Args:
+        device, dtype: of the activations.
+        layout ([`Layout`]): of the weight.
     """
     from . import product
     from .devices import current
 
     with current(device):
-        width, groups = -(-in_features // 4), -(-in_features // group_size)
-        columns = 1 if has_multiplier else groups
+        n, groups = layout.out_features, layout.groups
         # Nothing is read of these: a trial draws its own values.
-        packed = _packed_weight(
-            torch.empty(out_features, width, dtype=torch.int8, device=device),
-            torch.empty(out_features, columns, dtype=scale_dtype, device=device),
-            torch.empty(out_features, groups, dtype=torch.uint8, device=device) if has_multiplier else None,
-            in_features,
-            group_size,
+        weight = PackedWeight(
+            torch.empty(n, -(-layout.in_features // 4), dtype=torch.int8, device=device),
+            torch.empty(n, 1 if layout.has_multiplier else groups, dtype=layout.scale_dtype, device=device),
+            torch.empty(n, groups, dtype=torch.int8, device=device) if layout.has_multiplier else None,
+            layout.in_features,
+            layout.group_size,
         )
-        return product.library_dtype(packed, dtype, activation_dtype)
+        return product.library_dtype(weight, dtype, layout.activation_dtype)
 
 
 def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -269,19 +203,9 @@ def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
         return product.rotate(rows.contiguous(), block).view(x.shape)
 
 
-def _packed_weight(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    hadamard: int = 0,
-) -> PackedWeight:
-    return PackedWeight(
-        weight.contiguous(),
-        scale.contiguous(),
-        None if multiplier is None else multiplier.contiguous().view(torch.int8),
-        in_features,
-        group_size,
-        hadamard,
-    )
+def _operand(weight: PackedWeight) -> PackedWeight:
+    """The weight as kernels read it: contiguous, multipliers as int8."""
+    weight = weight.contiguous()
+    if weight.multiplier is None:
+        return weight
+    return dataclasses.replace(weight, multiplier=weight.multiplier.view(torch.int8))

@@ -4,6 +4,8 @@
 It rounds what the kernels round (activations to 8 bits, multipliers of groups) and sums in the dtype it is asked for.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 
@@ -25,9 +27,7 @@ def integer_multipliers(weight: PackedWeight) -> PackedWeight:
     largest = scale.amax(dim=1, keepdim=True)
     ratio = scale / torch.where(largest > 0, largest, torch.ones_like(largest))
     multiplier = (ratio * 63 + 0.5).floor().clamp(min=1) * (scale > 0)
-    return PackedWeight(
-        weight.packed, largest, multiplier.to(torch.int8), weight.in_features, weight.group_size, weight.hadamard
-    )
+    return dataclasses.replace(weight, scale=largest, multiplier=multiplier.to(torch.int8))
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype, *, float8_multipliers: bool = False) -> torch.Tensor:

@@ -29,7 +29,7 @@ from torch import nn
 from diffusers_ternary.kernels.triton import launch, prepare, product
 from diffusers_ternary.kernels.triton.devices import target_of
 from diffusers_ternary.kernels.triton.dispatch import Plan, Request, candidates
-from diffusers_ternary.kernels.triton.weights import PackedWeight
+from diffusers_ternary.kernels.triton.weights import Layout, PackedWeight
 from diffusers_ternary.ternarize import rotate, ternarize
 
 
@@ -129,17 +129,10 @@ def ternary_candidates(
     scales = "row" if group_size is None else f"g{group_size}"
 
     def public(activation_dtype: str, hadamard: int = 0) -> Callable[[], torch.Tensor]:
-        call = prepare(
-            x.shape,
-            x.dtype,
-            x.device,
-            out_features=shape.n,
-            in_features=shape.k,
-            group_size=w.spec.group_size,
-            scale_dtype=w.scale.dtype,
-            activation_dtype=activation_dtype,
-            hadamard=hadamard,
-        )
+        bias_dtype = None if bias is None else bias.dtype
+        sizes, double = (shape.n, shape.k, w.spec.group_size), w.multiplier is not None
+        layout = Layout(*sizes, w.scale.dtype, double, bias_dtype, activation_dtype, hadamard)
+        call = prepare(x.shape, x.dtype, x.device, layout)
         assert call is not None
         return lambda: call(x, w.packed, w.scale, w.multiplier, bias)
 

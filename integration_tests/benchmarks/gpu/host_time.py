@@ -21,7 +21,7 @@ import torch
 
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from diffusers_ternary.kernels.ops import prepared, ternary_linear
+from diffusers_ternary.kernels.ops import prepared, schema, ternary_linear
 from diffusers_ternary.kernels.ops import triton as registered
 from diffusers_ternary.kernels.triton import product
 from diffusers_ternary.layers import TernaryLinear
@@ -61,9 +61,9 @@ def candidates(rows: int, activation_dtype: str) -> Iterator[tuple[str, Callable
     arguments = (x, layer.weight, layer.scales, layer.weight_multiplier, layer.bias, K, 64, activation_dtype, 0)
 
     def operator() -> torch.Tensor:
-        registered.quick_linear = no_quick_way
+        schema.quick_linear = no_quick_way
         y = ternary_linear(*arguments)
-        registered.quick_linear = prepared.quick_linear
+        schema.quick_linear = prepared.quick_linear
         return y
 
     yield "layer", lambda: layer(x)

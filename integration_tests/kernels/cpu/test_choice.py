@@ -11,6 +11,7 @@ from diffusers_ternary.format import expand_scales, pack_planes
 from diffusers_ternary.kernels import cpu
 from diffusers_ternary.kernels.cpu import choice, native
 from diffusers_ternary.kernels.cpu import products as cpu_linear
+from integration_tests.support.operands import of_parts
 
 
 NAMES = ("amx-int8", "avx512-vnni", "avx2")
@@ -59,7 +60,7 @@ def test_dense_product_in_blocks(monkeypatch, dtype):
     scale = (torch.rand(90, 33) + 0.1).half()
     bias = torch.randn(90)
     x = torch.randn(2, 300, 515).to(dtype)
-    y = cpu.linear_int8(x, pack_planes(codes), scale, None, bias, in_features=515, group_size=16, dense=True)
+    y = of_parts(cpu.linear_int8)(x, pack_planes(codes), scale, None, bias, in_features=515, group_size=16, dense=True)
     expected = F.linear(x.double(), codes * expand_scales(scale.double(), 16, 515), bias.double())
     assert y.dtype == dtype
     assert y.shape == expected.shape
@@ -99,5 +100,5 @@ def test_a_prepared_call_uses_the_threads_of_torch():
         assert torch.equal(call(x, weight, scale, None, bias), expected)
     finally:
         torch.set_num_threads(before)
-    same = cpu.linear_int8(x, weight, scale, None, bias, in_features=640, group_size=128)
+    same = of_parts(cpu.linear_int8)(x, weight, scale, None, bias, in_features=640, group_size=128)
     assert torch.equal(same, expected)

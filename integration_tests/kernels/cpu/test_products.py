@@ -14,6 +14,8 @@ from diffusers_ternary.format import expand_scales, group_scales, pack_planes
 from diffusers_ternary.kernels import cpu
 from diffusers_ternary.kernels.cpu import fallback, native
 from diffusers_ternary.kernels.cpu import products as cpu_linear
+from diffusers_ternary.kernels.operands import PackedWeight
+from integration_tests.support.operands import of_parts
 
 
 VARIANTS = native.variants()
@@ -52,8 +54,8 @@ def run(path, *args, **kwargs):
     if path == "torch":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu_linear, "load", lambda: None)
-            return cpu.linear_int8(*args, **kwargs)
-    return cpu.linear_int8(*args, **kwargs, library=native.load(path))
+            return of_parts(cpu.linear_int8)(*args, **kwargs)
+    return of_parts(cpu.linear_int8)(*args, **kwargs, library=native.load(path))
 
 
 def layer(columns, in_features, group_size, *, seed, double=False, dtype=torch.float16, bias=True):
@@ -94,7 +96,7 @@ def test_sums_equal_int64_over_random_shapes(variant, seed):
             group_size = 17
         codes = draw_codes(columns, in_features, seed=rng.randrange(10**6))
         x = torch.randint(-127, 128, (rows, in_features), dtype=torch.int8)
-        sums = library.accumulate(x, pack_planes(codes), group_size=group_size)
+        sums = library.tile_sums(x, pack_planes(codes), group_size=group_size)
         shape = f"{seed=} {rows=} {columns=} {in_features=} {group_size=}"
         assert torch.equal(sums, exact_sums(x, codes, group_size)), shape
 
@@ -108,7 +110,7 @@ def test_saturating_values_do_not_overflow(variant, rows, in_features, group_siz
     for code, value in ((1, 127), (-1, 127), (1, -127), (-1, -127)):
         codes = torch.full((17, in_features), code, dtype=torch.int8)
         x = torch.full((rows, in_features), value, dtype=torch.int8)
-        sums = native.load(variant).accumulate(x, pack_planes(codes), group_size=group_size)
+        sums = native.load(variant).tile_sums(x, pack_planes(codes), group_size=group_size)
         assert torch.equal(sums, exact_sums(x, codes, group_size))
 
 
@@ -119,7 +121,7 @@ def test_every_tail_of_every_axis(variant):
         codes = draw_codes(size, size, seed=size)
         x = torch.randint(-127, 128, (size, size), dtype=torch.int8)
         for group_size in {size, max(1, size // 3), min(size, 32)}:
-            sums = library.accumulate(x, pack_planes(codes), group_size=group_size)
+            sums = library.tile_sums(x, pack_planes(codes), group_size=group_size)
             assert torch.equal(sums, exact_sums(x, codes, group_size)), (size, group_size)
 
 
@@ -155,17 +157,17 @@ def test_exact_path_matches_float64(dtype, double, library, request):
         request.getfixturevalue("without_library")
     weight, scale, multiplier, bias, dense = layer(90, 515, 50, seed=0, double=double)
     x = torch.randn(2, 7, 515).to(dtype)
-    y = cpu.linear_exact(x, weight, scale, multiplier, bias, in_features=515, group_size=50)
+    y = of_parts(cpu.linear_exact)(x, weight, scale, multiplier, bias, in_features=515, group_size=50)
     assert y.shape == (2, 7, 90)
     assert relative_error(y, x.double() @ dense.T + bias) < PRECISION[dtype]
 
 
 def test_exact_path_in_many_blocks(monkeypatch):
     monkeypatch.setattr(cpu_linear, "EXACT_BLOCK_ELEMENTS", 4000)
-    monkeypatch.setattr(cpu_linear, "EXACT_ROW_ELEMENTS", 4000)
+    monkeypatch.setattr(cpu_linear, "EXACT_TOKEN_ELEMENTS", 4000)
     weight, scale, multiplier, bias, dense = layer(90, 515, 50, seed=0)
     x = torch.randn(200, 515).bfloat16()
-    y = cpu.linear_exact(x, weight, scale, multiplier, bias, in_features=515, group_size=50)
+    y = of_parts(cpu.linear_exact)(x, weight, scale, multiplier, bias, in_features=515, group_size=50)
     assert relative_error(y, x.double() @ dense.T + bias) < PRECISION[torch.bfloat16]
 
 
@@ -186,7 +188,7 @@ def test_quantised_rows_equal_torch(variant, dtype, columns):
     x[3] = 0
     x[4] *= 1e-3
     q, scales = native.load(variant).quantize(x)
-    expected, expected_scales, _ = fallback.quantize_rows(x)
+    expected, expected_scales, _ = fallback.quantize_tokens(x)
     assert torch.equal(q, expected)
     assert torch.equal(scales, expected_scales[:, 0])
 
@@ -245,20 +247,20 @@ def test_layouts_of_the_input(path):
         run(path, single, weight, scale, None, bias, **options), expected[:1, :1].expand(6, 4, 24)
     )
     assert run(path, x[:0], weight, scale, None, bias, **options).shape == (0, 4, 24)
-    assert cpu.linear_exact(x[:0], weight, scale, None, bias, **options).shape == (0, 4, 24)
+    assert of_parts(cpu.linear_exact)(x[:0], weight, scale, None, bias, **options).shape == (0, 4, 24)
 
 
 def test_wrong_shapes_are_named():
     weight, scale, _, bias, _ = layer(24, 60, 20, seed=5)
     x = torch.randn(2, 60)
     with pytest.raises(ValueError, match=r"weight is torch.int8 \[24, 15\]"):
-        cpu.linear_int8(x, weight, scale, None, bias, in_features=64, group_size=20)
+        of_parts(cpu.linear_int8)(x, weight, scale, None, bias, in_features=64, group_size=20)
     with pytest.raises(ValueError, match="scale"):
-        cpu.linear_int8(x, weight, scale, None, bias, in_features=60, group_size=30)
+        of_parts(cpu.linear_int8)(x, weight, scale, None, bias, in_features=60, group_size=30)
     with pytest.raises(ValueError, match="multiplier"):
-        cpu.linear_exact(x, weight, scale[:, :1], scale, bias, in_features=60, group_size=20)
+        of_parts(cpu.linear_exact)(x, weight, scale[:, :1], scale, bias, in_features=60, group_size=20)
     with pytest.raises(ValueError, match="bias"):
-        cpu.linear_int8(x, weight, scale, None, bias[:3], in_features=60, group_size=20)
+        of_parts(cpu.linear_int8)(x, weight, scale, None, bias[:3], in_features=60, group_size=20)
 
 
 # --- threads, processes, loading
@@ -270,11 +272,13 @@ def test_threads_change_nothing(rows, threads):
     weight, scale, _, bias, _ = layer(500, 640, 128, seed=6)
     x = torch.randn(rows, 640)
     threads(1)
-    expected = cpu.linear_int8(x, weight, scale, None, bias, in_features=640, group_size=128)
-    exact = cpu.linear_exact(x, weight, scale, None, bias, in_features=640, group_size=128)
+    expected = of_parts(cpu.linear_int8)(x, weight, scale, None, bias, in_features=640, group_size=128)
+    exact = of_parts(cpu.linear_exact)(x, weight, scale, None, bias, in_features=640, group_size=128)
     threads(3)
-    assert torch.equal(cpu.linear_int8(x, weight, scale, None, bias, in_features=640, group_size=128), expected)
-    again = cpu.linear_exact(x, weight, scale, None, bias, in_features=640, group_size=128)
+    assert torch.equal(
+        of_parts(cpu.linear_int8)(x, weight, scale, None, bias, in_features=640, group_size=128), expected
+    )
+    again = of_parts(cpu.linear_exact)(x, weight, scale, None, bias, in_features=640, group_size=128)
     torch.testing.assert_close(again, exact)
 
 
@@ -284,12 +288,12 @@ def test_many_callers_at_once(threads):
     weight, scale, _, bias, _ = layer(500, 640, 128, seed=7)
     inputs = [torch.randn(600, 640) for _ in range(6)]
     options = {"in_features": 640, "group_size": 128}
-    expected = [cpu.linear_int8(x, weight, scale, None, bias, **options) for x in inputs]
+    expected = [of_parts(cpu.linear_int8)(x, weight, scale, None, bias, **options) for x in inputs]
     results: list[torch.Tensor | None] = [None] * 6
 
     def call(i: int) -> None:
         for _ in range(5):
-            results[i] = cpu.linear_int8(inputs[i], weight, scale, None, bias, **options)
+            results[i] = of_parts(cpu.linear_int8)(inputs[i], weight, scale, None, bias, **options)
 
     callers = [threading.Thread(target=call, args=(i,)) for i in range(6)]
     for caller in callers:
@@ -301,7 +305,7 @@ def test_many_callers_at_once(threads):
 
 def _in_child(queue, x, weight, scale):
     torch.set_num_threads(2)
-    y = cpu.linear_int8(x, weight, scale, None, None, in_features=640, group_size=640)
+    y = of_parts(cpu.linear_int8)(x, weight, scale, None, None, in_features=640, group_size=640)
     # No torch operation that would start OpenMP: that is what hangs after a fork.
     queue.put([y[0, 0].item(), y[-1, -1].item()])
 
@@ -312,7 +316,9 @@ def test_works_after_a_fork(threads):
     threads(2)
     weight, scale, _, _, _ = layer(500, 640, 640, seed=8)
     x = torch.randn(600, 640)
-    expected = cpu.linear_int8(x, weight, scale, None, None, in_features=640, group_size=640)  # the pool exists now
+    expected = of_parts(cpu.linear_int8)(
+        x, weight, scale, None, None, in_features=640, group_size=640
+    )  # the pool exists now
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue, x, weight, scale), daemon=True)
@@ -351,6 +357,6 @@ def test_torch_path_with_and_without_onednn(monkeypatch, exact, double):
     monkeypatch.setattr(fallback, "BLOCK_ELEMENTS", 20_000)
     weight, scale, multiplier, bias, dense = layer(90, 515, 50 if double else 515, seed=9, double=double)
     x = torch.randn(40, 515)
-    y, infinite = fallback.linear_int8(x, weight, scale, multiplier, bias, 515, 50 if double else 515)
+    y, infinite = fallback.linear_int8(x, PackedWeight(weight, scale, multiplier, 515, 50 if double else 515), bias)
     assert not infinite
     assert relative_error(y, rounded(x) @ dense.T + bias) < 2e-6

@@ -22,6 +22,7 @@ from diffusers_ternary.kernels import blocked, mps, reference
 from diffusers_ternary.kernels.mps.shader import BODY, definitions, metal_source
 from diffusers_ternary.kernels.triton.trial import Trials
 from diffusers_ternary.ternarize import TernaryWeight, rotate, ternarize
+from integration_tests.support.operands import of_parts, of_weight_parts
 
 
 C_TYPES = {torch.float32: "float", torch.float16: "_Float16"}
@@ -94,8 +95,8 @@ def test_the_body_is_the_reference_bit_for_bit(shaders, dtype, layout, group_siz
     w = weight_of(19, k, layout, group_size)
     for scale in (w.scale.half(), w.scale.float()):
         options = {"in_features": k, "group_size": w.spec.group_size, "dtype": dtype}
-        expected = reference.dequantize(w.packed, scale, w.multiplier, **options)
-        assert torch.equal(mps.dequantize(w.packed, scale, w.multiplier, **options), expected)
+        expected = of_weight_parts(reference.dequantize)(w.packed, scale, w.multiplier, **options)
+        assert torch.equal(of_weight_parts(mps.dequantize)(w.packed, scale, w.multiplier, **options), expected)
 
 
 def test_the_shader_defines_what_its_body_needs():
@@ -113,14 +114,14 @@ def test_products_in_blocks_of_one_buffer(monkeypatch, shaders, layout, group_si
     w = weight_of(48, 64, layout, group_size)
     x, bias = torch.randn(2, 3, 64), torch.randn(48)
     options = {"in_features": 64, "group_size": w.spec.group_size, "hadamard": hadamard}
-    y = mps.linear(x, w.packed, w.scale, w.multiplier, bias, **options)
-    dense = reference.dequantize(
+    y = of_parts(mps.linear)(x, w.packed, w.scale, w.multiplier, bias, **options)
+    dense = of_weight_parts(reference.dequantize)(
         w.packed, w.scale, w.multiplier, in_features=64, group_size=w.spec.group_size, dtype=torch.float32
     )
     torch.testing.assert_close(y, F.linear(rotate(x, hadamard), dense, bias))
     (held,) = mps._buffer_of(x.device, x.dtype)
     assert held.numel() == 20 * 64
-    mps.linear(x, w.packed, w.scale, w.multiplier, None, **options)
+    of_parts(mps.linear)(x, w.packed, w.scale, w.multiplier, None, **options)
     assert mps._buffer_of(x.device, x.dtype)[0] is held
     assert shaders == [(torch.float32, torch.float16, layout == "double")]
 
@@ -136,10 +137,12 @@ def test_a_kernel_that_fails_is_named_once_and_left_out(monkeypatch, caplog, fau
     monkeypatch.setattr(mps, "_trials", Trials("mps"))
     w, x = weight_of(48, 64, "double", 16), torch.randn(3, 64)
     options = {"in_features": 64, "group_size": 16}
-    expected = reference.linear(x, w.packed, w.scale, w.multiplier, None, **options)
+    expected = of_parts(reference.linear)(x, w.packed, w.scale, w.multiplier, None, **options)
     with caplog.at_level(logging.WARNING, "diffusers_ternary"):
         for _ in range(2):
-            torch.testing.assert_close(mps.linear(x, w.packed, w.scale, w.multiplier, None, **options), expected)
+            torch.testing.assert_close(
+                of_parts(mps.linear)(x, w.packed, w.scale, w.multiplier, None, **options), expected
+            )
     (record,) = caplog.records
     assert "The Metal kernel (torch.float32, multipliers) does not work on mps and is left out" in record.message
 
@@ -151,8 +154,8 @@ def test_the_blocked_path_is_the_reference(monkeypatch, activation_dtype, hadama
     w = weight_of(50, 64, "double", 16)
     x, bias = torch.randn(2, 3, 64), torch.randn(50)
     options = {"in_features": 64, "group_size": 16, "activation_dtype": activation_dtype, "hadamard": hadamard}
-    y = blocked.linear(x, w.packed, w.scale, w.multiplier, bias, **options)
-    torch.testing.assert_close(y, reference.linear(x, w.packed, w.scale, w.multiplier, bias, **options))
+    y = of_parts(blocked.linear)(x, w.packed, w.scale, w.multiplier, bias, **options)
+    torch.testing.assert_close(y, of_parts(reference.linear)(x, w.packed, w.scale, w.multiplier, bias, **options))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -178,9 +181,9 @@ def test_scratch_of_the_blocked_path_is_bounded():
     multiplier, x = empty(n, k // group_size, dtype=torch.uint8), empty(rows, k, dtype=torch.bfloat16)
     result_bytes, operand_bytes = rows * n * 2, n * k // 4
     with LargestTensor() as largest:
-        y = blocked.linear(x, weight, scale, multiplier, None, in_features=k, group_size=group_size)
+        y = of_parts(blocked.linear)(x, weight, scale, multiplier, None, in_features=k, group_size=group_size)
     assert y.shape == (rows, n)
     assert largest.bytes <= max(result_bytes, operand_bytes, blocked.BLOCK_ELEMENTS * 4)
     with LargestTensor() as whole:
-        reference.linear(x, weight, scale, multiplier, None, in_features=k, group_size=group_size)
+        of_parts(reference.linear)(x, weight, scale, multiplier, None, in_features=k, group_size=group_size)
     assert whole.bytes == n * k * 4

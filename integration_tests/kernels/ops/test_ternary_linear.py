@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from diffusers_ternary.kernels.ops import ternary_dequantize, ternary_linear
+from diffusers_ternary.kernels.ops import ternary_linear, ternary_unpack
 from diffusers_ternary.ternarize import TernaryWeight, ternarize
 
 
@@ -190,7 +190,7 @@ def test_one_operand_on_meta_is_an_error_and_not_memory_without_values(name):
 def test_dequantizing_with_a_scale_on_meta_is_an_error():
     packed = weight_of()
     with pytest.raises(RuntimeError, match="scale is on meta and the weight on cpu"):
-        ternary_dequantize(packed.packed, packed.scale.to("meta"), packed.multiplier, 50, 16, torch.float32)
+        ternary_unpack(packed.packed, packed.scale.to("meta"), packed.multiplier, 50, 16, torch.float32)
 
 
 @pytest.mark.parametrize("activation_dtype", ["auto", "none", "int8", "float8_e4m3fn"])

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 
-from diffusers_ternary.kernels.ops import product, traced
+from diffusers_ternary.kernels.ops import traced
 from diffusers_ternary.layers import TernaryLinear
 from diffusers_ternary.ternarize import TernaryWeight, ternarize
 
@@ -46,7 +46,7 @@ def front_end_on_cuda(monkeypatch, rows: int, eight: str | None) -> list[str]:
     """The operators that `torch.compile`'s front end finds, on fake tensors of device "cuda"."""
     monkeypatch.setattr(traced, "_library_dtype", lambda *_: eight)
     # An export for training would keep the operator that has a gradient.
-    monkeypatch.setattr(product, "_is_exporting", lambda: False)
+    monkeypatch.setattr("diffusers_ternary.kernels.ops.ternary_linear._is_exporting", lambda: False)
     mode, module = FakeTensorMode(), Attention()
     with mode:
         for child in module.modules():
@@ -88,24 +88,26 @@ def test_many_rows_are_plain_operators_for_the_compiler(monkeypatch, eight):
     assert calls.count("aten._int_mm.default" if eight == "int8" else "aten._scaled_mm.default") == 3
     own = {call for call in calls if call.startswith("diffusers_ternary")}
     # What is left of `quantize` steps aside when the graph is lowered.
-    assert own <= {"diffusers_ternary.unpack.default", "diffusers_ternary.quantize.default"}
-    assert calls.count("diffusers_ternary.unpack.default") == 3
+    assert own <= {"diffusers_ternary.unpack_8bit.default", "diffusers_ternary.quantize.default"}
+    assert calls.count("diffusers_ternary.unpack_8bit.default") == 3
 
 
 @pytest.mark.parametrize(("rows", "eight"), [(64, "int8"), (2048, None)])
 def test_few_rows_and_devices_without_a_product_keep_the_fused_operator(monkeypatch, rows, eight):
     calls = front_end_on_cuda(monkeypatch, rows, eight)
     assert calls.count("diffusers_ternary.linear_inference.default") == 3
-    assert "diffusers_ternary.unpack.default" not in calls
+    assert "diffusers_ternary.unpack_8bit.default" not in calls
 
 
 @pytest.mark.parametrize("hadamard", [0, 16])
 def test_activations_are_rounded_once_for_q_k_and_v_in_operators_that_fuse(monkeypatch, hadamard):
     calls = lowered(monkeypatch, Attention(hadamard), torch.randn(2, 1024, K), "int8")
     assert calls.count("aten._int_mm.default") == 3
-    assert calls.count("diffusers_ternary.unpack.default") == 3
+    assert calls.count("diffusers_ternary.unpack_8bit.default") == 3
     assert calls.count("aten.amax.default") == calls.count("aten.round.default") == 1
-    assert {call for call in calls if call.startswith("diffusers_ternary")} == {"diffusers_ternary.unpack.default"}
+    assert {call for call in calls if call.startswith("diffusers_ternary")} == {
+        "diffusers_ternary.unpack_8bit.default"
+    }
 
 
 def test_a_change_in_place_is_seen(monkeypatch):
@@ -119,7 +121,7 @@ def test_a_change_in_place_is_seen(monkeypatch):
 def test_operands_multiply_to_the_dense_product(eight, k, layout, group_size):
     w = weight_of(layout, group_size, k=k)
     x = torch.randn(2, 9, k) * torch.logspace(-3, 3, 9)[:, None]
-    values, row_scale = torch.ops.diffusers_ternary.unpack(
+    values, row_scale = torch.ops.diffusers_ternary.unpack_8bit(
         w.packed, w.scale, w.multiplier, k, w.spec.group_size, eight
     )
     codes, token_scale = torch.ops.diffusers_ternary.quantize(x, eight, 0)
@@ -172,7 +174,7 @@ def test_nothing_is_remembered_of_real_tensors():
 
 def test_unpack_passes_opcheck():
     w = weight_of()
-    operator = torch.ops.diffusers_ternary.unpack.default
+    operator = torch.ops.diffusers_ternary.unpack_8bit.default
     torch.library.opcheck(operator, (w.packed, w.scale, w.multiplier, K, 16, "int8"))
 
 

@@ -13,12 +13,13 @@ from torch._subclasses import FakeTensorMode
 
 from diffusers_ternary.kernels import reference
 from diffusers_ternary.kernels import triton as kernels
-from diffusers_ternary.kernels.ops import kernel_name, serving, ternary_dequantize, ternary_linear, ternary_rotate
+from diffusers_ternary.kernels.ops import kernel_name, serving, ternary_linear, ternary_rotate, ternary_unpack
 from diffusers_ternary.kernels.ops import triton as registered
 from diffusers_ternary.layers import TernaryLinear
 from diffusers_ternary.ternarize import TernaryWeight, rotate, ternarize
 from integration_tests.support.fresh_process import run_python
 from integration_tests.support.interpreter import skip_without_interpreter
+from integration_tests.support.operands import of_parts, of_weight_parts
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def has_kernel(operator: torch.library.CustomOpDef, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator._qualname, key)
 
 
-@pytest.mark.parametrize("operator", [ternary_linear, ternary_dequantize, ternary_rotate], ids=lambda op: op._name)
+@pytest.mark.parametrize("operator", [ternary_linear, ternary_unpack, ternary_rotate], ids=lambda op: op._name)
 def test_gpus_have_kernels_of_their_own(operator):
     assert has_kernel(operator, "CUDA")
     assert has_kernel(operator, "XPU")
@@ -59,14 +60,16 @@ def test_the_reference_serves_without_triton_and_one_line_says_so(monkeypatch, c
     x, w = torch.randn(3, 256), weight_of(hadamard=64)
     with caplog.at_level(logging.WARNING, "diffusers_ternary"):
         y = [registered._linear(*arguments(x, w)) for _ in range(3)][-1]
-        dense = registered._dequantize(w.packed, w.scale, w.multiplier, 256, 64, torch.float16)
+        dense = registered._unpack(w.packed, w.scale, w.multiplier, 256, 64, torch.float16)
         rotated = registered._rotate(x, 64)
     assert [record.message for record in caplog.records] == [
         "Ternary layers on cpu:0 use the torch reference: triton is not installed."
     ]
     expected = (
         rotate(x, 64)
-        @ reference.dequantize(w.packed, w.scale, w.multiplier, in_features=256, group_size=64, dtype=torch.float32).T
+        @ of_weight_parts(reference.dequantize)(
+            w.packed, w.scale, w.multiplier, in_features=256, group_size=64, dtype=torch.float32
+        ).T
     )
     torch.testing.assert_close(y, expected)
     assert dense.dtype == torch.float16
@@ -149,7 +152,7 @@ def test_gradients_need_operators_only(hadamard):
 @pytest.mark.parametrize("hadamard", [0, 64])
 def test_operators_pass_opcheck(hadamard):
     w = weight_of(hadamard)
-    torch.library.opcheck(ternary_dequantize, (w.packed, w.scale, w.multiplier, 256, 64, torch.float16))
+    torch.library.opcheck(ternary_unpack, (w.packed, w.scale, w.multiplier, 256, 64, torch.float16))
     torch.library.opcheck(ternary_rotate, (torch.randn(2, 3, 70), 32))
     torch.library.opcheck(ternary_linear, arguments(torch.randn(3, 256, requires_grad=True), w))
 
@@ -183,7 +186,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch, tmp_path):
         for rows in (1, 300, 5000):
             x = torch.empty(rows, 256, dtype=torch.bfloat16, device="cuda")
             options = {"in_features": 256, "group_size": 64, "activation_dtype": "int8", "hadamard": 64}
-            y = kernels.linear(x, packed, scale, multiplier, None, **options)
+            y = of_parts(kernels.linear)(x, packed, scale, multiplier, None, **options)
             assert y.shape == (rows, 48)
     assert [launched.name for launched in launches] == [
         *("quantize_kernel", "gemv_kernel"),
@@ -199,8 +202,9 @@ def test_the_operators_run_triton_end_to_end():
     outcome = run_python(
         """
         import json, logging, torch
-        from diffusers_ternary.ops import triton as registered
+        from diffusers_ternary.kernels.ops import triton as registered
         from diffusers_ternary.kernels import reference
+        from integration_tests.support.operands import of_weight_parts
         from diffusers_ternary.ternarize import ternarize
         errors = {}
         torch.manual_seed(0)
@@ -214,10 +218,10 @@ def test_the_operators_run_triton_end_to_end():
                 )
                 expected = x.float() @ dense.T
                 errors[f"{hadamard} {activation_dtype}"] = float((y - expected).norm() / expected.norm())
-            exact = reference.dequantize(
+            exact = of_weight_parts(reference.dequantize)(
                 w.packed, w.scale, w.multiplier, in_features=256, group_size=64, dtype=torch.float16
             )
-            assert torch.equal(registered._dequantize(w.packed, w.scale, w.multiplier, 256, 64, torch.float16), exact)
+            assert torch.equal(registered._unpack(w.packed, w.scale, w.multiplier, 256, 64, torch.float16), exact)
         print(json.dumps(errors))
         """,
         TRITON_INTERPRET="1",

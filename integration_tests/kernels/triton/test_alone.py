@@ -27,9 +27,8 @@ codes = torch.randint(-1, 2, (16, 64))
 planes = codes.view(16, 4, 16) & 3
 packed = sum(planes[:, j] << (6 - 2 * j) for j in range(4)).to(torch.uint8).view(torch.int8)
 x = torch.randn(3, 64)
-y = published.linear(
-    x, packed, torch.full((16, 1), 0.5), None, None, in_features=64, group_size=64, activation_dtype="none"
-)
+weight = published.PackedWeight(packed, torch.full((16, 1), 0.5), None, 64, 64)
+y = published.linear(x, weight, None, "none")
 torch.testing.assert_close(y, x @ (codes.float() * 0.5).T, rtol=1e-5, atol=1e-5)
 assert published.unavailable_reason("cpu") is None
 """

@@ -32,6 +32,7 @@ from diffusers_ternary.kernels.triton import launch, product  # noqa: E402
 from diffusers_ternary.kernels.triton.devices import target_of  # noqa: E402
 from diffusers_ternary.kernels.triton.dispatch import ACTIVATION_ERROR, Plan  # noqa: E402
 from diffusers_ternary.kernels.triton.weights import PackedWeight  # noqa: E402
+from integration_tests.support.operands import of_parts, of_weight_parts  # noqa: E402
 
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -184,8 +185,8 @@ def test_nothing_is_written_outside(plan):
 def test_dequantize_equals_the_reference(n, k, layout, dtype):
     weight = make_weight(n, k, layout)
     options = {"in_features": k, "group_size": weight.group_size, "dtype": dtype}
-    dense = kernels.dequantize(weight.packed, weight.scale, weight.multiplier, **options)
-    expected = reference.dequantize(weight.packed, weight.scale, weight.multiplier, **options)
+    dense = of_weight_parts(kernels.dequantize)(weight.packed, weight.scale, weight.multiplier, **options)
+    expected = of_weight_parts(reference.dequantize)(weight.packed, weight.scale, weight.multiplier, **options)
     assert torch.equal(dense, expected)
 
 
@@ -346,7 +347,7 @@ def test_public_function(shape, activation_dtype):
     n, k = 24, 72
     weight = make_weight(n, k, "double")
     x = torch.randn(*shape, 2 * k).half().to(DEVICE)[..., ::2]  # not contiguous
-    y = kernels.linear(
+    y = of_parts(kernels.linear)(
         x,
         weight.packed,
         weight.scale,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diffusers_ternary.kernels import triton as kernels
+from diffusers_ternary.kernels.operands import Layout
 from diffusers_ternary.kernels.ops import prepared as prepared_ops
 from diffusers_ternary.layers import TernaryLinear
 from diffusers_ternary.ternarize import ternarize
@@ -35,10 +36,8 @@ def operands(seed: int, *, scales: str = "double", bias: bool = True) -> tuple[t
 
 def prepare(rows: int, activation_dtype: str, hadamard: int = 0):
     shape, device = torch.Size((rows, K)), torch.device("cpu")
-    options = {"out_features": N, "in_features": K, "group_size": GROUP, "scale_dtype": torch.float16}
-    return kernels.prepare(
-        shape, torch.bfloat16, device, **options, activation_dtype=activation_dtype, hadamard=hadamard
-    )
+    layout = Layout(N, K, GROUP, torch.float16, True, torch.bfloat16, activation_dtype, hadamard)
+    return kernels.prepare(shape, torch.bfloat16, device, layout)
 
 
 def addresses_inside(launches) -> list[tuple[object, ...]]:
@@ -205,9 +204,8 @@ def test_layers_take_the_quick_way_to_the_gpu(monkeypatch):
 def test_where_the_vendors_product_serves_many_rows(target, n, expected):
     """Row scales of the float8 product want whole 16-byte rows, the int8 product 8 columns."""
     with standing_in(TARGETS[target]):
-        found = kernels.library_dtype(
-            torch.device("cpu"), n, 4096 * 16, GROUP, torch.float16, True, torch.bfloat16, "auto"
-        )
+        layout = Layout(n, 4096 * 16, GROUP, torch.float16, True, None, "auto")
+        found = kernels.library_dtype(torch.device("cpu"), torch.bfloat16, layout)
     assert found == expected
 
 
@@ -216,8 +214,9 @@ def test_results_under_the_interpreter():
         """
         import json, torch
         from diffusers_ternary.kernels import triton as kernels
-        from diffusers_ternary.kernels.triton import dispatch
+        from diffusers_ternary.kernels.triton import Layout, dispatch
         from diffusers_ternary.ternarize import ternarize
+        from integration_tests.support.operands import of_parts, of_weight_parts
         torch.manual_seed(0)
         errors = {}
         for scales, group, hadamard in (("double", 32, 32), ("group", 60, 0)):
@@ -231,25 +230,26 @@ def test_results_under_the_interpreter():
                     weights.append((w.packed, w.scale, w.multiplier, torch.randn(24)))
                 options = {"in_features": k, "group_size": w.spec.group_size, "hadamard": hadamard}
                 options["activation_dtype"] = activation_dtype
-                call = kernels.prepare(
-                    shape, torch.float16, torch.device("cpu"), out_features=24, scale_dtype=torch.float16, **options
+                layout = Layout(
+                    24, k, w.spec.group_size, torch.float16, scales == "double", None, activation_dtype, hadamard
                 )
+                call = kernels.prepare(shape, torch.float16, torch.device("cpu"), layout)
                 for operands in (*weights, weights[0]):
                     x = torch.randn(shape, dtype=torch.float16)
                     y = call(x, *operands)
                     assert y.shape == (1, rows, 24)
-                    expected = kernels.linear(x, *operands, **options)
+                    expected = of_parts(kernels.linear)(x, *operands, **options)
                     key = f"{scales} {group} {hadamard} {rows} {activation_dtype}"
                     same = torch.equal(y, expected)
                     errors[key] = errors.get(key, True) and same and call._replay is not None
-        from diffusers_ternary.ops.traced import unpack_reference
+        from diffusers_ternary.kernels.ops.traced import unpack_reference
         for scales, group in (("double", 32), ("group", 60), ("group", None)):
             w = ternarize(torch.randn(24, 132), group_size=group, scales=scales)
             operands = (w.packed, w.scale, w.multiplier)
             for dtype in ("int8", "float8_e4m3fn"):
                 options = {"in_features": 132, "group_size": w.spec.group_size}
-                values, scale = kernels.unpack_8bit(*operands, **options, activation_dtype=dtype)
-                expected, expected_scale = unpack_reference(*operands, 132, w.spec.group_size, dtype)
+                values, scale = of_weight_parts(kernels.unpack_8bit)(*operands, **options, activation_dtype=dtype)
+                expected, expected_scale = of_weight_parts(unpack_reference)(*operands, **options, dtype=dtype)
                 same = values.dtype == expected.dtype and values.shape == expected.shape
                 dense, expected = values.float() * scale[:, None], expected.float() * expected_scale[:, None]
                 same = same and torch.allclose(dense, expected, rtol=1e-6, atol=0)

@@ -31,6 +31,7 @@ from diffusers_ternary.kernels.triton import devices, launch, plain, product  # 
 from diffusers_ternary.kernels.triton.dispatch import PLAIN, Plan, Target  # noqa: E402
 from diffusers_ternary.kernels.triton.trial import Trials, problem_of, trial_weight  # noqa: E402
 from diffusers_ternary.kernels.triton.weights import PackedWeight  # noqa: E402
+from integration_tests.support.operands import of_parts, of_weight_parts  # noqa: E402
 
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -84,7 +85,7 @@ def weight_of(layout: str = "double", hadamard: int = 0, n: int = 48, k: int = 2
 def linear(x: torch.Tensor, w: TernaryWeight, activation_dtype: str = "none") -> torch.Tensor:
     options = {"in_features": w.spec.in_features, "group_size": w.spec.group_size, "hadamard": w.spec.hadamard}
     tensors = [None if t is None else t.to(DEVICE) for t in (w.packed, w.scale, w.multiplier)]
-    return kernels.linear(x.to(DEVICE), *tensors, None, activation_dtype=activation_dtype, **options).cpu()
+    return of_parts(kernels.linear)(x.to(DEVICE), *tensors, None, activation_dtype=activation_dtype, **options).cpu()
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -128,7 +129,7 @@ def test_the_reference_serves_at_last(activation_dtype, layout, caplog, monkeypa
     x, w = torch.randn(5, 256).half(), weight_of(layout, hadamard=64)
     y = linear(x, w, activation_dtype)
     spec = w.spec
-    expected = reference.linear(
+    expected = of_parts(reference.linear)(
         *(x.float(), w.packed, w.scale, w.multiplier, None),
         in_features=256,
         group_size=spec.group_size,
@@ -156,7 +157,9 @@ def test_unpacking_and_rotating_have_a_way_out(caplog, monkeypatch):
     w, x = weight_of(), torch.randn(3, 300).half()
     options = {"in_features": 256, "group_size": 64, "dtype": torch.float16}
     for _ in range(2):
-        dense = kernels.dequantize(w.packed.to(DEVICE), w.scale.to(DEVICE), w.multiplier.to(DEVICE), **options)
+        dense = of_weight_parts(kernels.dequantize)(
+            w.packed.to(DEVICE), w.scale.to(DEVICE), w.multiplier.to(DEVICE), **options
+        )
         torch.testing.assert_close(dense.cpu(), w.dequantize().half())
         torch.testing.assert_close(kernels.rotate(x.to(DEVICE), 128).cpu(), rotate(x, 128), rtol=2e-3, atol=1e-5)
     unpacks, rotates = warnings_of(caplog)
@@ -251,7 +254,9 @@ def test_plain_torch_is_the_reference(activation_dtype, layout, hadamard):
     packed = PackedWeight(w.packed, w.scale, multiplier, 250, w.spec.group_size, hadamard)
     bias = torch.randn(33)
     options = {"in_features": 250, "group_size": w.spec.group_size, "hadamard": hadamard}
-    expected = reference.linear(x, w.packed, w.scale, w.multiplier, bias, activation_dtype=activation_dtype, **options)
+    expected = of_parts(reference.linear)(
+        x, w.packed, w.scale, w.multiplier, bias, activation_dtype=activation_dtype, **options
+    )
     assert problem_of(plain.product(x, packed, bias, activation_dtype), expected, 1e-5) is None
     assert torch.equal(
         product.run(PLAIN, x, packed, bias, activation_dtype, None), plain.product(x, packed, bias, activation_dtype)
