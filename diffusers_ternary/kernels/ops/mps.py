@@ -4,8 +4,8 @@
 import torch
 
 from ..operands import PackedWeight
+from .linear_map import register_linear
 from .schema import weight_kernel
-from .ternary_linear import register_linear
 from .unpack import ternary_unpack
 
 

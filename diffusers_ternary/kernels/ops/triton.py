@@ -12,10 +12,10 @@ from ...ternarize import rotate
 from .. import blocked, reference
 from ..compat import returns_no_view
 from ..operands import PackedWeight
+from .linear_map import register_linear
 from .rotate import ternary_rotate
 from .schema import weight_kernel
 from .serving import TRITON_DEVICE_TYPES, triton_serves
-from .ternary_linear import register_linear
 from .unpack import ternary_unpack
 
 

@@ -46,7 +46,7 @@ def front_end_on_cuda(monkeypatch, rows: int, eight: str | None) -> list[str]:
     """The operators that `torch.compile`'s front end finds, on fake tensors of device "cuda"."""
     monkeypatch.setattr(traced, "_library_dtype", lambda *_: eight)
     # An export for training would keep the operator that has a gradient.
-    monkeypatch.setattr("diffusers_ternary.kernels.ops.ternary_linear._is_exporting", lambda: False)
+    monkeypatch.setattr("diffusers_ternary.kernels.ops.linear_map._is_exporting", lambda: False)
     mode, module = FakeTensorMode(), Attention()
     with mode:
         for child in module.modules():
