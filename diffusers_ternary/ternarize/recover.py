@@ -61,11 +61,12 @@ def recover(weight: torch.Tensor) -> TernaryWeight | TernaryFit | None:
         where that is exact). [`TernaryFit`] if it is ternary for the most part: somebody damaged or edited it. `None`
         for every other weight, and for other dtypes and shapes.
     """
-    if not _can_be_ternary(weight):
+    sample = _sample(weight)
+    if sample is None:
         return None
-    sample = weight[_sample_rows(weight)]
-    # One damaged row must not hide what the others say.
-    if 2 * int(_few_changes(sample).sum()) <= len(sample):
+    # Ordinary weights stop here. One damaged row must not hide what the others say.
+    few = _changes(sample)[0].sum(dim=1) < group_count(sample.shape[1], min(MIN_GROUP_SIZE, sample.shape[1]))
+    if 2 * int(few.sum()) <= len(sample):
         return None
     size = find_group_size(weight)
     if size is not None:
@@ -80,9 +81,10 @@ def find_group_size(weight: torch.Tensor) -> int | None:
 
     A weight that is not ternary costs a look at a few rows; a ternary one is read completely.
     """
-    if not _can_be_ternary(weight):
+    sample = _sample(weight)
+    if sample is None:
         return None
-    sizes = _consistent(weight[_sample_rows(weight)], _group_sizes(weight))
+    sizes = _consistent(sample, _group_sizes(weight))
     while sizes.numel():
         best = _preferred(sizes, weight.shape[1])
         failing = _first_misfit(weight, best)
@@ -107,19 +109,15 @@ def ternary_fit(weight: torch.Tensor) -> TernaryFit:
     return next(fit for fit in fits if fit.fraction >= 0.9 * best)
 
 
-def _can_be_ternary(weight: torch.Tensor) -> bool:
+def _sample(weight: torch.Tensor) -> torch.Tensor | None:
+    """A few rows, by which most weights can be told; `None` of what cannot be ternary."""
     # Of rows of a value or two nothing can be told, and nothing would be saved.
-    return (
-        weight.dim() == 2
-        and weight.dtype in RECOVERABLE_DTYPES
-        and weight.shape[0] > 0
-        and weight.shape[1] >= _MIN_COLUMNS
-    )
-
-
-def _sample_rows(weight: torch.Tensor) -> torch.Tensor:
+    if weight.dim() != 2 or weight.dtype not in RECOVERABLE_DTYPES or weight.shape[1] < _MIN_COLUMNS:
+        return None
     rows = weight.shape[0]
-    return torch.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS), device=weight.device).long()
+    if rows == 0:
+        return None
+    return weight[torch.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS), device=weight.device).long()]
 
 
 def _group_sizes(weight: torch.Tensor) -> torch.Tensor:
@@ -178,12 +176,6 @@ def _changes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     last = torch.where(mags > 0, positions, -1).cummax(dim=1).values
     before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
     return (mags > 0) & (before >= 0) & (mags != mags.gather(1, before.clamp_min(0))), before
-
-
-def _few_changes(rows: torch.Tensor) -> torch.Tensor:
-    """Which rows change no more often than groups of the smallest size allow: this is where ordinary weights stop."""
-    smallest = min(MIN_GROUP_SIZE, rows.shape[1])
-    return _changes(rows)[0].sum(dim=1) < -(-rows.shape[1] // smallest)
 
 
 def _consistent(rows: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
