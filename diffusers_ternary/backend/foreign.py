@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognises checkpoints that another quantization method has written."""
+"""Recognizes checkpoints that another quantization method has written."""
 
 from collections.abc import Mapping
 from typing import Any

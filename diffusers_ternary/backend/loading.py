@@ -15,7 +15,6 @@ from .checkpoint import (
     check_headers,
     check_packed_as_declared,
     read_headers,
-    state_dict_to_file,
 )
 from .config import TernaryConfig
 from .float8 import Float8Scales
@@ -23,6 +22,7 @@ from .foreign import check_float_checkpoint
 from .pack import NOT_TERNARY, PackingRecord, float_layer, pack_layer
 from .placeholders import insert_packed, insert_placeholders
 from .plan import plan_conversion
+from .saving import state_dict_to_file
 from .summary import packed_layers, summarize
 
 

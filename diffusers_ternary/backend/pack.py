@@ -3,6 +3,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -37,12 +38,7 @@ class PackingRecord:
             ValueError: if only ternary layers were to be packed, and there is none.
         """
         if self.kept and not self.exact:
-            nearest = max(self.almost.items(), key=lambda item: item[1].fraction, default=None)
-            hint = f" The nearest is {nearest[0]}: {nearest[1]}." if nearest else ""
-            raise ValueError(
-                f"{type(model).__name__} has no layer whose weights are ternary ({len(self.kept)} looked at).{hint} "
-                f'rounding="{RECOVER}" never rounds: choose another rounding to quantize this model.'
-            )
+            raise nothing_ternary(model, self.almost, looked_at=len(self.kept))
         if self.exact:
             logger.warning(
                 "%s: the weights of %d layers are ternary already (%s ...); packed exactly, not rounded again.",
@@ -52,6 +48,16 @@ class PackingRecord:
             )
         for name, fit in self.almost.items():
             logger.warning("%s is almost ternary (%s): %s.", name, fit, "kept" if name in self.kept else "rounded")
+
+
+def nothing_ternary(model: nn.Module, fits: Mapping[str, TernaryFit], *, looked_at: int) -> ValueError:
+    """The error of `rounding="recover"` on a model without ternary layers; `fits`: layers that come close."""
+    nearest = max(fits.items(), key=lambda item: item[1].fraction, default=None)
+    hint = f" The nearest is {nearest[0]}: {nearest[1]}." if nearest else ""
+    return ValueError(
+        f"{type(model).__name__} has no layer whose weights are ternary ({looked_at} looked at).{hint} "
+        f'rounding="{RECOVER}" never rounds: choose another rounding to quantize this model.'
+    )
 
 
 def pack_layer(

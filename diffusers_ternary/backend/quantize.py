@@ -15,7 +15,7 @@ from .components import below_compiled_wrappers, is_pipeline, modules_of
 from .config import RECOVER, TernaryConfig
 from .diffusers import TernaryDiffusersQuantizer
 from .fused_projections import with_separate_projections
-from .pack import NOT_TERNARY, PackingRecord, pack_layer
+from .pack import NOT_TERNARY, PackingRecord, nothing_ternary, pack_layer
 from .placeholders import placeholder_for
 from .plan import ConversionPlan, layer_spec, plan_conversion
 from .summary import summarize
@@ -106,11 +106,7 @@ def _ternary_layers_only(model: nn.Module, plan: ConversionPlan) -> ConversionPl
     }
     if not any(kind == "ternary" for kind in kinds.values()):
         fits = {name: ternary_fit(weight) for name, weight in weights.items()}
-        name = max(fits, key=lambda name: fits[name].fraction)
-        raise ValueError(
-            f"{type(model).__name__} has no layer whose weights are ternary. The nearest is {name}: {fits[name]}. "
-            f'rounding="{RECOVER}" never rounds: choose another rounding to quantize this model.'
-        )
+        raise nothing_ternary(model, fits, looked_at=len(fits))
     return ConversionPlan(kinds, {**plan.kept, **{name: NOT_TERNARY for name in plan.kinds if name not in kinds}})
 
 

@@ -13,9 +13,9 @@ from diffusers_ternary.backend.checkpoint import (
     check_crc,
     check_values,
     owner,
-    state_dict_to_file,
     to_memory,
 )
+from diffusers_ternary.backend.saving import state_dict_to_file
 from diffusers_ternary.format import FileLayout, Int8Spec, TernarySpec, crc32
 from diffusers_ternary.layers import Int8Linear, LayerRecord, TernaryLinear
 

@@ -21,10 +21,11 @@ from transformers import CLIPTextModel
 
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.backend import packed_layers
-from diffusers_ternary.backend.checkpoint import LayerRecord, state_dict_to_file
+from diffusers_ternary.backend.saving import state_dict_to_file
 from diffusers_ternary.hub.source import read_source
 from diffusers_ternary.interop.export import open_packed
 from diffusers_ternary.interop.inspection import inspect_path
+from diffusers_ternary.layers import LayerRecord
 from integration_tests.support import denoisers, text_encoders
 
 
