@@ -214,7 +214,7 @@ class _Shapes:
             shapes=shapes,
             blocks=blocks,
             block_widths=widths,
-            scales=sum(n * group_count(normalize_group_size(config.group_size, k), k) for n, k in shapes.values()),
+            scales=sum(n * group_count(k, normalize_group_size(config.group_size, k)) for n, k in shapes.values()),
             total=sum(p.numel() for p in parameters),
             vectors=sum(p.numel() for p in parameters if p.dim() == 1),
             hidden=inputs.most_common(1)[0][0],
