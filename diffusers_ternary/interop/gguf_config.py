@@ -14,7 +14,7 @@ def config_of_shapes(architecture: str, shapes: Shapes, *, source: str) -> dict[
     """The diffusers config that a checkpoint's shapes imply.
 
     Args:
-        architecture (`str`): `"flux"` or `"sd3"`.
+        architecture (`str`): `"flux"` (FLUX.1) or `"sd3"`; of others, shapes do not settle it.
         shapes (`Mapping`): original tensor name → shape.
         source (`str`): for messages.
 
@@ -22,7 +22,7 @@ def config_of_shapes(architecture: str, shapes: Shapes, *, source: str) -> dict[
         ValueError: if a tensor is missing, or the shapes do not settle it.
     """
     try:
-        return _flux(shapes) if architecture == "flux" else _sd3(shapes)
+        return {"flux": _flux, "sd3": _sd3}[architecture](shapes)
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise ValueError(
             f"{source}: the shapes do not tell the model's config ({error}). Give its config.json (--config)."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`export_gguf`: a packed Flux or Stable Diffusion 3 denoiser as a GGUF file for stable-diffusion.cpp and ComfyUI."""
+"""`export_gguf`: a packed denoiser as a GGUF file for stable-diffusion.cpp, ComfyUI and diffusers."""
 
 import collections
 import contextlib
@@ -66,7 +66,8 @@ def export_gguf(
         [`ExportReport`].
 
     Raises:
-        ValueError: if the source is not a packed Flux or SD3, or a layer cannot be held.
+        ValueError: if the source is not a packed FLUX.1, FLUX.2, SD3, Z-Image or Qwen-Image, or a layer cannot be
+            held.
         FileExistsError: if the destination exists, or is not a GGUF file.
         MissingExtraError: without the `gguf` package.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads GGUF files of Flux and Stable Diffusion 3; ternary layers are recovered exactly."""
+"""Reads GGUF files of denoisers; ternary layers are recovered exactly."""
 
 import pathlib
 from collections.abc import Iterator
@@ -73,7 +73,7 @@ def read_gguf(path: pathlib.Path, config: dict[str, Any] | None) -> ForeignModel
     if architecture is None or architecture not in ARCHITECTURES.values():
         raise ValueError(
             f"{path} is a GGUF file of the architecture {architecture or 'unknown'}. Only "
-            f"{' and '.join(ARCHITECTURES.values())} are known here."
+            f"{', '.join(dict.fromkeys(ARCHITECTURES.values()))} are known here."
         )
     config = config or _embedded_config(reader) or config_of_shapes(architecture, _shapes(stored), source=str(path))
     class_name = config.get("_class_name", "?")

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of Flux and Stable Diffusion 3 tensors in GGUF files: those of the models' own repositories, without a prefix.
+"""Names of a denoiser's tensors in GGUF files: those of the models' own repositories, without a prefix.
 
 Checked against:
 
-- stable-diffusion.cpp (August 2026): the blocks that `src/model/diffusion/flux.hpp` and `mmdit.hpp` declare, and the
-  diffusers names that `src/name_conversion.cpp` translates to them;
-- ComfyUI-GGUF: the keys by which `tools/convert.py` tells the architectures `flux` and `sd3`, and the architecture
-  names that `loader.py` accepts;
-- diffusers: `convert_flux_transformer_checkpoint_to_diffusers` and `convert_sd3_transformer_checkpoint_to_diffusers`
-  turn what is exported back into the model (a test does so).
+- stable-diffusion.cpp (August 2026): the blocks that `src/model/diffusion/{flux,mmdit,z_image,qwen_image}.hpp`
+  declare, and the diffusers names that `src/name_conversion.cpp` translates to them;
+- ComfyUI-GGUF: the keys by which `tools/convert.py` tells the architectures, and the architecture names that
+  `loader.py` accepts;
+- diffusers: `convert_{flux,flux2,sd3,z_image}_transformer_checkpoint_to_diffusers` turn what is exported back into the
+  model (a test does so). Qwen-Image has the names of diffusers everywhere.
 
 Projections that diffusers keeps apart are one tensor there, their rows one after the other; and the two halves of the
-last modulation are in the other order (shift, scale).
+last modulation are in the other order (shift, scale), but for Z-Image.
 """
 
 import dataclasses
@@ -24,9 +24,137 @@ import torch
 CONFIG_KEY = "diffusers_ternary.config"
 """Field of our own files that holds config.json."""
 
-ARCHITECTURES = {"FluxTransformer2DModel": "flux", "SD3Transformer2DModel": "sd3"}
+ARCHITECTURES = {
+    "FluxTransformer2DModel": "flux",
+    "Flux2Transformer2DModel": "flux",
+    "SD3Transformer2DModel": "sd3",
+    "ZImageTransformer2DModel": "lumina2",
+    "QwenImageTransformer2DModel": "qwen_image",
+}
 # A tensor that no other architecture has.
-_TELLTALES = {"flux": "double_blocks.0.img_attn.proj.weight", "sd3": "joint_blocks.0.x_block.attn.qkv.weight"}
+_TELLTALES = {
+    "flux": "double_blocks.0.img_attn.proj.weight",
+    "sd3": "joint_blocks.0.x_block.attn.qkv.weight",
+    "lumina2": "context_refiner.0.attention.qkv.weight",
+    "qwen_image": "transformer_blocks.0.img_mod.1.weight",
+}
+# A line for each module: its name in the file, then its parts in diffusers. N: the number of a block.
+_DOUBLE_ATTENTION = """
+double_blocks.N.img_attn.qkv transformer_blocks.N.attn.to_q transformer_blocks.N.attn.to_k \
+    transformer_blocks.N.attn.to_v
+double_blocks.N.img_attn.norm.query_norm.scale transformer_blocks.N.attn.norm_q.weight
+double_blocks.N.img_attn.norm.key_norm.scale transformer_blocks.N.attn.norm_k.weight
+double_blocks.N.img_attn.proj transformer_blocks.N.attn.to_out.0
+double_blocks.N.txt_attn.qkv transformer_blocks.N.attn.add_q_proj transformer_blocks.N.attn.add_k_proj \
+    transformer_blocks.N.attn.add_v_proj
+double_blocks.N.txt_attn.norm.query_norm.scale transformer_blocks.N.attn.norm_added_q.weight
+double_blocks.N.txt_attn.norm.key_norm.scale transformer_blocks.N.attn.norm_added_k.weight
+double_blocks.N.txt_attn.proj transformer_blocks.N.attn.to_add_out
+single_blocks.N.norm.query_norm.scale single_transformer_blocks.N.attn.norm_q.weight
+single_blocks.N.norm.key_norm.scale single_transformer_blocks.N.attn.norm_k.weight
+img_in x_embedder
+txt_in context_embedder
+final_layer.linear proj_out
+final_layer.adaLN_modulation.1 norm_out.linear
+"""
+_FLUX = f"""{_DOUBLE_ATTENTION}
+time_in.in_layer time_text_embed.timestep_embedder.linear_1
+time_in.out_layer time_text_embed.timestep_embedder.linear_2
+vector_in.in_layer time_text_embed.text_embedder.linear_1
+vector_in.out_layer time_text_embed.text_embedder.linear_2
+guidance_in.in_layer time_text_embed.guidance_embedder.linear_1
+guidance_in.out_layer time_text_embed.guidance_embedder.linear_2
+double_blocks.N.img_mod.lin transformer_blocks.N.norm1.linear
+double_blocks.N.img_mlp.0 transformer_blocks.N.ff.net.0.proj
+double_blocks.N.img_mlp.2 transformer_blocks.N.ff.net.2
+double_blocks.N.txt_mod.lin transformer_blocks.N.norm1_context.linear
+double_blocks.N.txt_mlp.0 transformer_blocks.N.ff_context.net.0.proj
+double_blocks.N.txt_mlp.2 transformer_blocks.N.ff_context.net.2
+single_blocks.N.modulation.lin single_transformer_blocks.N.norm.linear
+single_blocks.N.linear1 single_transformer_blocks.N.attn.to_q single_transformer_blocks.N.attn.to_k \
+    single_transformer_blocks.N.attn.to_v single_transformer_blocks.N.proj_mlp
+single_blocks.N.linear2 single_transformer_blocks.N.proj_out
+"""
+_FLUX2 = f"""{_DOUBLE_ATTENTION}
+time_in.in_layer time_guidance_embed.timestep_embedder.linear_1
+time_in.out_layer time_guidance_embed.timestep_embedder.linear_2
+guidance_in.in_layer time_guidance_embed.guidance_embedder.linear_1
+guidance_in.out_layer time_guidance_embed.guidance_embedder.linear_2
+double_stream_modulation_img.lin double_stream_modulation_img.linear
+double_stream_modulation_txt.lin double_stream_modulation_txt.linear
+single_stream_modulation.lin single_stream_modulation.linear
+double_blocks.N.img_mlp.0 transformer_blocks.N.ff.linear_in
+double_blocks.N.img_mlp.2 transformer_blocks.N.ff.linear_out
+double_blocks.N.txt_mlp.0 transformer_blocks.N.ff_context.linear_in
+double_blocks.N.txt_mlp.2 transformer_blocks.N.ff_context.linear_out
+single_blocks.N.linear1 single_transformer_blocks.N.attn.to_qkv_mlp_proj
+single_blocks.N.linear2 single_transformer_blocks.N.attn.to_out
+"""
+_SD3 = """
+pos_embed pos_embed.pos_embed
+x_embedder.proj pos_embed.proj
+context_embedder context_embedder
+t_embedder.mlp.0 time_text_embed.timestep_embedder.linear_1
+t_embedder.mlp.2 time_text_embed.timestep_embedder.linear_2
+y_embedder.mlp.0 time_text_embed.text_embedder.linear_1
+y_embedder.mlp.2 time_text_embed.text_embedder.linear_2
+joint_blocks.N.x_block.attn.qkv transformer_blocks.N.attn.to_q transformer_blocks.N.attn.to_k \
+    transformer_blocks.N.attn.to_v
+joint_blocks.N.x_block.attn.ln_q transformer_blocks.N.attn.norm_q
+joint_blocks.N.x_block.attn.ln_k transformer_blocks.N.attn.norm_k
+joint_blocks.N.x_block.attn.proj transformer_blocks.N.attn.to_out.0
+joint_blocks.N.x_block.attn2.qkv transformer_blocks.N.attn2.to_q transformer_blocks.N.attn2.to_k \
+    transformer_blocks.N.attn2.to_v
+joint_blocks.N.x_block.attn2.ln_q transformer_blocks.N.attn2.norm_q
+joint_blocks.N.x_block.attn2.ln_k transformer_blocks.N.attn2.norm_k
+joint_blocks.N.x_block.attn2.proj transformer_blocks.N.attn2.to_out.0
+joint_blocks.N.x_block.adaLN_modulation.1 transformer_blocks.N.norm1.linear
+joint_blocks.N.x_block.mlp.fc1 transformer_blocks.N.ff.net.0.proj
+joint_blocks.N.x_block.mlp.fc2 transformer_blocks.N.ff.net.2
+joint_blocks.N.context_block.attn.qkv transformer_blocks.N.attn.add_q_proj transformer_blocks.N.attn.add_k_proj \
+    transformer_blocks.N.attn.add_v_proj
+joint_blocks.N.context_block.attn.ln_q transformer_blocks.N.attn.norm_added_q
+joint_blocks.N.context_block.attn.ln_k transformer_blocks.N.attn.norm_added_k
+joint_blocks.N.context_block.attn.proj transformer_blocks.N.attn.to_add_out
+joint_blocks.N.context_block.adaLN_modulation.1 transformer_blocks.N.norm1_context.linear
+joint_blocks.N.context_block.mlp.fc1 transformer_blocks.N.ff_context.net.0.proj
+joint_blocks.N.context_block.mlp.fc2 transformer_blocks.N.ff_context.net.2
+final_layer.linear proj_out
+final_layer.adaLN_modulation.1 norm_out.linear
+"""
+_Z_IMAGE_BLOCK = """
+layers.N.attention.qkv layers.N.attention.to_q layers.N.attention.to_k layers.N.attention.to_v
+layers.N.attention.q_norm layers.N.attention.norm_q
+layers.N.attention.k_norm layers.N.attention.norm_k
+layers.N.attention.out layers.N.attention.to_out.0
+layers.N.feed_forward.w1 layers.N.feed_forward.w1
+layers.N.feed_forward.w2 layers.N.feed_forward.w2
+layers.N.feed_forward.w3 layers.N.feed_forward.w3
+layers.N.attention_norm1 layers.N.attention_norm1
+layers.N.attention_norm2 layers.N.attention_norm2
+layers.N.ffn_norm1 layers.N.ffn_norm1
+layers.N.ffn_norm2 layers.N.ffn_norm2
+layers.N.adaLN_modulation.0 layers.N.adaLN_modulation.0
+"""
+_Z_IMAGE = f"""{_Z_IMAGE_BLOCK}
+{_Z_IMAGE_BLOCK.replace("layers", "noise_refiner")}
+{_Z_IMAGE_BLOCK.replace("layers", "context_refiner")}
+x_pad_token x_pad_token
+cap_pad_token cap_pad_token
+x_embedder all_x_embedder.2-1
+cap_embedder.0 cap_embedder.0
+cap_embedder.1 cap_embedder.1
+t_embedder.mlp.0 t_embedder.mlp.0
+t_embedder.mlp.2 t_embedder.mlp.2
+final_layer.linear all_final_layer.2-1.linear
+final_layer.adaLN_modulation.1 all_final_layer.2-1.adaLN_modulation.1
+"""
+_TABLES = {
+    "FluxTransformer2DModel": _FLUX,
+    "Flux2Transformer2DModel": _FLUX2,
+    "SD3Transformer2DModel": _SD3,
+    "ZImageTransformer2DModel": _Z_IMAGE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +207,11 @@ def gguf_tensors(class_name: str, names: Collection[str]) -> list[GgufTensor]:
             f"{class_name} has no GGUF form here: the names of {', '.join(ARCHITECTURES)} are known. Share the packed "
             "folder instead."
         )
-    modules = _flux_modules(names) if ARCHITECTURES[class_name] == "flux" else _sd3_modules(names)
-    tensors = [tensor for module in modules for tensor in _leaves(*module) if set(tensor.parts) <= set(names)]
-    uncovered = set(names) - {part for tensor in tensors for part in tensor.parts}
+    if class_name not in _TABLES:
+        return [GgufTensor(name, (name,)) for name in sorted(names)]
+    known = set(names)
+    tensors = [tensor for tensor in _named(class_name, known) if known.issuperset(tensor.parts)]
+    uncovered = known - {part for tensor in tensors for part in tensor.parts}
     if uncovered:
         raise ValueError(
             f"{len(uncovered)} tensors of this {class_name} have no name in GGUF files ({min(uncovered)}). It is a "
@@ -90,81 +220,32 @@ def gguf_tensors(class_name: str, names: Collection[str]) -> list[GgufTensor]:
     return tensors
 
 
-_Module = tuple[str, tuple[str, ...], bool]
+def _named(class_name: str, names: set[str]) -> Iterator[GgufTensor]:
+    """What the table of a class gives for models of any variant: also tensors that this one does not have."""
+    last = _blocks(names, "transformer_blocks") - 1
+    # The last block of SD3 discards its context, so its modulation is that of a final layer.
+    swapped = {"final_layer.adaLN_modulation.1", f"joint_blocks.{last}.context_block.adaLN_modulation.1"}
+    if class_name == "ZImageTransformer2DModel":
+        swapped = set()
+    for line in _TABLES[class_name].splitlines():
+        for module, *parts in _numbered(line.split(), names):
+            if parts[0] in names:  # a tensor that is not in a module of weight and bias
+                yield GgufTensor(module, tuple(parts))
+                continue
+            for leaf in ("weight", "bias"):
+                theirs = tuple(f"{part}.{leaf}" for part in parts)
+                yield GgufTensor(f"{module}.{leaf}", theirs, module in swapped)
 
 
-def _leaves(name: str, parts: tuple[str, ...], swapped: bool) -> Iterator[GgufTensor]:
-    if name == "pos_embed":
-        yield GgufTensor(name, parts)
-    elif name.endswith("_norm.scale"):
-        yield GgufTensor(name, tuple(f"{part}.weight" for part in parts))
-    else:
-        for leaf in ("weight", "bias"):
-            yield GgufTensor(f"{name}.{leaf}", tuple(f"{part}.{leaf}" for part in parts), swapped)
+def _numbered(row: list[str], names: set[str]) -> Iterator[list[str]]:
+    """A row of a table, once for every block of the model; an empty one not at all."""
+    if not row:
+        return
+    prefix, several, _ = row[1].partition(".N.")
+    for number in range(_blocks(names, prefix) if several else 1):
+        yield [name.replace(".N.", f".{number}.") for name in row]
 
 
-def _count(names: Collection[str], prefix: str) -> int:
+def _blocks(names: Collection[str], prefix: str) -> int:
     numbers = [int(match[1]) for name in names if (match := re.match(rf"{prefix}\.(\d+)\.", name))]
     return max(numbers, default=-1) + 1
-
-
-def _flux_modules(names: Collection[str]) -> Iterator[_Module]:
-    yield "img_in", ("x_embedder",), False
-    yield "txt_in", ("context_embedder",), False
-    for theirs, ours in (("time_in", "timestep"), ("vector_in", "text"), ("guidance_in", "guidance")):
-        yield f"{theirs}.in_layer", (f"time_text_embed.{ours}_embedder.linear_1",), False
-        yield f"{theirs}.out_layer", (f"time_text_embed.{ours}_embedder.linear_2",), False
-    for index in range(_count(names, "transformer_blocks")):
-        theirs, ours = f"double_blocks.{index}", f"transformer_blocks.{index}"
-        for stream, qkv, out, norm, suffix in (
-            ("img", ("to_q", "to_k", "to_v"), "to_out.0", "norm", ""),
-            ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "norm_added", "_context"),
-        ):
-            yield f"{theirs}.{stream}_mod.lin", (f"{ours}.norm1{suffix}.linear",), False
-            yield f"{theirs}.{stream}_attn.qkv", tuple(f"{ours}.attn.{part}" for part in qkv), False
-            yield f"{theirs}.{stream}_attn.norm.query_norm.scale", (f"{ours}.attn.{norm}_q",), False
-            yield f"{theirs}.{stream}_attn.norm.key_norm.scale", (f"{ours}.attn.{norm}_k",), False
-            yield f"{theirs}.{stream}_attn.proj", (f"{ours}.attn.{out}",), False
-            yield f"{theirs}.{stream}_mlp.0", (f"{ours}.ff{suffix}.net.0.proj",), False
-            yield f"{theirs}.{stream}_mlp.2", (f"{ours}.ff{suffix}.net.2",), False
-    for index in range(_count(names, "single_transformer_blocks")):
-        theirs, ours = f"single_blocks.{index}", f"single_transformer_blocks.{index}"
-        joined = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
-        yield f"{theirs}.modulation.lin", (f"{ours}.norm.linear",), False
-        yield f"{theirs}.linear1", tuple(f"{ours}.{part}" for part in joined), False
-        yield f"{theirs}.norm.query_norm.scale", (f"{ours}.attn.norm_q",), False
-        yield f"{theirs}.norm.key_norm.scale", (f"{ours}.attn.norm_k",), False
-        yield f"{theirs}.linear2", (f"{ours}.proj_out",), False
-    yield "final_layer.linear", ("proj_out",), False
-    yield "final_layer.adaLN_modulation.1", ("norm_out.linear",), True
-
-
-def _sd3_modules(names: Collection[str]) -> Iterator[_Module]:
-    yield "pos_embed", ("pos_embed.pos_embed",), False
-    yield "x_embedder.proj", ("pos_embed.proj",), False
-    yield "context_embedder", ("context_embedder",), False
-    for theirs, ours in (("t_embedder", "timestep"), ("y_embedder", "text")):
-        yield f"{theirs}.mlp.0", (f"time_text_embed.{ours}_embedder.linear_1",), False
-        yield f"{theirs}.mlp.2", (f"time_text_embed.{ours}_embedder.linear_2",), False
-    layers = _count(names, "transformer_blocks")
-    for index in range(layers):
-        ours = f"transformer_blocks.{index}"
-        image, text = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
-        for block, attn, qkv, out, norm, suffix in (
-            ("x_block", "attn", image, "to_out.0", "norm", ""),
-            ("x_block", "attn2", image, "to_out.0", "norm", None),
-            ("context_block", "attn", text, "to_add_out", "norm_added", "_context"),
-        ):
-            theirs = f"joint_blocks.{index}.{block}"
-            yield f"{theirs}.{attn}.qkv", tuple(f"{ours}.{attn}.{part}" for part in qkv), False
-            yield f"{theirs}.{attn}.ln_q", (f"{ours}.{attn}.{norm}_q",), False
-            yield f"{theirs}.{attn}.ln_k", (f"{ours}.{attn}.{norm}_k",), False
-            yield f"{theirs}.{attn}.proj", (f"{ours}.{attn}.{out}",), False
-            if suffix is not None:
-                # The last block discards its context, so its modulation is that of a final layer.
-                last = suffix == "_context" and index == layers - 1
-                yield f"{theirs}.adaLN_modulation.1", (f"{ours}.norm1{suffix}.linear",), last
-                yield f"{theirs}.mlp.fc1", (f"{ours}.ff{suffix}.net.0.proj",), False
-                yield f"{theirs}.mlp.fc2", (f"{ours}.ff{suffix}.net.2",), False
-    yield "final_layer.linear", ("proj_out",), False
-    yield "final_layer.adaLN_modulation.1", ("norm_out.linear",), True

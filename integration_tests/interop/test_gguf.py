@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig, SD3Transformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    GGUFQuantizationConfig,
+    SD3Transformer2DModel,
+    ZImageTransformer2DModel,
+)
 from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
 )
 
 from diffusers_ternary import TernaryConfig, convert, quantize
@@ -102,17 +110,61 @@ def assert_equal_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     assert [name for name in a if not torch.equal(a[name].float(), b[name].float())] == []
 
 
+def flux2_like_the_real_one() -> Flux2Transformer2DModel:
+    with torch.device("meta"):
+        return Flux2Transformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
+
+
+def flux2() -> Flux2Transformer2DModel:
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(16, 16, 16, 16),
+        guidance_embeds=False,
+    )
+
+
+def z_image() -> ZImageTransformer2DModel:
+    return ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=16,
+        dim=384,  # 1024 in the feed-forward layers
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=6,
+        n_kv_heads=6,
+        cap_feat_dim=32,
+        axes_dims=[16, 24, 24],
+        axes_lens=[256, 32, 32],
+    )
+
+
 class TestNames:
-    def test_flux_of_real_width_against_diffusers(self):
+    @pytest.mark.parametrize(
+        ("make", "convert_names"),
+        [
+            (flux_like_the_real_one, convert_flux_transformer_checkpoint_to_diffusers),
+            (flux2_like_the_real_one, convert_flux2_transformer_checkpoint_to_diffusers),
+            (z_image, convert_z_image_transformer_checkpoint_to_diffusers),
+        ],
+    )
+    def test_against_the_converters_of_diffusers(self, make, convert_names):
         """Every number of the checkpoint is its own, so that one row in the wrong place would show."""
-        expected = flux_like_the_real_one().state_dict()
-        # A row is one number here: the converter only moves rows.
+        model = make()
+        expected = model.state_dict()
+        # A row is one number here: the converters only move rows.
         rows = {name: torch.rand(tensor.shape[0]) for name, tensor in expected.items()}
         theirs = {
             tensor.name: tensor.join([rows[part] for part in tensor.parts])
-            for tensor in gguf_tensors("FluxTransformer2DModel", expected.keys())
+            for tensor in gguf_tensors(type(model).__name__, expected.keys())
         }
-        assert_equal_state(convert_flux_transformer_checkpoint_to_diffusers(dict(theirs)), rows)
+        assert_equal_state(convert_names(dict(theirs)), rows)
 
     @pytest.mark.parametrize("make", [denoisers.sd3, sd35_medium])
     def test_sd3_against_diffusers(self, tmp_path, make):
@@ -260,6 +312,9 @@ class TestRoundTrip:
             (denoisers.flux, 32, torch.float16),
             (denoisers.sd3, 32, torch.bfloat16),
             (sd35_medium, None, torch.float32),
+            (flux2, 64, torch.bfloat16),
+            (z_image, 128, torch.bfloat16),
+            (denoisers.qwen_image, 32, torch.float32),
         ],
     )
     def test_bit_equal(self, tmp_path, make, group_size, dtype):
@@ -270,7 +325,7 @@ class TestRoundTrip:
         (conversion,) = convert(tmp_path / "model.gguf", tmp_path / "out")
         again = type(model).from_pretrained(tmp_path / "out", dtype=dtype)
         assert len(packed_layers(again)) == len(conversion.layers)
-        assert again.config.num_layers == model.config.num_layers
+        assert again.config.get("num_layers") == model.config.get("num_layers")
         again.dequantize()
         state = again.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -450,7 +505,7 @@ class TestBadFiles:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        self.refused(file, "GGUF file of the architecture llama. Only flux and sd3")
+        self.refused(file, "GGUF file of the architecture llama. Only flux, sd3, lumina2, qwen_image")
         assert inspect_path(file)[0].format == "GGUF, llama"
 
     def test_a_config_of_another_model(self, flux, tmp_path):
