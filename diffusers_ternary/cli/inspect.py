@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 def inspect_command(
     path: Annotated[pathlib.Path, typer.Argument(help="Pipeline folder, model folder, safetensors or GGUF file.")],
+    runtimes: Annotated[
+        bool, typer.Option("--runtimes", help="Size and expected memory of a packed denoiser in each program.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Shows what a folder or file of weights holds: layers, shapes, bits per weight, bytes.
@@ -27,7 +30,12 @@ def inspect_command(
     Also in the formats of others that `convert` reads. Reads headers only, so a file of gigabytes takes a second.
 
     Example: diffusers-ternary inspect out/transformer
+
+    Example: diffusers-ternary inspect out --runtimes
     """
+    if runtimes:
+        _show_runtimes(path, as_json)
+        return
     with explained_errors():
         from ..interop.contents import UNPACKED
         from ..interop.inspection import inspect_path
@@ -43,6 +51,27 @@ def inspect_command(
             console.print(f"{escape(component.name)} {hint}", soft_wrap=True)
     if len(components) > 1:
         console.print(_ratio("total", sum(c.bytes for c in components), sum(c.bytes_16bit for c in components)))
+
+
+def _show_runtimes(path: pathlib.Path, as_json: bool) -> None:
+    from ..interop.runtimes import runtime_sizes
+
+    with explained_errors():
+        sizes = runtime_sizes(path)
+    if as_json:
+        print(json.dumps([size.to_dict() for size in sizes], indent=2))
+        return
+    table = Table(box=SIMPLE_HEAD, caption="activations, text encoders and autoencoder not counted")
+    table.add_column("program")
+    for heading in ("file", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for size in sizes:
+        figures = ("-", "-") if size.reason else (format_bytes(size.bytes), format_bytes(size.memory))
+        table.add_row(size.runtime, *figures)
+    console.print(table)
+    for reason in dict.fromkeys(size.reason for size in sizes if size.reason):
+        names = ", ".join(size.runtime for size in sizes if size.reason == reason)
+        console.print(f"{names}: {escape(reason)}", soft_wrap=True)
 
 
 def _table(component: "Component") -> Table:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from ..backend.packed_folder import PackedFolder
 from ..extras import import_extra
 from ..files.destinations import output_file
 from ..format import LayerSpec
+from ..format.dtypes import dtype_name
 from .compat import TwoBitType, open_reader, writable_type
 from .export import ExportReport, ReadBack, block_scales, export
 from .gguf_blocks import BLOCK, ENCODERS, FALLBACKS, RUNTIMES, TERNARY_TYPES, choose_type
@@ -105,6 +107,11 @@ def check_gguf_options(
         raise ValueError(f"fallback={fallback!r} is not one of {', '.join(FALLBACKS)}.")
 
 
+def gguf_form(runtime: str) -> "_Gguf":
+    """The form for a program, to ask what it would be: without the package, nothing is written."""
+    return _Gguf(None, RUNTIMES[runtime], round_scales=True, fallback=None)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Gguf:
     """The form of GGUF files; see [`export_gguf`]. `gguf` is the package."""
@@ -135,7 +142,7 @@ class _Gguf:
                 raise ValueError(
                     f"{tensor.parts[0]} is a packed convolution, which GGML does not know. Keep it in float."
                 )
-            kind, reason = self._type(model, tensor)
+            kind, reason = self.type_of(model, tensor)
             if kind is None and self.fallback is None:
                 raise ValueError(
                     f"No GGML type that this program reads holds {reason}. Make the model with a group size that is a "
@@ -166,7 +173,7 @@ class _Gguf:
             exact = tensor.join([model.dequantize(name) for name in tensor.parts]).numpy()
             yield ReadBack(tensor.name, exact, _unpacked(self.gguf, stored[tensor.name]))
 
-    def _type(self, model: PackedFolder, tensor: GgufTensor) -> tuple[str | None, str]:
+    def type_of(self, model: PackedFolder, tensor: GgufTensor) -> tuple[str | None, str]:
         """The type that holds all parts of a tensor, or the reason why there is none."""
         specs = [model.spec(name) for name in tensor.parts]
         if all(spec is None for spec in specs):
@@ -192,7 +199,7 @@ class _Gguf:
 
     def _encode(self, model: PackedFolder, tensor: GgufTensor) -> tuple[str, np.ndarray]:
         """The type of a tensor, and its blocks."""
-        kind, _ = self._type(model, tensor)
+        kind, _ = self.type_of(model, tensor)
         if kind == "float":
             return _encode_float(self.gguf, tensor.join([model.read(name) for name in tensor.parts]), tensor.name)
         if kind is None:
@@ -229,17 +236,28 @@ def _file_type(gguf: Any, types: collections.Counter[str]) -> Any:
     return gguf.LlamaFileType[names.get(most, "GUESSED")]
 
 
-def _encode_float(gguf: Any, tensor: torch.Tensor, name: str) -> tuple[str, np.ndarray]:
-    if tensor.dim() <= 1 or tensor.numel() <= _SMALL or tensor.dtype == torch.float32:
-        return "f32", tensor.float().numpy()
-    if tensor.dtype != torch.bfloat16:
-        # float16, and 8-bit floats, every one of which is a float16.
-        return "f16", tensor.half().numpy()
-    if tensor.dim() == 2 and name.endswith(".weight"):
-        return "bf16", _quantized(gguf, tensor.float(), "bf16")
+def float_type(name: str, dtype: str, shape: tuple[int, ...]) -> str:
+    """The GGML type of a tensor that is stored as floats: by its name in the file, its dtype and shape.
+
+    `"f32"` for what is bfloat16 and not a linear layer's weight is the worst case: it is `"f16"` if that is exact.
+    """
+    if len(shape) <= 1 or math.prod(shape) <= _SMALL or dtype == "F32":
+        return "f32"
+    if dtype != "BF16":
+        return "f16"  # float16, and 8-bit floats, every one of which is a float16
     # ComfyUI-GGUF and diffusers unpack bfloat16 inside linear layers only.
+    return "bf16" if len(shape) == 2 and name.endswith(".weight") else "f32"
+
+
+def _encode_float(gguf: Any, tensor: torch.Tensor, name: str) -> tuple[str, np.ndarray]:
+    kind = float_type(name, dtype_name(tensor, name), tuple(tensor.shape))
     half = tensor.half()
-    return ("f16", half.numpy()) if torch.equal(half.float(), tensor.float()) else ("f32", tensor.float().numpy())
+    if kind == "bf16":
+        return kind, _quantized(gguf, tensor.float(), kind)
+    narrow = tensor.dtype == torch.bfloat16 and tensor.dim() > 1 and tensor.numel() > _SMALL
+    if kind == "f16" or (narrow and torch.equal(half.float(), tensor.float())):
+        return "f16", half.numpy()
+    return "f32", tensor.float().numpy()
 
 
 def _unpacked(gguf: Any, part: Any) -> np.ndarray:

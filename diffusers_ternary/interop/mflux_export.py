@@ -58,6 +58,24 @@ def export_mflux(
     return export(_Mflux(pathlib.Path(source), max_shard_size), source, destination, overwrite=overwrite)
 
 
+def check_mflux(model: PackedFolder) -> None:
+    """Checks that a packed model has this form.
+
+    Raises:
+        ValueError: names the layer and the remedy.
+    """
+    for name in sorted(model.names()):
+        mflux_module(model.class_name, name.rpartition(".")[0])
+        spec = model.spec(name)
+        if spec is not None and affine_group_size(spec) is None:
+            no_groups = "MLX knows groups of 32, 64 and 128 input features, which do not fit into its groups"
+            raise ValueError(
+                f"{name.removesuffix('.weight')} cannot be exported to mflux: "
+                f"{more_than_codes(spec) or no_groups}. Calibrate or quantize without hadamard and rank, with a "
+                "group size that is a multiple of 32."
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Mflux:
     """The form of mflux's folders; see [`export_mflux`]."""
@@ -79,16 +97,7 @@ class _Mflux:
         return list(self._part(model, place).glob("*.safetensors"))
 
     def check(self, model: PackedFolder) -> None:
-        for name in sorted(model.names()):
-            mflux_module(model.class_name, name.rpartition(".")[0])
-            spec = model.spec(name)
-            if spec is not None and affine_group_size(spec) is None:
-                no_groups = "MLX knows groups of 32, 64 and 128 input features, which do not fit into its groups"
-                raise ValueError(
-                    f"{name.removesuffix('.weight')} cannot be exported to mflux: "
-                    f"{more_than_codes(spec) or no_groups}. Calibrate or quantize without hadamard and rank, with a "
-                    "group size that is a multiple of 32."
-                )
+        check_mflux(model)
 
     def write(self, model: PackedFolder, place: pathlib.Path) -> dict[str, int]:
         part = self._part(model, place)

@@ -11,6 +11,7 @@ import dataclasses
 import torch
 
 from ..format import LayerSpec, TernarySpec
+from .export import more_than_codes
 
 
 GROUP_SIZES = (128, 64, 32)  # that MLX knows; a larger group is stored as several with the same scale
@@ -34,7 +35,7 @@ class AffineWeight:
 
 def affine_group_size(spec: LayerSpec) -> int | None:
     """The largest of MLX's groups that lies inside those of a layer; `None` if there is none, or none is exact."""
-    if isinstance(spec, TernarySpec) and (spec.hadamard or spec.rank):
+    if more_than_codes(spec):
         return None
     group = spec.group_size if isinstance(spec, TernarySpec) and spec.groups > 1 else spec.in_features
     fitting = (size for size in GROUP_SIZES if spec.in_features % size == 0 and group % size == 0)
