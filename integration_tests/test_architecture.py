@@ -99,7 +99,6 @@ def test_imports_point_to_the_left():
     assert not wrong, f"imports against the direction {order}:\n" + "\n".join(wrong)
 
 
-@pytest.mark.xfail(reason="two circles are being taken apart")
 def test_no_files_import_each_other_in_a_circle():
     """Lazy imports count; a package's own `__init__` may gather what is below it."""
     imports = {file: {found for found in imported_files(file) if found.name != "__init__.py"} for file in FILES}
