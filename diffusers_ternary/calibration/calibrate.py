@@ -4,34 +4,23 @@
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..backend import (
-    ConversionPlan,
-    below_compiled_wrappers,
-    bits_per_weight,
-    plan_pipeline,
-    replace_layers,
-    with_separate_projections,
-)
+from ..backend import ConversionPlan, below_compiled_wrappers, plan_pipeline, with_separate_projections
 from ..backend.config import TernaryConfig
 from ..backend.reports import attach_report
-from ..format import TernarySpec
 from ..rollouts import Rollouts, fingerprint, make_rollouts, weights_sha256
-from .allocation import Allocation, apply_choices, layer_sensitivities
+from .allocation import Allocation
 from .budget import SizeBudget
-from .candidates import Candidate, candidates_for
 from .config import CalibrationConfig
 from .memory import explained_memory
-from .prefix import install_solved, solved_on
-from .report import CalibrationReport, LayerReport
-from .run import CalibrationRun, SolvedCandidates
-from .sensitivity import Sensitivities, TeacherStates, measure_sensitivities, record_states, whole_errors
-from .store import FinishedLayer, LayerStore, work_folder
+from .report import CalibrationReport
+from .run import CalibrationRun
+from .sensitivity import TeacherStates, measure_sensitivities, record_states, whole_errors
+from .store import LayerStore, work_folder
 
 
 _VERSIONED = ("diffusers-ternary", "diffusers", "transformers", "torch")
@@ -95,7 +84,7 @@ def calibrate(
         call_kwargs=calibration.call_kwargs,
     )
     plans = plan_pipeline(pipeline, config)
-    with work_folder(work_dir):
+    with work_folder(work_dir), explained_memory(calibration):
         report = _calibrate(pipeline, plans, config, calibration, rollouts, work_dir)
     return attach_report(pipeline, report, return_report)
 
@@ -110,73 +99,43 @@ def _calibrate(
 ) -> CalibrationReport:
     weights = weights_sha256({name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)})
     store = LayerStore(work_dir, _fingerprint(pipeline, config, calibration, weights, rollouts))
-    models = {component: pipeline.components[component] for component in plans}
-    candidates = {
-        component: {
-            name: candidates_for(models[component].get_parameter(f"{name}.weight"), config, calibration)
-            for name, kind in plan.kinds.items()
-            if kind == "ternary"
-        }
+    runs = [
+        CalibrationRun(pipeline, component, plan, config, calibration, rollouts, store)
         for component, plan in plans.items()
-    }
-    allocation = Allocation(models, plans, candidates, config)
-    budget = None if calibration.size_budget is None else SizeBudget.parse(calibration.size_budget)
-    if budget is not None:
-        allocation.check(budget)
-    run = CalibrationRun(pipeline, config, calibration, rollouts, store)
-    solved = {component: run.solve(component, wanted) for component, wanted in candidates.items()}
+    ]
+    allocation = None
+    if calibration.size_budget is not None:
+        allocation = Allocation(runs, SizeBudget.parse(calibration.size_budget))
+    for run in runs:
+        run.solve()
     states: dict[str, TeacherStates] = {}
-    sensitivities: dict[str, Sensitivities] = {}
     if calibration.sensitivity is not None:
-        for component, wanted in candidates.items():
-            with explained_memory(calibration):
-                states[component] = record_states(pipeline, component, rollouts, calibration.sensitivity)
-                sensitivities[component] = measure_sensitivities(
-                    pipeline, component, states[component], wanted, solved[component], store
-                )
-    if budget is not None:
-        choices = allocation.spend(budget, sensitivities)
-    else:
-        choices = {c: {name: wanted[0] for name, wanted in layers.items()} for c, layers in candidates.items()}
-    ranking = layer_sensitivities(models, sensitivities, choices, config)
-    bits = allocation.bits_per_weight(choices)
-    finished = {component: _chosen(solved[component], choices[component]) for component in plans}
-    for component, plan in plans.items():
-        _install(models[component], *apply_choices(plan, config, choices[component]), finished[component])
-    rows = tuple(_rows(finished))
+        for run in runs:
+            states[run.component] = record_states(pipeline, run.component, rollouts, calibration.sensitivity)
+            measure_sensitivities(run, states[run.component])
+    if allocation is not None:
+        allocation.spend()
+    sensitivity = sorted((row for run in runs for row in run.sensitivity_rows()), key=lambda row: -row.worst)
+    bits = 8 * sum(run.chosen_bytes for run in runs) / sum(run.weights for run in runs)
+    for run in runs:
+        run.install()
+    layers = tuple(layer.report for run in runs for layer in run.finished())
     return CalibrationReport(
-        layers=rows,
+        layers=layers,
         bits_per_weight=bits,
         prompts=len(rollouts.prompts),
         prompts_sha256=rollouts.sha256(),
         weights_sha256=weights,
-        passes=run.passes,
-        statistics_bytes=run.statistics_bytes,
-        seconds_statistics=run.seconds_statistics,
-        seconds_solver=sum(row.seconds for row in rows if not row.resumed),
+        passes=sum(run.passes for run in runs),
+        statistics_bytes=max(run.statistics_bytes for run in runs),
+        seconds_statistics=sum(run.seconds_statistics for run in runs),
+        seconds_solver=sum(layer.seconds for layer in layers if not layer.resumed),
         config=config.to_dict(),
         calibration=calibration.to_dict(),
         versions=_versions(pipeline),
-        sensitivity=ranking,
+        sensitivity=tuple(sensitivity),
         velocity_nmse=whole_errors(pipeline, states),
     )
-
-
-def _chosen(solved: SolvedCandidates, choices: Mapping[str, Candidate]) -> dict[str, FinishedLayer]:
-    return {name: solved[name][choice] for name, choice in choices.items() if choice.kind == "ternary"}
-
-
-def _install(
-    model: nn.Module, plan: ConversionPlan, config: TernaryConfig, finished: Mapping[str, FinishedLayer]
-) -> None:
-    def fill(name: str, layer: Any, module: Any) -> None:
-        if not isinstance(layer.spec, TernarySpec):
-            layer.pack(module.weight.detach(), name=name)
-            return
-        solved = solved_on(finished[name].solved, module.weight.device)
-        install_solved(layer, module, solved)
-
-    replace_layers(model, plan, config, fill=fill)
 
 
 def _fingerprint(
@@ -203,25 +162,3 @@ def _fingerprint(
 def _versions(pipeline: DiffusionPipeline) -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
     return {**versions, "python": platform.python_version(), "device": str(pipeline.device)}
-
-
-def _rows(finished: Mapping[str, Mapping[str, FinishedLayer]]) -> Iterator[LayerReport]:
-    for component, layers in finished.items():
-        for name, layer in layers.items():
-            spec, errors = layer.solved.weight.spec, layer.solved.errors
-            fields: dict[str, Any] = {"group_size": spec.group_size, "scales": spec.scales}
-            yield LayerReport(
-                name=f"{component}.{name}",
-                shape=(spec.out_features, spec.in_features),
-                bits_per_weight=bits_per_weight({name: spec}),
-                error_rounded=errors.rounded,
-                error_gptq=errors.gptq,
-                error=errors.solved,
-                damping=layer.solved.damping,
-                tokens=layer.tokens,
-                seconds=layer.seconds,
-                resumed=layer.resumed,
-                hadamard=spec.hadamard,
-                rank=spec.rank,
-                **fields,
-            )

@@ -34,8 +34,8 @@ class Candidate:
         group = "row" if self.group_size is None else f"g{self.group_size}"
         return f"{group}-r{self.rank}" if self.rank else group
 
-    def spec(self, weight: torch.Tensor, scales: str) -> LayerSpec | None:
-        """What is stored for a float weight `[N, ...]`; `None` if it is kept."""
+    def spec(self, weight: torch.Tensor, config: TernaryConfig) -> LayerSpec | None:
+        """What is stored for a float weight `[N, ...]`, with the scales and rotation of a config; `None` = kept."""
         rows, columns = weight.flatten(1).shape
         if self.kind == "keep":
             return None
@@ -43,13 +43,13 @@ class Candidate:
             return Int8Spec(rows, columns)
         size = normalize_group_size(self.group_size, columns)
         return TernarySpec(
-            rows, columns, size, scale_layout(scales, columns, size), rank=min(self.rank, rows, columns)
+            rows,
+            columns,
+            size,
+            scale_layout(config.scale_layout, columns, size),
+            hadamard=config.hadamard if config.hadamard <= columns else 0,
+            rank=min(self.rank, rows, columns),
         )
-
-    def bytes(self, weight: torch.Tensor, scales: str) -> int:
-        """Bytes that stand for a float weight `[N, ...]` in a file."""
-        spec = self.spec(weight, scales)
-        return weight.numel() * weight.element_size() if spec is None else file_bytes(spec)
 
 
 def base_candidate(config: TernaryConfig) -> Candidate:
@@ -59,21 +59,27 @@ def base_candidate(config: TernaryConfig) -> Candidate:
 
 def candidates_for(
     weight: torch.Tensor, config: TernaryConfig, calibration: CalibrationConfig
-) -> tuple[Candidate, ...]:
-    """The candidates of a layer, the config's own first; those that store the same as an earlier one are left out."""
+) -> dict[Candidate, int]:
+    """The candidates of a layer with their bytes in a file, the config's own first.
+
+    Those that store the same as an earlier one are left out, and so is what is smaller than the config's own: a group
+    size above it would be, but is not what was asked for.
+    """
     base = base_candidate(config)
     settings = calibration.sensitivity
-    if calibration.size_budget is None or settings is None:
-        return (base,)
     found = [base]
-    found += [dataclasses.replace(base, group_size=size) for size in settings.group_sizes]
-    found += [dataclasses.replace(base, rank=base.rank + rank) for rank in settings.ranks]
-    found += [Candidate("int8")] if settings.int8 else []
-    unique: dict[LayerSpec | None, Candidate] = {}
-    least = base.bytes(weight, config.scale_layout)
+    if calibration.size_budget is not None and settings is not None:
+        found += [dataclasses.replace(base, group_size=size) for size in settings.group_sizes]
+        found += [dataclasses.replace(base, rank=base.rank + rank) for rank in settings.ranks]
+        found += [Candidate("int8")] if settings.int8 else []
+        found += [Candidate("keep")]
+    specs: dict[LayerSpec | None, Candidate] = {}
     for candidate in found:
-        # A group size above the config's own would be smaller, but not what was asked for.
-        if candidate.bytes(weight, config.scale_layout) >= least:
-            unique.setdefault(candidate.spec(weight, config.scale_layout), candidate)
-    keep = Candidate("keep")
-    return (*unique.values(), keep)
+        specs.setdefault(candidate.spec(weight, config), candidate)
+    sizes = {candidate: stored_bytes(spec, weight) for spec, candidate in specs.items()}
+    return {candidate: size for candidate, size in sizes.items() if candidate.kind == "keep" or size >= sizes[base]}
+
+
+def stored_bytes(spec: LayerSpec | None, weight: torch.Tensor) -> int:
+    """Bytes that stand for a float weight in a file; without a spec, its own."""
+    return weight.numel() * weight.element_size() if spec is None else file_bytes(spec)

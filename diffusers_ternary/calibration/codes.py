@@ -8,7 +8,7 @@ import torch
 from ..format import TernarySpec, double_quantize, group_scales, pack_planes, storage_dtype
 from ..ternarize import TernaryWeight, ternarize
 from .config import SolverConfig
-from .descent import coordinate_descent, expand
+from .descent import coordinate_descent
 from .gptq import Coding, gptq
 from .hessian import DampedHessian
 from .refit import refit_scales
@@ -19,120 +19,80 @@ from .refit import refit_scales
 MAX_GROUPS_FOR_STARTS = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class SolvedCodes:
-    """What [`solve_codes`] found.
+class CodeSearch:
+    """Chooses codes and scales of a matrix with a small tr(E H Eᵀ), E = W - Ŵ.
 
-    Args:
-        weight ([`TernaryWeight`]): packed.
-        dense (`torch.Tensor`): what it stands for, float `[K, N]`.
-        first (`torch.Tensor`): what GPTQ (or rounding, where GPTQ is off) had found, float `[K, N]`.
-        coding ([`Coding`]): codes and scales before the scales were rounded to their storage.
-    """
-
-    weight: TernaryWeight
-    dense: torch.Tensor
-    first: torch.Tensor
-    coding: Coding
-
-
-def solve_codes(
-    target: torch.Tensor,
-    damped: DampedHessian,
-    spec: TernarySpec,
-    config: SolverConfig,
-    *,
-    start: Coding | None = None,
-) -> SolvedCodes:
-    """Chooses codes and scales with a small tr(E H Eᵀ), E = W - Ŵ.
-
-    GPTQ, then coordinate descent and the joint refit of the scales in turn, then the scales are rounded to their
-    storage and the codes descend once more against the rounded scales, so that what is packed is what was optimised.
+    GPTQ gives a [`start`], which coordinate descent and the joint refit of the scales [`improve`] in turn; [`pack`]
+    rounds the scales to their storage, and the codes descend once more against the rounded scales, so that what is
+    packed is what was optimised.
 
     Args:
         target (`torch.Tensor`): float `[K, N]`, the transposed weight.
         damped ([`DampedHessian`]): H.
         spec ([`TernarySpec`]): group size and scale layout.
         config ([`SolverConfig`]): which stages run.
-        start ([`Coding`], *optional*): go on from these codes instead of GPTQ's.
     """
-    size = spec.group_size
-    projected = damped.matrix @ target  # H Wᵀ, [K, N]
-    if start is None:
-        first = _initial(target, damped, spec, config)
-        coding = _search(target, damped, projected, first, size, config)
-    else:
-        first = start
-        coding = _improve(target, damped.matrix, projected, start, size, config)
-    weight, stored = _store(target, damped.matrix, coding, spec, config)
-    return SolvedCodes(weight, expand(stored, size), expand(first, size), coding)
 
+    def __init__(self, target: torch.Tensor, damped: DampedHessian, spec: TernarySpec, config: SolverConfig) -> None:
+        self._target = target
+        self._damped = damped
+        self._spec = spec
+        self._config = config
+        self._projected = damped.matrix @ target  # H Wᵀ, [K, N]
 
-def _initial(target: torch.Tensor, damped: DampedHessian, spec: TernarySpec, config: SolverConfig) -> Coding:
-    if config.gptq:
-        return gptq(target, damped.upper, group_size=spec.group_size, rounding=config.rounding)
-    rounded = ternarize(target.T, group_size=spec.group_size, rounding=config.rounding, scales="group")
-    return Coding(rounded.codes().T.contiguous(), rounded.scale.to(target).T.contiguous())
+    def start(self, stretch: float = 1.0) -> Coding:
+        """What GPTQ finds, its group scales stretched by a factor; plain rounding where GPTQ is off."""
+        size, rounding = self._spec.group_size, self._config.rounding
+        if self._config.gptq:
+            return gptq(self._target, self._damped.upper, group_size=size, rounding=rounding, stretch=stretch)
+        rounded = ternarize(self._target.T, group_size=size, rounding=rounding, scales="group")
+        return Coding(rounded.codes().T.contiguous(), rounded.scale.to(self._target).T.contiguous(), size)
 
+    def search(self, start: Coding) -> Coding:
+        """Follows every start for one pass, keeps the best for each row, and follows that to the end."""
+        passes = self._config.descent_passes
+        stretches = self._config.stretches if self._config.gptq else ()
+        if not stretches or len(start.scales) > MAX_GROUPS_FOR_STARTS:
+            return self.improve(start)
+        best = self.improve(start, passes=min(passes, 1))
+        errors = self._row_errors(best)
+        for stretch in stretches:
+            other = self.improve(self.start(stretch), passes=min(passes, 1))
+            found = self._row_errors(other)
+            better = found < errors  # [N]
+            best = dataclasses.replace(
+                best,
+                codes=torch.where(better, other.codes, best.codes),
+                scales=torch.where(better, other.scales, best.scales),
+            )
+            errors = torch.where(better, found, errors)
+        return self.improve(best)
 
-def _search(
-    target: torch.Tensor,
-    damped: DampedHessian,
-    projected: torch.Tensor,
-    start: Coding,
-    group_size: int,
-    config: SolverConfig,
-) -> Coding:
-    """Follows every start for one pass, keeps the best for each row, and follows that to the end."""
-    stretches = config.stretches if config.gptq else ()
-    if not stretches or len(start.scales) > MAX_GROUPS_FOR_STARTS:
-        return _improve(target, damped.matrix, projected, start, group_size, config)
-    first = dataclasses.replace(config, descent_passes=min(config.descent_passes, 1))
-    best = _improve(target, damped.matrix, projected, start, group_size, first)
-    errors = row_errors(target - expand(best, group_size), damped.matrix)
-    for stretch in stretches:
-        other = gptq(target, damped.upper, group_size=group_size, rounding=config.rounding, stretch=stretch)
-        other = _improve(target, damped.matrix, projected, other, group_size, first)
-        found = row_errors(target - expand(other, group_size), damped.matrix)
-        better = found < errors  # [N]
-        best = Coding(torch.where(better, other.codes, best.codes), torch.where(better, other.scales, best.scales))
-        errors = torch.where(better, found, errors)
-    return _improve(target, damped.matrix, projected, best, group_size, config)
+    def improve(self, coding: Coding, *, passes: int | None = None) -> Coding:
+        """Coordinate descent and refit in turn, until no code changes or the passes (default: the config's) end."""
+        for turn in range((self._config.descent_passes if passes is None else passes) + 1):
+            if turn:
+                coding, changed = coordinate_descent(self._target, self._damped.matrix, coding)
+                if not changed:
+                    break
+            if self._config.refit:
+                coding = refit_scales(self._projected, self._damped.matrix, coding)
+        return coding
 
+    def pack(self, coding: Coding) -> tuple[TernaryWeight, torch.Tensor]:
+        """The packed weight, and what it stands for: float `[K, N]`."""
+        exact = coding.scales.T.float()  # [N, G]
+        multiplier = None
+        if self._spec.scales == "double":
+            scale, multiplier = double_quantize(exact)
+        else:
+            scale = exact.to(storage_dtype(exact))
+        rounded = group_scales(scale, multiplier).to(self._target).T.contiguous()
+        coding = dataclasses.replace(coding, scales=rounded)
+        if self._config.descent_passes:
+            coding, _ = coordinate_descent(self._target, self._damped.matrix, coding)
+        packed = TernaryWeight(self._spec, pack_planes(coding.codes.T.contiguous()), scale, multiplier)
+        return packed, coding.dense()
 
-def _improve(
-    target: torch.Tensor,
-    hessian: torch.Tensor,
-    projected: torch.Tensor,
-    coding: Coding,
-    group_size: int,
-    config: SolverConfig,
-) -> Coding:
-    for turn in range(config.descent_passes + 1):
-        if turn:
-            coding, changed = coordinate_descent(target, hessian, coding, group_size=group_size)
-            if not changed:
-                break
-        if config.refit:
-            coding = refit_scales(projected, hessian, coding.codes, group_size=group_size)
-    return coding
-
-
-def _store(
-    target: torch.Tensor, hessian: torch.Tensor, coding: Coding, spec: TernarySpec, config: SolverConfig
-) -> tuple[TernaryWeight, Coding]:
-    exact = coding.scales.T.float()  # [N, G]
-    multiplier = None
-    if spec.scales == "double":
-        scale, multiplier = double_quantize(exact)
-    else:
-        scale = exact.to(storage_dtype(exact))
-    stored = Coding(coding.codes, group_scales(scale, multiplier).to(target).T.contiguous())
-    if config.descent_passes:
-        stored, _ = coordinate_descent(target, hessian, stored, group_size=spec.group_size)
-    return TernaryWeight(spec, pack_planes(stored.codes.T.contiguous()), scale, multiplier), stored
-
-
-def row_errors(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """The quadratic form of each row's error: `[N]` from E `[K, N]`."""
-    return ((hessian @ error) * error).sum(dim=0)
+    def _row_errors(self, coding: Coding) -> torch.Tensor:
+        return self._damped.row_errors(self._target - coding.dense())

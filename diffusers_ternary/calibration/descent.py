@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coordinate descent on the codes: each code in turn takes its best value, all others held."""
 
+import dataclasses
+
 import torch
 
 from .gptq import BLOCK_COLUMNS, Coding, group_slices, nearest_codes
 
 
-def coordinate_descent(
-    weight: torch.Tensor, hessian: torch.Tensor, coding: Coding, *, group_size: int
-) -> tuple[Coding, int]:
+def coordinate_descent(weight: torch.Tensor, hessian: torch.Tensor, coding: Coding) -> tuple[Coding, int]:
     """One pass over all columns, vectorised over the rows; the error tr(E H Eᵀ) never grows.
 
     With E = W - Ŵ and the gradient g = E H, the best code of column j is the one nearest to
@@ -18,21 +18,20 @@ def coordinate_descent(
         weight (`torch.Tensor`): float `[K, N]`, the transposed weight.
         hessian (`torch.Tensor`): `[K, K]`, symmetric, not negative on the diagonal.
         coding ([`Coding`]): codes and scales to start from. Left as it is.
-        group_size (`int`): columns that share a scale.
 
     Returns:
         `tuple[Coding, int]`: the improved codes with the same scales, and how many codes changed.
     """
     codes = coding.codes.clone()
-    residual = weight - expand(coding, group_size)
+    residual = weight - coding.dense()
     diagonal = hessian.diagonal().tolist()
     changed = 0
-    for index, group in enumerate(group_slices(weight.shape[0], group_size)):
+    for index, group in enumerate(group_slices(weight.shape[0], coding.group_size)):
         scale = coding.scales[index]  # [N]
         for start in range(group.start, group.stop, BLOCK_COLUMNS):
             block = slice(start, min(start + BLOCK_COLUMNS, group.stop))
             changed += _descend_block(residual, hessian, diagonal, codes, scale, block)
-    return Coding(codes, coding.scales), changed
+    return dataclasses.replace(coding, codes=codes), changed
 
 
 def _descend_block(
@@ -57,11 +56,3 @@ def _descend_block(
         residual[column] -= step
         gradient[j + 1 :].addr_(inner[j + 1 :, j], step, alpha=-1)
     return int((codes[block] != before).sum())
-
-
-def expand(coding: Coding, group_size: int) -> torch.Tensor:
-    """The dense weight of a coding, float `[K, N]`."""
-    columns = coding.codes.shape[0]
-    if coding.scales.shape[0] == 1:
-        return coding.codes * coding.scales
-    return coding.codes * coding.scales.repeat_interleave(group_size, dim=0)[:columns]

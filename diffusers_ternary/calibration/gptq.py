@@ -18,10 +18,23 @@ BLOCK_COLUMNS = 128
 
 @dataclasses.dataclass(frozen=True)
 class Coding:
-    """Codes int8 `[K, N]` in {-1, 0, 1} and scales float `[G, N]` (not negative) of a transposed weight."""
+    """Codes and scales of a transposed weight, not packed yet.
+
+    Args:
+        codes (`torch.Tensor`): int8 `[K, N]` in {-1, 0, 1}.
+        scales (`torch.Tensor`): float `[G, N]`, not negative.
+        group_size (`int`): columns of the weight that share a scale.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
+    group_size: int
+
+    def dense(self) -> torch.Tensor:
+        """The weight it stands for, float `[K, N]`."""
+        if self.scales.shape[0] == 1:
+            return self.codes * self.scales
+        return self.codes * self.scales.repeat_interleave(self.group_size, dim=0)[: self.codes.shape[0]]
 
 
 def nearest_codes(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -68,7 +81,7 @@ def gptq(
                 target = _compensated(weight, residual, upper, block)
             _round_block(target[: block.stop - block.start], block, scale, upper, codes)
             residual[block] = weight[block] - codes[block] * scale
-    return Coding(codes, torch.stack(scales))
+    return Coding(codes, torch.stack(scales), group_size)
 
 
 def _compensated(weight: torch.Tensor, residual: torch.Tensor, upper: torch.Tensor, part: slice) -> torch.Tensor:

@@ -48,6 +48,20 @@ class DampedHessian:
     upper: torch.Tensor
     damping: float
 
+    def row_errors(self, error: torch.Tensor) -> torch.Tensor:
+        """e H eᵀ of each row e of the error: `[N]` from E `[K, N]`."""
+        return _terms(error, self.matrix).sum(dim=0)
+
+
+def quadratic(error: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr(E H Eᵀ) of an error E `[K, N]`."""
+    # float64 only for the sum: K * N products of float32 are exact enough, their sum is not.
+    return float(_terms(error, hessian).sum(dtype=torch.float64))
+
+
+def _terms(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    return (hessian @ error) * error
+
 
 def damp(hessian: torch.Tensor, damping: float, *, name: str = "layer") -> DampedHessian:
     """Adds to the diagonal until the Cholesky factorisation succeeds.

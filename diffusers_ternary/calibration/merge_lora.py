@@ -22,7 +22,7 @@ from ..ternarize.weight import with_low_rank
 from . import CalibrationConfig
 from .hessian import InputMoments, damp
 from .solver import solve_layer
-from .statistics import GroupFinder, MomentCollector, split_passes
+from .statistics import collect_moments, find_groups, split_passes
 
 
 logger = logging.getLogger(__name__)
@@ -190,11 +190,17 @@ class _Merger:
     ) -> TernaryWeight:
         spec = base.spec
         rank = spec.rank if self.rank is None else self.rank
-        options: dict[str, Any] = {"group_size": spec.group_size, "scales": spec.scales, "name": key}
         if moments is None:
-            return ternarize(matrix, hadamard=spec.hadamard, rank=rank, **options)
-        solver = self.calibration.solver
-        return solve_layer(matrix, moments, hadamard=spec.hadamard, rank=rank, config=solver, **options).weight
+            return ternarize(
+                matrix,
+                group_size=spec.group_size,
+                scales=spec.scales,
+                hadamard=spec.hadamard,
+                rank=rank,
+                name=key,
+            )
+        wanted = dataclasses.replace(spec, rank=min(rank, *matrix.shape))
+        return solve_layer(matrix, moments, wanted, config=self.calibration.solver, name=key).weight
 
     def _branch(self, base: TernaryLayer, matrix: torch.Tensor, moments: InputMoments | None) -> TernaryWeight:
         """The codes as they are; the branch takes all that they miss, what it held before included."""
@@ -275,12 +281,9 @@ def _gather(
     for component, layers in adapted.items():
         model = pipeline.components[component]
         names = {f"{name}.base_layer": name for name in layers}
-        with GroupFinder(model, list(names)) as finder:
-            rollouts.first(1).run(pipeline, description="Finding inputs")
-        for part in split_passes(finder.groups(), limit=calibration.memory_limit_bytes, dtype=calibration.dtype):
-            with MomentCollector(model, part, dtype=calibration.dtype) as collector:
-                rollouts.run(pipeline, description="Gathering statistics")
-            moments = collector.moments()
+        groups = find_groups(pipeline, model, list(names), rollouts)
+        for part in split_passes(groups, limit=calibration.memory_limit_bytes, dtype=calibration.dtype):
+            moments = collect_moments(pipeline, model, part, rollouts, dtype=calibration.dtype)
             for group in part:
                 for layer in group.layers:
                     found[f"{component}.{names[layer]}"] = moments[group.layers[0]]

@@ -2,11 +2,9 @@
 """The quantized prefix: solved layers that are put into the float denoiser while the next ones are measured."""
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from ..backend import placeholder_for
@@ -28,21 +26,6 @@ def split_stages(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
     return list(stages.values())
 
 
-def install_solved(layer: TernaryLayer, module: nn.Module, solved: SolvedLayer) -> None:
-    """Fills a placeholder with a solved weight, and with the bias of the float `module` and its change."""
-    layer.install_weight(solved.weight)
-    if solved.bias_change is not None:
-        bias = module.get_parameter("bias").detach()
-        changed = (bias.float() + solved.bias_change).to(bias.dtype)
-        layer.bias = nn.Parameter(changed, requires_grad=False)
-
-
-def solved_on(solved: SolvedLayer, device: torch.device | str) -> SolvedLayer:
-    """The solution with its tensors on a device."""
-    change = None if solved.bias_change is None else solved.bias_change.to(device)
-    return dataclasses.replace(solved, weight=solved.weight.to(device), bias_change=change)
-
-
 @contextlib.contextmanager
 def quantized_prefix(model: nn.Module, config: TernaryConfig, solved: Mapping[str, SolvedLayer]) -> Iterator[None]:
     """Inside, the solved layers of the model are packed; afterwards they are the float modules again.
@@ -56,10 +39,9 @@ def quantized_prefix(model: nn.Module, config: TernaryConfig, solved: Mapping[st
     try:
         for name, module in originals.items():
             assert isinstance(module, FLOAT_TYPES)
-            found = solved_on(solved[name], module.weight.device)
-            layer = placeholder_for(module, found.weight.spec, config)
+            layer = placeholder_for(module, solved[name].weight.spec, config)
             assert isinstance(layer, TernaryLayer)
-            install_solved(layer, module, found)
+            solved[name].install(layer, module)
             model.set_submodule(name, layer)
         yield
     finally:

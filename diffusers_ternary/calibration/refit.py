@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The best scales for given codes, all groups of a row at once."""
 
+import dataclasses
+
 import torch
 
 from .gptq import Coding, group_slices
@@ -12,7 +14,7 @@ _RIDGE = 1e-7
 _CHUNK_ELEMENTS = 1 << 24
 
 
-def refit_scales(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, *, group_size: int) -> Coding:
+def refit_scales(target: torch.Tensor, hessian: torch.Tensor, coding: Coding) -> Coding:
     """Minimises tr(E H Eᵀ) over the scales.
 
     Per row `A s = b` with `A_ab = t_aᵀ H_ab t_b` and `b_a = t_aᵀ (H w)_a`, a batched solve of G × G systems. A group
@@ -21,12 +23,12 @@ def refit_scales(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tenso
     Args:
         target (`torch.Tensor`): float `[K, N]`, H Wᵀ.
         hessian (`torch.Tensor`): `[K, K]`.
-        codes (`torch.Tensor`): int8 `[K, N]`. Left as it is.
-        group_size (`int`): columns that share a scale.
+        coding ([`Coding`]): its codes count. Left as it is.
 
     Returns:
         [`Coding`]: groups without a nonzero code have scale 0.
     """
+    codes, group_size = coding.codes, coding.group_size
     columns, rows = codes.shape
     step = max(1, _CHUNK_ELEMENTS // columns)
     parts = [
@@ -36,7 +38,7 @@ def refit_scales(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tenso
     scales = torch.cat(parts, dim=1)  # [G, N]
     signs = torch.where(scales < 0, -1, 1).to(torch.int8)
     signs = signs.repeat_interleave(group_size, dim=0)[:columns]
-    return Coding(codes * signs, scales.abs())
+    return dataclasses.replace(coding, codes=codes * signs, scales=scales.abs())
 
 
 def _refit_rows(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, group_size: int) -> torch.Tensor:

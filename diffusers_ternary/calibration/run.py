@@ -1,132 +1,224 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a calibration that needs statistics: pass after pass over the prompts, solving what each measured."""
+"""One denoiser on its way from float to packed: its candidates, what they are solved to, and what is installed."""
 
-import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils.logging import tqdm
 from torch import nn
 
+from ..backend import ConversionPlan, file_bytes, replace_layers
 from ..backend.config import TernaryConfig
+from ..format import Int8Spec, TernarySpec
+from ..layers import TernaryLayer
 from ..rollouts import Rollouts
-from .candidates import Candidate, base_candidate
+from .candidates import Candidate, base_candidate, candidates_for
 from .config import CalibrationConfig
 from .hessian import InputMoments
-from .memory import explained_memory
-from .prefix import quantized_prefix, solved_on, split_stages
+from .prefix import quantized_prefix, split_stages
+from .report import LayerSensitivity
 from .solver import SolvedLayer, solve_layer
-from .statistics import GroupFinder, InputGroup, MomentCollector, split_passes
-from .store import FinishedLayer, LayerStore
+from .statistics import InputGroup, collect_moments, find_groups, split_passes
+from .store import LayerStore
 
 
 logger = logging.getLogger(__name__)
-# Module name → the ways it was solved.
-SolvedCandidates = dict[str, dict[Candidate, FinishedLayer]]
 
 
-@dataclasses.dataclass
 class CalibrationRun:
-    """Solves layers in all the ways that are wanted.
+    """The calibration of one component of a pipeline. The component is changed by [`install`] alone.
 
     Args:
         pipeline (`DiffusionPipeline`): the float pipeline.
+        component (`str`): its denoiser.
+        plan ([`ConversionPlan`]): what the config converts in it; int8 layers are not a choice.
         config ([`TernaryConfig`]), calibration ([`CalibrationConfig`]): as given.
         rollouts ([`Rollouts`]): the inputs of the layers.
         store ([`LayerStore`]): of finished layers.
+
+    Attributes:
+        candidates (`dict[str, dict[Candidate, int]]`): ternary layer → the ways to store it and their bytes, the
+            config's own first.
+        solved (`dict[str, dict[Candidate, SolvedLayer]]`): layer → the ways it was solved.
+        sensitivities (`dict[str, dict[Candidate, float]]`): layer → the error of the denoiser's output with each
+            candidate in that layer alone; empty if they are not measured.
+        chosen (`dict[str, Candidate]`): layer → how it will be stored; at first as the config says.
         passes (`int`): times the prompts were run.
         statistics_bytes (`int`): largest amount of statistics held at once.
         seconds_statistics (`float`): wall time of the rollouts.
     """
 
-    pipeline: DiffusionPipeline
-    config: TernaryConfig
-    calibration: CalibrationConfig
-    rollouts: Rollouts
-    store: LayerStore
-    passes: int = 0
-    statistics_bytes: int = 0
-    seconds_statistics: float = 0.0
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        component: str,
+        plan: ConversionPlan,
+        config: TernaryConfig,
+        calibration: CalibrationConfig,
+        rollouts: Rollouts,
+        store: LayerStore,
+    ) -> None:
+        self.pipeline = pipeline
+        self.component = component
+        self.model: nn.Module = pipeline.components[component]
+        self.plan = plan
+        self.config = config
+        self.calibration = calibration
+        self.rollouts = rollouts
+        self.store = store
+        self.candidates = {
+            name: candidates_for(self.model.get_parameter(f"{name}.weight"), config, calibration)
+            for name, kind in plan.kinds.items()
+            if kind == "ternary"
+        }
+        self.solved: dict[str, dict[Candidate, SolvedLayer]] = {name: {} for name in self.candidates}
+        self.sensitivities: dict[str, dict[Candidate, float]] = {}
+        self.chosen = {name: next(iter(sizes)) for name, sizes in self.candidates.items()}
+        self.passes = 0
+        self.statistics_bytes = 0
+        self.seconds_statistics = 0.0
 
-    def solve(self, component: str, wanted: Mapping[str, Sequence[Candidate]]) -> SolvedCandidates:
-        """Solves the ternary candidates of the layers of one component; the others need no statistics."""
-        model = self.pipeline.components[component]
-        solved: SolvedCandidates = {name: {} for name in wanted}
+    # --- solving --------------------------------------------------------------------------------------------------
+
+    def solve(self) -> None:
+        """Solves the ternary candidates of all layers, or takes them from the store; the others need no statistics."""
         missing: dict[str, list[Candidate]] = {}
-        for name, candidates in wanted.items():
+        for name, candidates in self.candidates.items():
             for candidate in candidates:
                 if candidate.kind != "ternary":
                     continue
-                layer = self.store.load(self._key(component, name, candidate))
+                layer = self.store.load(self._key(name, candidate))
                 if layer is None:
                     missing.setdefault(name, []).append(candidate)
                 else:
-                    solved[name][candidate] = layer
+                    self.solved[name][candidate] = layer
         if not missing:
-            return solved
-        if any(solved.values()):
-            logger.info(
-                "%s: %d of %d layers were finished already.", component, len(wanted) - len(missing), len(wanted)
-            )
-        dtype = self.calibration.dtype
-        with explained_memory(self.calibration):
-            # With a quantized prefix, also of layers that an earlier run has finished.
-            groups = self._groups(model, list(wanted if self.calibration.sequential else missing))
-            before: list[str] = []
-            for stage in split_stages(groups) if self.calibration.sequential else [groups]:
-                # The prefix is what the config alone would store, whatever a size budget will choose.
-                prefix = {name: solved[name][wanted[name][0]].solved for name in before}
-                before += [name for group in stage for name in group.layers]
-                open_groups = [group for group in stage if any(name in missing for name in group.layers)]
-                for part in split_passes(open_groups, limit=self.calibration.memory_limit_bytes, dtype=dtype):
-                    moments = self._collect(model, part, prefix)
-                    for group in tqdm(part, desc=f"Solving {component}", leave=False):
-                        inputs = moments.pop(group.layers[0])
-                        for name in group.layers:
-                            for candidate in missing.get(name, ()):
-                                solved[name][candidate] = self._solve(component, name, candidate, inputs)
-        return solved
+            return
+        if any(self.solved.values()):
+            finished = len(self.solved) - len(missing)
+            logger.info("%s: %d of %d layers were finished already.", self.component, finished, len(self.solved))
+        for groups, prefix in self._stages(missing):
+            for part in split_passes(groups, limit=self.calibration.memory_limit_bytes, dtype=self.calibration.dtype):
+                moments = self._collect(part, prefix)
+                for group in tqdm(part, desc=f"Solving {self.component}", leave=False):
+                    inputs = moments.pop(group.layers[0])
+                    for name in group.layers:
+                        for candidate in missing.get(name, ()):
+                            self.solved[name][candidate] = self._solve_layer(name, candidate, inputs)
 
-    def _groups(self, model: nn.Module, names: Sequence[str]) -> list[InputGroup]:
-        with GroupFinder(model, names) as finder:
-            self.rollouts.first(1).run(self.pipeline, description="Finding shared inputs")
-        return finder.groups()
+    def _stages(self, missing: Mapping[str, Any]) -> Iterator[tuple[list[InputGroup], list[str]]]:
+        """Layers that are to be solved together, and those that are packed while their inputs are measured."""
+        sequential = self.calibration.sequential
+        # With a quantized prefix, also of layers that an earlier run has finished.
+        groups = find_groups(self.pipeline, self.model, list(self.solved if sequential else missing), self.rollouts)
+        before: list[str] = []
+        for stage in split_stages(groups) if sequential else [groups]:
+            yield [group for group in stage if any(name in missing for name in group.layers)], before
+            before = before + [name for group in stage for name in group.layers]
 
-    def _collect(
-        self, model: nn.Module, groups: Sequence[InputGroup], prefix: Mapping[str, SolvedLayer]
-    ) -> dict[str, InputMoments]:
+    def _collect(self, groups: Sequence[InputGroup], prefix: Sequence[str]) -> dict[str, InputMoments]:
         start = time.perf_counter()
-        with (
-            quantized_prefix(model, self.config, prefix),
-            MomentCollector(model, groups, dtype=self.calibration.dtype) as collector,
-        ):
-            self.rollouts.run(self.pipeline, description=f"Gathering statistics (pass {self.passes + 1})")
+        # The prefix is what the config alone would store, whatever a size budget will choose.
+        packed = {name: self.solved[name][base_candidate(self.config)] for name in prefix}
+        with quantized_prefix(self.model, self.config, packed):
+            moments = collect_moments(
+                self.pipeline,
+                self.model,
+                groups,
+                self.rollouts,
+                dtype=self.calibration.dtype,
+                description=f"Gathering statistics (pass {self.passes + 1})",
+            )
         self.passes += 1
         self.statistics_bytes = max(self.statistics_bytes, sum(g.bytes(self.calibration.dtype) for g in groups))
-        moments = collector.moments()
         self.seconds_statistics += time.perf_counter() - start
         return moments
 
-    def _solve(self, component: str, name: str, candidate: Candidate, moments: InputMoments) -> FinishedLayer:
-        module = self.pipeline.components[component].get_submodule(name)
-        start = time.perf_counter()
-        solved = solve_layer(
+    def _solve_layer(self, name: str, candidate: Candidate, moments: InputMoments) -> SolvedLayer:
+        module: Any = self.model.get_submodule(name)
+        spec = candidate.spec(module.weight, self.config)
+        assert isinstance(spec, TernarySpec)
+        layer = solve_layer(
             module.weight.detach().flatten(1),
             moments,
-            group_size=candidate.group_size,
-            scales=self.config.scale_layout,
-            hadamard=self.config.hadamard,
-            rank=candidate.rank,
+            spec,
             config=self.calibration.solver,
             correct_bias=self.calibration.correct_bias and module.bias is not None,
-            name=f"{component}.{name}",
-        )
-        layer = FinishedLayer(solved_on(solved, "cpu"), moments.count, time.perf_counter() - start)
-        self.store.save(self._key(component, name, candidate), layer)
+            name=f"{self.component}.{name}",
+        ).to("cpu")
+        self.store.save(self._key(name, candidate), layer)
         return layer
 
-    def _key(self, component: str, name: str, candidate: Candidate) -> str:
+    def _key(self, name: str, candidate: Candidate) -> str:
         base = candidate == base_candidate(self.config)
-        return f"{component}.{name}" if base else f"{component}.{name}@{candidate.label}"
+        return f"{self.component}.{name}" if base else f"{self.component}.{name}@{candidate.label}"
+
+    # --- sizes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> int:
+        """Weights in the layers that the config converts."""
+        return sum(self.model.get_parameter(f"{name}.weight").numel() for name in self.plan.kinds)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Stored bytes of the layers that are not a choice: int8."""
+        matrices = [
+            self.model.get_parameter(f"{name}.weight").flatten(1)
+            for name in self.plan.kinds
+            if name not in self.candidates
+        ]
+        return sum(file_bytes(Int8Spec(*matrix.shape)) for matrix in matrices)
+
+    @property
+    def chosen_bytes(self) -> int:
+        """Stored bytes of all layers that the config converts, as chosen."""
+        return self.fixed_bytes + sum(self.candidates[name][candidate] for name, candidate in self.chosen.items())
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of everything else in the denoiser."""
+        converted = {f"{name}.weight" for name in self.plan.kinds}
+        state = self.model.state_dict()
+        return sum(t.numel() * t.element_size() for name, t in state.items() if name not in converted)
+
+    # --- results --------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Packs the layers of the model as they were chosen."""
+        changed = {name: choice.kind for name, choice in self.chosen.items() if choice.kind != "ternary"}
+        kept = {name: "kept by the size budget" for name, kind in changed.items() if kind == "keep"}
+        kinds = {name: changed.get(name, kind) for name, kind in self.plan.kinds.items() if name not in kept}
+        config = self.config
+        if changed:
+            # First: the first matching pattern decides.
+            config = TernaryConfig.from_dict(
+                {**config.to_dict(), "overrides": {**changed, **(config.overrides or {})}}
+            )
+        replace_layers(self.model, ConversionPlan(kinds, {**self.plan.kept, **kept}), config, fill=self._fill)
+
+    def _fill(self, name: str, layer: Any, module: nn.Module) -> None:
+        if isinstance(layer, TernaryLayer):
+            self.solved[name][self.chosen[name]].install(layer, module)
+        else:
+            layer.pack(module.get_parameter("weight").detach(), name=name)
+
+    def finished(self) -> list[SolvedLayer]:
+        """The ternary layers, as chosen."""
+        return [self.solved[name][choice] for name, choice in self.chosen.items() if choice.kind == "ternary"]
+
+    def sensitivity_rows(self) -> list[LayerSensitivity]:
+        """The measurement for the report."""
+        return [
+            LayerSensitivity(
+                name=f"{self.component}.{name}",
+                shape=tuple(self.model.get_parameter(f"{name}.weight").flatten(1).shape),  # type: ignore[arg-type]
+                bytes={candidate.label: self.candidates[name][candidate] for candidate in errors},
+                nmse={candidate.label: error for candidate, error in errors.items()},
+                chosen=self.chosen[name].label,
+            )
+            for name, errors in self.sensitivities.items()
+        ]

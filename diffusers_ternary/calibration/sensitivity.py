@@ -4,7 +4,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,17 +12,12 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.logging import tqdm
 from torch import nn
 
-from ..rollouts import DenoiserCall, Rollouts, prepared, recorded_calls
+from ..rollouts import DenoiserCall, Rollouts, normalized_error, prepared, recorded_calls
 from ..ternarize import quantize_int8
 from .candidates import Candidate
 from .config import SensitivityConfig
-from .run import SolvedCandidates
+from .run import CalibrationRun
 from .solver import SolvedLayer
-from .store import LayerStore
-
-
-# Module name → the error of the denoiser's output with each candidate in that layer alone.
-Sensitivities = dict[str, dict[Candidate, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +27,15 @@ class TeacherStates:
     Args:
         name (`str`): prompts and steps that were asked for, to tell the states of several settings apart.
         calls (`tuple[DenoiserCall, ...]`): on the CPU.
-        energy (`float`): sum of the squared outputs.
     """
 
     name: str
     calls: tuple[DenoiserCall, ...]
-    energy: float
 
     @torch.no_grad()
     def error(self, denoiser: nn.Module) -> float:
         """mean |v - v_teacher|² / mean |v_teacher|² of the denoiser as it is now."""
-        squares = [float((call.replay(denoiser) - call.output).double().square().sum()) for call in self.calls]
-        return sum(squares) / self.energy if self.energy else 0.0
+        return normalized_error((call.replay(denoiser), call.output) for call in self.calls)
 
 
 def record_states(
@@ -73,56 +65,40 @@ def record_states(
                 f"{component}: its own output holds NaN or Inf at step {call.step} (timestep {call.timestep:g}). Load "
                 "the pipeline in bfloat16 or float32 instead of float16, and check that it draws images."
             )
-    energy = sum(float(call.output.double().square().sum()) for call in kept)
-    return TeacherStates(f"{settings.prompts}x{settings.steps}", tuple(kept), energy)
+    return TeacherStates(f"{settings.prompts}x{settings.steps}", tuple(kept))
 
 
-def measure_sensitivities(
-    pipeline: DiffusionPipeline,
-    component: str,
-    states: TeacherStates,
-    wanted: Mapping[str, Sequence[Candidate]],
-    solved: SolvedCandidates,
-    store: LayerStore,
-) -> Sensitivities:
+def measure_sensitivities(run: CalibrationRun, states: TeacherStates) -> None:
     """Puts every candidate of every layer into the float denoiser alone, and replays the calls.
 
     Nothing is changed afterwards. Finished layers are stored, and taken from there by a rerun.
 
     Args:
-        pipeline (`DiffusionPipeline`): the float pipeline.
-        component (`str`): its denoiser.
-        states ([`TeacherStates`]): of that denoiser.
-        wanted (`Mapping[str, Sequence[Candidate]]`): module name → candidates.
-        solved (`SolvedCandidates`): the ternary ones.
-        store ([`LayerStore`]): for the results.
+        run ([`CalibrationRun`]): with its candidates solved; gets the `sensitivities`.
+        states ([`TeacherStates`]): of its denoiser.
 
     Raises:
         ValueError: if an output is not finite.
     """
-    denoiser = pipeline.components[component]
-    result: Sensitivities = {}
-    with prepared(pipeline):
-        for name, candidates in tqdm(wanted.items(), desc=f"Sensitivity of {component}", leave=False):
-            key = f"{component}.{name}@sensitivity-{states.name}"
-            known = store.load_numbers(key)
+    with prepared(run.pipeline):
+        for name, candidates in tqdm(run.candidates.items(), desc=f"Sensitivity of {run.component}", leave=False):
+            key = f"{run.component}.{name}@sensitivity-{states.name}"
+            known = run.store.load_numbers(key)
             for candidate in candidates:
                 if candidate.label in known:
                     continue
-                layer = solved[name].get(candidate)
-                with _substituted(denoiser, name, candidate, None if layer is None else layer.solved):
+                with _substituted(run.model, name, candidate, run.solved[name].get(candidate)):
                     # A kept layer changes nothing.
-                    error = 0.0 if candidate.kind == "keep" else states.error(denoiser)
+                    error = 0.0 if candidate.kind == "keep" else states.error(run.model)
                 if not math.isfinite(error):
                     raise ValueError(
-                        f"{component}.{name}: with {candidate.label} weights the denoiser's output holds NaN or Inf. "
-                        "Load the pipeline in bfloat16 or float32 instead of float16, or keep the layer."
+                        f"{run.component}.{name}: with {candidate.label} weights the denoiser's output holds NaN or "
+                        "Inf. Load the pipeline in bfloat16 or float32 instead of float16, or keep the layer."
                     )
                 known[candidate.label] = error
-            store.save_numbers(key, known)
-            result[name] = {candidate: known[candidate.label] for candidate in candidates}
-    pipeline.maybe_free_model_hooks()  # an offloaded denoiser goes back to where it was
-    return result
+            run.store.save_numbers(key, known)
+            run.sensitivities[name] = {candidate: known[candidate.label] for candidate in candidates}
+    run.pipeline.maybe_free_model_hooks()  # an offloaded denoiser goes back to where it was
 
 
 def whole_errors(pipeline: DiffusionPipeline, states: Mapping[str, TeacherStates]) -> dict[str, float]:
@@ -140,13 +116,11 @@ def _substituted(denoiser: nn.Module, name: str, candidate: Candidate, solved: S
     weight, bias = module.weight.data, None if module.bias is None else module.bias.data
     try:
         if candidate.kind == "int8":
-            dense = quantize_int8(weight.flatten(1), name=name).dequantize(weight.dtype)
-            module.weight.data = dense.view_as(weight)
+            module.weight.data = quantize_int8(weight.flatten(1), name=name).dequantize(weight.dtype).view_as(weight)
         elif solved is not None:
-            dense = solved.weight.to(weight.device).dequantize(weight.dtype)
-            module.weight.data = dense.view_as(weight)
-            if solved.bias_change is not None and bias is not None:
-                module.bias.data = (bias.float() + solved.bias_change.to(bias.device)).to(bias.dtype)
+            module.weight.data = solved.weight.to(weight.device).dequantize(weight.dtype).view_as(weight)
+            if bias is not None:
+                module.bias.data = solved.bias(bias)
         yield
     finally:
         module.weight.data = weight

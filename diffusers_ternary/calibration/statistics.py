@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..layers import FLOAT_TYPES, FloatLayer, input_rows, matrix_shape
-from ..rollouts import timestep_of
+from ..rollouts import Rollouts, timestep_of
 from .hessian import InputMoments
 
 
@@ -185,6 +186,30 @@ def _step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
         return f"at timestep {timestep_of(model, args, kwargs):g} "
     except ValueError:
         return ""  # a model that is called without one
+
+
+def find_groups(
+    pipeline: DiffusionPipeline, model: nn.Module, layers: Sequence[str], rollouts: Rollouts
+) -> list[InputGroup]:
+    """The groups of a denoiser's layers, from the first prompt."""
+    with GroupFinder(model, layers) as finder:
+        rollouts.first(1).run(pipeline, description="Finding shared inputs")
+    return finder.groups()
+
+
+def collect_moments(
+    pipeline: DiffusionPipeline,
+    model: nn.Module,
+    groups: Sequence[InputGroup],
+    rollouts: Rollouts,
+    *,
+    dtype: torch.dtype,
+    description: str = "Gathering statistics",
+) -> dict[str, InputMoments]:
+    """The moments of a denoiser's layers over all prompts, by the name of each group's first layer."""
+    with MomentCollector(model, groups, dtype=dtype) as collector:
+        rollouts.run(pipeline, description=description)
+    return collector.moments()
 
 
 def split_passes(groups: Iterable[InputGroup], *, limit: int | None, dtype: torch.dtype) -> list[list[InputGroup]]:

@@ -16,28 +16,12 @@ from ..files import lock, new_file, parse_json_object, read_json, recover_conten
 from ..files.seals import is_sealed, seal
 from ..format import TernarySpec
 from ..ternarize import LowRank, TernaryWeight
-from .solver import OutputErrors, SolvedLayer
+from .report import LayerReport
+from .solver import SolvedLayer
 
 
 logger = logging.getLogger(__name__)
 _METADATA_KEY = "diffusers_ternary_calibration"
-
-
-@dataclasses.dataclass(frozen=True)
-class FinishedLayer:
-    """A solved layer, the inputs it was solved for and the time it took.
-
-    Args:
-        solved ([`SolvedLayer`]): on the CPU.
-        tokens (`int`): input rows behind the statistics.
-        seconds (`float`): of the solver.
-        resumed (`bool`): whether it was read from the work directory.
-    """
-
-    solved: SolvedLayer
-    tokens: int
-    seconds: float
-    resumed: bool = False
 
 
 @contextlib.contextmanager
@@ -71,33 +55,30 @@ class LayerStore:
         self._folder = None if folder is None else pathlib.Path(folder)
         self._fingerprint = fingerprint
 
-    def save(self, name: str, layer: FinishedLayer) -> None:
+    def save(self, name: str, layer: SolvedLayer) -> None:
         """Stores a finished layer."""
         path = self._path(name)
         if path is None:
             return
-        weight, change = layer.solved.weight, layer.solved.bias_change
+        weight = layer.weight
         tensors = {"weight": weight.packed, "weight_scale": weight.scale}
         if weight.multiplier is not None:
             tensors["weight_multiplier"] = weight.multiplier
         if weight.low_rank is not None:
             tensors.update(low_rank_up=weight.low_rank.up, low_rank_down=weight.low_rank.down)
-        if change is not None:
-            tensors["bias_change"] = change
+        if layer.bias_change is not None:
+            tensors["bias_change"] = layer.bias_change
         record = {
             "layer": name,
             "fingerprint": self._fingerprint,
             "spec": dataclasses.asdict(weight.spec),
-            "errors": dataclasses.asdict(layer.solved.errors),
-            "damping": layer.solved.damping,
-            "tokens": layer.tokens,
-            "seconds": layer.seconds,
+            "report": dataclasses.asdict(layer.report),
         }
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         with new_file(path) as temporary:
             save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(seal(record, tensors))})
 
-    def load(self, name: str) -> FinishedLayer | None:
+    def load(self, name: str) -> SolvedLayer | None:
         """A layer that an earlier run finished, or `None`."""
         path = self._path(name)
         if path is None or not path.exists():
@@ -126,9 +107,8 @@ class LayerStore:
             tensors.get("weight_multiplier"),
             LowRank(tensors["low_rank_up"], tensors["low_rank_down"]) if "low_rank_up" in tensors else None,
         )
-        errors = OutputErrors(**record["errors"])
-        solved = SolvedLayer(weight, tensors.get("bias_change"), errors, record["damping"])
-        return FinishedLayer(solved, record["tokens"], record["seconds"], resumed=True)
+        report = LayerReport(**{**record["report"], "shape": tuple(record["report"]["shape"]), "resumed": True})
+        return SolvedLayer(weight, tensors.get("bias_change"), report)
 
     def save_numbers(self, name: str, numbers: Mapping[str, float]) -> None:
         """Stores measurements under a name of their own."""

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from diffusers_ternary.calibration.config import SolverConfig
-from diffusers_ternary.calibration.descent import coordinate_descent, expand
+from diffusers_ternary.calibration.descent import coordinate_descent
 from diffusers_ternary.calibration.gptq import Coding, gptq
 from diffusers_ternary.calibration.hessian import InputMoments, damp
 from diffusers_ternary.calibration.refit import refit_scales
-from diffusers_ternary.calibration.solver import solve_layer
+from diffusers_ternary.calibration.solver import SolvedLayer, solve_layer
+from diffusers_ternary.format import TernarySpec, normalize_group_size
 from diffusers_ternary.ternarize import ternarize
 
 
@@ -35,6 +36,20 @@ def moments_of(x: torch.Tensor) -> InputMoments:
     return InputMoments(x.T @ x / len(x), x.mean(dim=0), len(x))
 
 
+def solve(
+    weight: torch.Tensor,
+    moments: InputMoments,
+    *,
+    group_size: int | None = 128,
+    scales: str = "group",
+    hadamard: int = 0,
+    rank: int = 0,
+    **options,
+) -> SolvedLayer:
+    size = normalize_group_size(group_size, weight.shape[1])
+    return solve_layer(weight, moments, TernarySpec(*weight.shape, size, scales, hadamard, rank), **options)
+
+
 def random_weight(seed: int, rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1000 + seed))
 
@@ -49,7 +64,7 @@ def quadratic(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
 def test_close_to_the_best_of_all_codes(seed, columns):
     x, weight = correlated_inputs(seed, 500, columns), random_weight(seed, 16, columns)
     hessian = moments_of(x).second
-    solved = solve_layer(weight, moments_of(x), group_size=None)
+    solved = solve(weight, moments_of(x), group_size=None)
 
     # The best scale of given codes t is (t H w) / (t H t); it leaves w H w - (t H w)^2 / (t H t).
     codes = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=columns)))
@@ -69,7 +84,7 @@ def test_close_to_the_best_of_all_codes(seed, columns):
 def test_every_stage_lowers_the_error(seed, columns, group_size):
     moments, weight = moments_of(correlated_inputs(seed, 2000, columns)), random_weight(seed, 24, columns)
     errors = [
-        solve_layer(weight, moments, group_size=group_size, config=config).errors.solved
+        solve(weight, moments, group_size=group_size, config=config).report.error
         for config in (ROUNDED, GPTQ, GPTQ_REFIT, ONE_START, SolverConfig())
     ]
     assert errors[0] > errors[1] > errors[3]
@@ -85,7 +100,7 @@ def test_every_stage_lowers_the_error(seed, columns, group_size):
 @pytest.mark.parametrize("scales", ["group", "double"])
 def test_reported_errors_are_those_of_the_packed_layer(correct_bias, scales):
     x, weight = correlated_inputs(3, 4000, 96), random_weight(3, 20, 96)
-    solved = solve_layer(weight, moments_of(x), group_size=32, scales=scales, correct_bias=correct_bias)
+    solved = solve(weight, moments_of(x), group_size=32, scales=scales, correct_bias=correct_bias)
     output = x @ solved.weight.dequantize().T
     if correct_bias:
         assert solved.bias_change is not None
@@ -95,17 +110,17 @@ def test_reported_errors_are_those_of_the_packed_layer(correct_bias, scales):
     true = float((x @ weight.T - output).square().sum() / (x @ weight.T).square().sum())
     rounded = ternarize(weight, group_size=32, scales=scales).dequantize()
     true_rounded = float((x @ (weight - rounded).T).square().sum() / (x @ weight.T).square().sum())
-    assert solved.errors.solved == pytest.approx(true, rel=1e-3)
-    assert solved.errors.rounded == pytest.approx(true_rounded, rel=1e-3)
+    assert solved.report.error == pytest.approx(true, rel=1e-3)
+    assert solved.report.error_rounded == pytest.approx(true_rounded, rel=1e-3)
     assert solved.weight.spec.scales == scales
     assert solved.weight.scale.dtype == torch.float16
 
 
 def test_bias_takes_over_the_mean():
     x, weight = correlated_inputs(0, 4000, 64) + 5.0, random_weight(0, 32, 64)
-    plain = solve_layer(weight, moments_of(x))
-    corrected = solve_layer(weight, moments_of(x), correct_bias=True)
-    assert corrected.errors.solved < plain.errors.solved
+    plain = solve(weight, moments_of(x))
+    corrected = solve(weight, moments_of(x), correct_bias=True)
+    assert corrected.report.error < plain.report.error
     assert corrected.bias_change is not None
     residual = (weight - corrected.weight.dequantize()) @ x.mean(dim=0)
     torch.testing.assert_close(corrected.bias_change, residual, rtol=1e-4, atol=1e-4)
@@ -135,7 +150,7 @@ def test_gptq_without_an_inverse_is_gptq(columns, group_size):
     coding = gptq(weight.T.contiguous(), damped.upper, group_size=group_size)
     expected = gptq_by_the_book(weight, damped.matrix, group_size)
     # The rule for a group's scale works in float32.
-    torch.testing.assert_close(expand(coding, group_size).T, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(coding.dense().T, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(damped.upper @ damped.upper.T, damped.matrix)
 
 
@@ -145,10 +160,10 @@ def test_descent_never_raises_the_error_and_ends_in_a_local_optimum(seed):
     hessian = moments_of(correlated_inputs(seed, 2000, columns)).second.double()
     weight = random_weight(seed, 10, columns).double()
     start = gptq(weight.T.contiguous(), damp(hessian, 0.01).upper, group_size=group_size)
-    coding, errors = start, [quadratic(weight - expand(start, group_size).T, hessian)]
+    coding, errors = start, [quadratic(weight - start.dense().T, hessian)]
     for _ in range(50):
-        coding, changed = coordinate_descent(weight.T.contiguous(), hessian, coding, group_size=group_size)
-        errors.append(quadratic(weight - expand(coding, group_size).T, hessian))
+        coding, changed = coordinate_descent(weight.T.contiguous(), hessian, coding)
+        errors.append(quadratic(weight - coding.dense().T, hessian))
         if not changed:
             break
     assert not changed
@@ -159,7 +174,7 @@ def test_descent_never_raises_the_error_and_ends_in_a_local_optimum(seed):
         for code in (-1, 0, 1):
             codes = coding.codes.clone()
             codes[column] = code
-            other = quadratic(weight - expand(Coding(codes, coding.scales), group_size).T, hessian)
+            other = quadratic(weight - Coding(codes, coding.scales, group_size).dense().T, hessian)
             assert bool((other >= best * (1 - 1e-12)).all())
 
 
@@ -170,7 +185,9 @@ def test_refit_is_least_squares(seed, columns, group_size):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-1, 2, (columns, 6), generator=generator, dtype=torch.int8)
     hessian = x.T @ x / len(x)
-    fitted = refit_scales(hessian @ weight.T, hessian, codes, group_size=group_size)
+    fitted = refit_scales(
+        hessian @ weight.T, hessian, Coding(codes, torch.ones(-(-columns // group_size), 6), group_size)
+    )
     assert float(fitted.scales.min()) >= 0
     groups = -(-columns // group_size)
     for row in range(6):
@@ -181,7 +198,7 @@ def test_refit_is_least_squares(seed, columns, group_size):
         ]
         expected, *_ = np.linalg.lstsq(np.stack(parts, axis=1), (x @ weight[row]).numpy(), rcond=None)
         signed = expected.repeat(group_size)[:columns] * codes[:, row].numpy()
-        np.testing.assert_allclose(expand(fitted, group_size)[:, row].numpy(), signed, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(fitted.dense()[:, row].numpy(), signed, rtol=1e-5, atol=1e-7)
 
 
 def test_refit_of_empty_and_collinear_groups():
@@ -190,11 +207,11 @@ def test_refit_of_empty_and_collinear_groups():
     codes[4:, 1] = 0
     codes[:, 2] = 0
     weight = torch.ones(8, 3)
-    fitted = refit_scales(hessian @ weight, hessian, codes, group_size=4)
+    fitted = refit_scales(hessian @ weight, hessian, Coding(codes, torch.ones(2, 3), 4))
     assert bool(torch.isfinite(fitted.scales).all())
     assert float(fitted.scales[1, 1]) == 0.0
     assert float(fitted.scales[:, 2].abs().max()) == 0.0
-    error = (weight - expand(fitted, 4))[:, :2].sum(dim=0)
+    error = (weight - fitted.dense())[:, :2].sum(dim=0)
     assert float(error.abs().max()) < 1e-3
 
 
@@ -205,10 +222,10 @@ def test_dead_and_constant_columns(correct_bias):
     x[:, 9] = 2.5
     x[:, 40:48] = 0.0
     weight = random_weight(0, 8, 64)
-    solved = solve_layer(weight, moments_of(x), group_size=16, correct_bias=correct_bias)
+    solved = solve(weight, moments_of(x), group_size=16, correct_bias=correct_bias)
     dense = solved.weight.dequantize()
     assert bool(torch.isfinite(dense).all())
-    assert solved.errors.solved < solved.errors.rounded
+    assert solved.report.error < solved.report.error_rounded
     # A dead input says nothing about its weights, so they are rounded: an unseen input finds them.
     assert bool((dense[:, 40:48].sign() * weight[:, 40:48] >= 0).all())
 
@@ -217,7 +234,7 @@ def test_weights_of_zeros():
     weight = random_weight(0, 6, 32)
     weight[2] = 0.0
     weight[:, :16] = 0.0
-    solved = solve_layer(weight, moments_of(correlated_inputs(0, 500, 32)), group_size=16)
+    solved = solve(weight, moments_of(correlated_inputs(0, 500, 32)), group_size=16)
     dense = solved.weight.dequantize()
     assert bool(torch.isfinite(dense).all())
     assert float(dense[2].abs().max()) == 0.0
@@ -227,7 +244,7 @@ def test_inputs_that_are_all_zero_give_plain_rounding(caplog):
     weight = random_weight(0, 6, 32)
     moments = InputMoments(torch.zeros(32, 32), torch.zeros(32), 0)
     with caplog.at_level(logging.WARNING):
-        solved = solve_layer(weight, moments, config=GPTQ, name="blocks.0.to_q")
+        solved = solve(weight, moments, config=GPTQ, name="blocks.0.to_q")
     assert "blocks.0.to_q" in caplog.text
     scale = ternarize(weight).scale.float()
     torch.testing.assert_close(solved.weight.dequantize(), (weight / scale).round().clamp(-1, 1) * scale)
@@ -239,8 +256,8 @@ def test_a_hessian_that_is_not_positive_definite_gets_more_damping(caplog):
     broken = moments.second - 0.5 * float(moments.second.diagonal().mean()) * torch.eye(24)
     weight = random_weight(0, 4, 24)
     with caplog.at_level(logging.WARNING):
-        solved = solve_layer(weight, InputMoments(broken, moments.mean, 500), name="blocks.3.ff")
-    assert solved.damping > 0.01
+        solved = solve(weight, InputMoments(broken, moments.mean, 500), name="blocks.3.ff")
+    assert solved.report.damping > 0.01
     assert "blocks.3.ff" in caplog.text
     assert "not positive definite" in caplog.text
     assert bool(torch.isfinite(solved.weight.dequantize()).all())
@@ -248,13 +265,13 @@ def test_a_hessian_that_is_not_positive_definite_gets_more_damping(caplog):
 
 def test_few_tokens_give_a_singular_hessian_and_still_a_result():
     x = correlated_inputs(0, 5, 128)
-    solved = solve_layer(random_weight(0, 16, 128), moments_of(x))
-    assert solved.errors.solved < solved.errors.rounded
+    solved = solve(random_weight(0, 16, 128), moments_of(x))
+    assert solved.report.error < solved.report.error_rounded
 
 
 def test_deterministic():
     moments, weight = moments_of(correlated_inputs(0, 500, 96)), random_weight(0, 16, 96)
-    first, second = (solve_layer(weight, moments, group_size=32) for _ in range(2))
+    first, second = (solve(weight, moments, group_size=32) for _ in range(2))
     assert torch.equal(first.weight.packed, second.weight.packed)
     assert torch.equal(first.weight.scale, second.weight.scale)
 
@@ -263,7 +280,7 @@ def test_bfloat16_weights_and_float64_statistics():
     x, weight = correlated_inputs(0, 500, 48), random_weight(0, 16, 48).bfloat16()
     single = moments_of(x)
     double = InputMoments(single.second.double(), single.mean.double(), 500)
-    errors = [solve_layer(weight, moments).errors.solved for moments in (single, double)]
+    errors = [solve(weight, moments).report.error for moments in (single, double)]
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
@@ -271,13 +288,13 @@ def test_bad_input_names_layer_and_remedy():
     moments = moments_of(correlated_inputs(0, 100, 16))
     weight = random_weight(0, 4, 16)
     with pytest.raises(ValueError, match=r"proj: the statistics are of 16 inputs, but the weight has 8"):
-        solve_layer(weight[:, :8], moments, name="proj")
+        solve(weight[:, :8], moments, name="proj")
     weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"proj: the weight holds 1 NaN"):
-        solve_layer(weight, moments, name="proj")
+        solve(weight, moments, name="proj")
     moments.second[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"proj: the input statistics hold NaN or Inf"):
-        solve_layer(random_weight(0, 4, 16), moments, name="proj")
+        solve(random_weight(0, 4, 16), moments, name="proj")
 
 
 @pytest.mark.parametrize(
@@ -307,13 +324,13 @@ def test_reported_error_is_that_of_the_packed_layer_on_the_inputs(hadamard, rank
     generator = torch.Generator().manual_seed(12)
     x = torch.randn(2000, 256, generator=generator) @ torch.randn(256, 256, generator=generator) + 0.5
     moments = InputMoments((x.double().T @ x.double() / 2000).float(), x.mean(0), 2000)
-    solved = solve_layer(weight, moments, hadamard=hadamard, rank=rank, correct_bias=correct_bias)
+    solved = solve(weight, moments, hadamard=hadamard, rank=rank, correct_bias=correct_bias)
     change = 0 if solved.bias_change is None else solved.bias_change.double()
     # As the layer computes it, from the packed weight; solve_layer itself never saw x.
     wanted = x.double() @ weight.double().T
     output = x.double() @ solved.weight.dequantize().double().T + change
     error = float((output - wanted).square().sum() / wanted.square().sum())
-    assert solved.errors.solved == pytest.approx(error, rel=1e-3)
+    assert solved.report.error == pytest.approx(error, rel=1e-3)
     assert (solved.bias_change is None) != correct_bias
 
 
@@ -322,14 +339,14 @@ def test_rotation_is_chosen_where_it_helps():
     x = torch.randn(1000, 256, generator=generator)
     moments = InputMoments(x.T @ x / 1000, x.mean(0), 1000)
     heavy = heavy_tailed(14)
-    plain, rotated = (solve_layer(heavy, moments, hadamard=block) for block in (0, 128))
+    plain, rotated = (solve(heavy, moments, hadamard=block) for block in (0, 128))
     assert rotated.weight.spec.hadamard == 128
-    assert rotated.errors.solved < 0.8 * plain.errors.solved
+    assert rotated.report.error < 0.8 * plain.report.error
     # Weights that are ternary already can only lose.
     ternary = torch.randint(-1, 2, (64, 256), generator=generator).float()
-    kept = solve_layer(ternary, moments, hadamard=128)
+    kept = solve(ternary, moments, hadamard=128)
     assert kept.weight.spec.hadamard == 0
-    assert kept.errors.solved < 1e-6
+    assert kept.report.error < 1e-6
 
 
 def test_low_rank_beats_the_same_rank_added_afterwards():
@@ -338,8 +355,8 @@ def test_low_rank_beats_the_same_rank_added_afterwards():
     x = torch.randn(2000, 256, generator=generator) @ mix.T
     moments = InputMoments(x.T @ x / 2000, x.mean(0), 2000)
     weight = torch.randn(96, 256, generator=generator)
-    plain = solve_layer(weight, moments)
-    solved = solve_layer(weight, moments, rank=8)
+    plain = solve(weight, moments)
+    solved = solve(weight, moments, rank=8)
     residual = (weight - plain.weight.dequantize()).double()
     left, values, right = torch.linalg.svd(residual)
     unweighted = residual - (left[:, :8] * values[:8]) @ right[:8]
@@ -348,5 +365,5 @@ def test_low_rank_beats_the_same_rank_added_afterwards():
     def ratio(error):
         return float((error @ hessian @ error.T).trace() / (weight.double() @ hessian @ weight.double().T).trace())
 
-    assert solved.errors.solved < 0.9 * ratio(unweighted) < 0.9 * plain.errors.solved
+    assert solved.report.error < 0.9 * ratio(unweighted) < 0.9 * plain.report.error
     assert solved.weight.spec.rank == 8

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Work folders: what was damaged or exchanged since a run wrote it never ends in other weights."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffusers_ternary.calibration.solver import OutputErrors, SolvedLayer
-from diffusers_ternary.calibration.store import FinishedLayer, LayerStore
+from diffusers_ternary.calibration import LayerReport
+from diffusers_ternary.calibration.solver import SolvedLayer
+from diffusers_ternary.calibration.store import LayerStore
 from diffusers_ternary.distillation.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from diffusers_ternary.distillation.shards import find_fault, write_tensors
 from diffusers_ternary.files.seals import is_sealed, read_sealed, seal, write_sealed
@@ -82,10 +84,10 @@ def test_sealed_files(tmp_path):
 # --- calibrate ------------------------------------------------------------------------------------------------------
 
 
-def finished(seed: int) -> FinishedLayer:
+def finished(seed: int) -> SolvedLayer:
     weight = ternarize(torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)), group_size=8)
-    solved = SolvedLayer(weight, torch.full((4,), float(seed)), OutputErrors(0.3, 0.2, 0.1), 0.01)
-    return FinishedLayer(solved, tokens=5, seconds=1.0)
+    report = LayerReport("layer", (4, 8), 8, "group", 3.6, 0.3, 0.2, 0.1, 0.01, tokens=5, seconds=1.0, resumed=False)
+    return SolvedLayer(weight, torch.full((4,), float(seed)), report)
 
 
 @pytest.fixture
@@ -99,11 +101,9 @@ def layers(tmp_path):
 def test_layers_come_back(layers):
     for seed, name in enumerate(("first", "second")):
         loaded = layers.load(name)
-        assert loaded.resumed
-        assert torch.equal(
-            loaded.solved.weight.dequantize(torch.float32), finished(seed).solved.weight.dequantize(torch.float32)
-        )
-        assert torch.equal(loaded.solved.bias_change, finished(seed).solved.bias_change)
+        assert loaded.report == dataclasses.replace(finished(seed).report, resumed=True)
+        assert torch.equal(loaded.weight.dequantize(torch.float32), finished(seed).weight.dequantize(torch.float32))
+        assert torch.equal(loaded.bias_change, finished(seed).bias_change)
 
 
 def test_layer_files_that_change_places(layers, tmp_path, caplog):
@@ -127,7 +127,7 @@ def test_damaged_layer_files(layers, tmp_path, caplog):
         ({name: tensor for name, tensor in tensors.items() if name != "bias_change"}, record),
         (tensors, {**record, "layer": "other"}),
         (tensors, {**record, "spec": {**record["spec"], "hadamard": 8}}),
-        (tensors, {**record, "errors": {}}),
+        (tensors, {**record, "report": {}}),
         (tensors, {name: value for name, value in record.items() if name != "sha256"}),
         (tensors, []),
     ]
