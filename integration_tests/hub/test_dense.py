@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 
 import diffusers_ternary
 from diffusers_ternary import TernaryConfig
@@ -86,17 +85,7 @@ SLACK = 60 * 10**6
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
 def test_memory_holds_one_shard(tmp_path):
-    with torch.device("meta"):
-        model = FluxTransformer2DModel(
-            num_layers=1,
-            num_single_layers=3,
-            attention_head_dim=64,
-            num_attention_heads=16,
-            axes_dims_rope=(16, 24, 24),
-        )
-    model = model.to_empty(device="cpu").to(torch.bfloat16)
-    for parameter in model.parameters():
-        parameter.data.zero_()
+    model = denoisers.large_flux(1, 3)
     diffusers_ternary.quantize(model).save_pretrained(tmp_path / "packed")
     measured = run_python(
         """

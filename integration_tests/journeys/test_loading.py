@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed checkpoints load without a float detour, and leave neither float tensors nor mapped files behind."""
 
-import json
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,11 +10,11 @@ from diffusers import FluxTransformer2DModel
 
 from diffusers_ternary import TernaryConfig, quantize
 from integration_tests.support import denoisers
+from integration_tests.support.fresh_process import run_python
 
 
 MEGABYTE = 2**20
-LOADER = textwrap.dedent(
-    """
+LOADER = """
     import json, sys
     from pathlib import Path
     import torch, diffusers_ternary
@@ -38,29 +35,16 @@ LOADER = textwrap.dedent(
         "mapped": sum(sys.argv[1] in line for line in Path("/proc/self/maps").read_text().splitlines()),
     }))
     """
-)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_loading(tmp_path):
-    with torch.device("meta"):
-        shape = FluxTransformer2DModel(
-            num_layers=2,
-            num_single_layers=4,
-            attention_head_dim=64,
-            num_attention_heads=16,
-            axes_dims_rope=(16, 24, 24),
-        )
-    model = shape.to_empty(device="cpu").to(torch.bfloat16)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
+    model = denoisers.large_flux(2, 4)
     float_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     quantize(model, TernaryConfig()).save_pretrained(tmp_path / "packed")
     quantize(denoisers.flux(), TernaryConfig()).save_pretrained(tmp_path / "tiny")
     stored = sum(file.stat().st_size for file in (tmp_path / "packed").glob("*.safetensors"))
-    arguments = [sys.executable, "-c", LOADER, str(tmp_path / "packed"), str(tmp_path / "tiny")]
-    result = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    measured = json.loads(result.stdout.splitlines()[-1])
+    measured = run_python(LOADER, tmp_path / "packed", tmp_path / "tiny")
 
     assert measured["mapped"] == 0, "the file is not held open by the tensors that were kept"
     assert measured["allocated"] < measured["parameters"] + 8 * MEGABYTE

@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.backend import packed_layers
-from integration_tests.support.more_pipelines import MORE_PIPELINES, draw_more
+from integration_tests.support.more_pipelines import MORE_PIPELINES
 from integration_tests.support.pipelines import PIPELINES
 
 
@@ -17,17 +17,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", MORE_PIPELINES)
 def test_the_same_latents_from_the_saved_pipeline(name, tmp_path):
     MORE_PIPELINES[name].build().save_pretrained(tmp_path / "float")
-    expected = draw_more(name, DiffusionPipeline.from_pretrained(tmp_path / "float"))
+    expected = MORE_PIPELINES[name].draw(DiffusionPipeline.from_pretrained(tmp_path / "float"))
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "float", quantization_config=TernaryConfig())
     for component, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
             assert bool(packed_layers(module)) == (component in MORE_PIPELINES[name].denoisers), component
-    latents = draw_more(name, pipeline)
+    latents = MORE_PIPELINES[name].draw(pipeline)
     assert torch.isfinite(latents).all()
     assert not torch.equal(latents, expected), "nothing was rounded"
     pipeline.save_pretrained(tmp_path / "packed")
     again = DiffusionPipeline.from_pretrained(tmp_path / "packed")
-    assert torch.equal(draw_more(name, again), latents)
+    assert torch.equal(MORE_PIPELINES[name].draw(again), latents)
 
 
 def test_controlnets_are_quantized_by_name(tmp_path):
@@ -37,7 +37,7 @@ def test_controlnets_are_quantized_by_name(tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(tmp_path, quantization_config=config)
     assert packed_layers(pipeline.unet)
     assert packed_layers(pipeline.controlnet)
-    assert torch.isfinite(draw_more(name, pipeline)).all()
+    assert torch.isfinite(MORE_PIPELINES[name].draw(pipeline)).all()
 
 
 def test_modular_pipelines(tmp_path):

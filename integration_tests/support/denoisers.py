@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Denoisers of the stock classes with a block or two, 128 channels wide where the class allows it."""
 
+import torch
 from diffusers import (
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
@@ -26,6 +27,22 @@ def flux() -> FluxTransformer2DModel:
         axes_dims_rope=(8, 12, 12),
         guidance_embeds=True,
     )
+
+
+def large_flux(blocks: int, single_blocks: int) -> FluxTransformer2DModel:
+    """Tens of megabytes in bfloat16, to measure memory with."""
+    with torch.device("meta"):
+        shape = FluxTransformer2DModel(
+            num_layers=blocks,
+            num_single_layers=single_blocks,
+            attention_head_dim=64,
+            num_attention_heads=16,
+            axes_dims_rope=(16, 24, 24),
+        )
+    model = shape.to_empty(device="cpu").to(torch.bfloat16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def sd3() -> SD3Transformer2DModel:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Further stock pipelines, tiny: conditioned ones, two denoisers, ControlNets, video."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,7 +39,7 @@ from diffusers import (
 from PIL import Image
 
 from . import architectures, denoisers, text_encoders, tokenizers, video_pipelines
-from .pipelines import PIPELINES, autoencoder, quiet, realign
+from .pipelines import PIPELINES, TinyPipeline, autoencoder
 
 
 FLUX = {
@@ -189,73 +187,37 @@ def _hidream() -> DiffusionPipeline:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Further:
-    """How a pipeline is built and called.
-
-    Args:
-        make (`Callable`): builds it; weights follow torch's global seed.
-        call (`dict`): arguments beside the prompt and the size.
-        denoisers (`tuple[str, ...]`): components that are quantized by default.
-    """
-
-    make: Callable[[], DiffusionPipeline]
-    call: dict[str, Any]
-    denoisers: tuple[str, ...] = ("transformer",)
-
-    def build(self) -> DiffusionPipeline:
-        torch.manual_seed(0)
-        return quiet(self.make())
-
-
 _SHORT = {"max_sequence_length": 16}
 MORE_PIPELINES = {
-    "flux_kontext": Further(
+    "flux_kontext": TinyPipeline(
         lambda: _flux_like(FluxKontextPipeline, 4),
         {**_SHORT, "image": PICTURE, "_auto_resize": False, "max_area": 256},
     ),
-    "flux_fill": Further(
+    "flux_fill": TinyPipeline(
         lambda: _flux_like(FluxFillPipeline, 24), {**_SHORT, "image": PICTURE, "mask_image": PICTURE.convert("L")}
     ),
-    "flux_control": Further(lambda: _flux_like(FluxControlPipeline, 8), {**_SHORT, "control_image": PICTURE}),
-    "flux_controlnet": Further(
+    "flux_control": TinyPipeline(lambda: _flux_like(FluxControlPipeline, 8), {**_SHORT, "control_image": PICTURE}),
+    "flux_controlnet": TinyPipeline(
         lambda: _flux_like(FluxControlNetPipeline, 4, controlnet=FluxControlNetModel(in_channels=4, **FLUX)),
         {**_SHORT, "control_image": PICTURE},
     ),
-    "chroma": Further(_chroma, {**_SHORT, "negative_prompt": "a dog"}),
-    "flux2_klein": Further(_flux2, {"max_sequence_length": 64, "text_encoder_out_layers": (1, 2)}),
-    "hidream": Further(_hidream, {**_SHORT, "negative_prompt": "a dog"}),
-    "aura_flow": Further(_aura_flow, {**_SHORT}),
-    "wan_2_2": Further(_wan, {**_SHORT, "num_frames": 5}, ("transformer", "transformer_2")),
-    "ltx": Further(video_pipelines.ltx, {**_SHORT, "num_frames": 5, "height": 32, "width": 32}),
-    "cogvideox": Further(video_pipelines.cogvideox, {**_SHORT, "num_frames": 5}),
-    "hunyuan_video": Further(
+    "chroma": TinyPipeline(_chroma, {**_SHORT, "negative_prompt": "a dog"}),
+    "flux2_klein": TinyPipeline(_flux2, {"max_sequence_length": 64, "text_encoder_out_layers": (1, 2)}),
+    "hidream": TinyPipeline(_hidream, {**_SHORT, "negative_prompt": "a dog"}),
+    "aura_flow": TinyPipeline(_aura_flow, {**_SHORT}),
+    "wan_2_2": TinyPipeline(_wan, {**_SHORT, "num_frames": 5}, ("transformer", "transformer_2")),
+    "ltx": TinyPipeline(video_pipelines.ltx, {**_SHORT, "num_frames": 5}, size=32),
+    "cogvideox": TinyPipeline(video_pipelines.cogvideox, {**_SHORT, "num_frames": 5}),
+    "hunyuan_video": TinyPipeline(
         video_pipelines.hunyuan_video,
         {**_SHORT, "num_frames": 5, "prompt_template": {"template": "A video: {}", "crop_start": 9}},
     ),
-    "sana_sprint": Further(
+    "sana_sprint": TinyPipeline(
         _sana_sprint,
-        {**_SHORT, "complex_human_instruction": None, "use_resolution_binning": False, "height": 32, "width": 32},
+        {**_SHORT, "complex_human_instruction": None, "use_resolution_binning": False},
+        size=32,
     ),
-    "lumina2": Further(_lumina2, {**_SHORT}),
-    "stable_diffusion": Further(_stable_diffusion, {}, ("unet",)),
-    "stable_diffusion_controlnet": Further(_stable_diffusion_controlnet, {"image": PICTURE}, ("unet",)),
+    "lumina2": TinyPipeline(_lumina2, {**_SHORT}),
+    "stable_diffusion": TinyPipeline(_stable_diffusion, {}, ("unet",)),
+    "stable_diffusion_controlnet": TinyPipeline(_stable_diffusion_controlnet, {"image": PICTURE}, ("unet",)),
 }
-
-
-def draw_more(name: str, pipeline: DiffusionPipeline) -> torch.Tensor:
-    """Latents after two steps from a fixed seed, in float32."""
-    realign(pipeline)
-    output = quiet(pipeline)(
-        **{
-            "prompt": "a red cat",
-            "height": 16,
-            "width": 16,
-            "num_inference_steps": 2,
-            "output_type": "latent",
-            "generator": torch.Generator().manual_seed(0),
-            "return_dict": False,
-            **MORE_PIPELINES[name].call,
-        }
-    )
-    return torch.as_tensor(output[0]).float()

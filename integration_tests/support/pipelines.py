@@ -149,18 +149,38 @@ class TinyPipeline:
     Args:
         make (`Callable`): builds it; weights follow torch's global seed.
         call (`Mapping`): arguments beside the prompt.
-        denoiser (`str`): name of the component that is quantized by default.
+        denoisers (`tuple[str, ...]`): components that are quantized by default.
         size (`int`): height and width in pixels.
     """
 
     make: Callable[[], DiffusionPipeline]
     call: Mapping[str, Any]
-    denoiser: str = "transformer"
+    denoisers: tuple[str, ...] = ("transformer",)
     size: int = 16
+
+    @property
+    def denoiser(self) -> str:
+        """The only denoiser."""
+        (name,) = self.denoisers
+        return name
 
     def build(self) -> DiffusionPipeline:
         torch.manual_seed(0)
         return quiet(self.make())
+
+    def draw(self, pipeline: DiffusionPipeline) -> torch.Tensor:
+        """Latents after two steps from a fixed seed, in float32."""
+        realign(pipeline)
+        size = {"height": self.size, "width": self.size}
+        latents, *_ = quiet(pipeline)(
+            prompt="a red cat",
+            num_inference_steps=2,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+            return_dict=False,
+            **{**size, **self.call},
+        )
+        return torch.as_tensor(latents).float()
 
 
 PIPELINES = {
@@ -174,7 +194,7 @@ PIPELINES = {
     "pixart": TinyPipeline(_pixart, {"max_sequence_length": 16, "use_resolution_binning": False}),
     "qwen_image": TinyPipeline(_qwen_image, {"max_sequence_length": 16, "negative_prompt": "a dog"}),
     "z_image": TinyPipeline(_z_image, {"max_sequence_length": 16}),
-    "sdxl": TinyPipeline(_sdxl, {}, "unet"),
+    "sdxl": TinyPipeline(_sdxl, {}, ("unet",)),
 }
 
 
@@ -196,15 +216,5 @@ def realign(pipeline: DiffusionPipeline) -> None:
 
 
 def draw(name: str, pipeline: DiffusionPipeline) -> torch.Tensor:
-    """Latents after two steps from a fixed seed, in float32."""
-    realign(pipeline)
-    latents = quiet(pipeline)(
-        "a red cat",
-        height=PIPELINES[name].size,
-        width=PIPELINES[name].size,
-        num_inference_steps=2,
-        output_type="latent",
-        generator=torch.Generator().manual_seed(0),
-        **PIPELINES[name].call,
-    ).images
-    return torch.as_tensor(latents).float()
+    """What one of [`PIPELINES`] draws."""
+    return PIPELINES[name].draw(pipeline)
