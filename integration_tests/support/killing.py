@@ -53,7 +53,16 @@ def sources(root: pathlib.Path) -> None:
 def commands(root: pathlib.Path) -> dict[str, tuple[str, str, list[str]]]:
     """Name → what is there before, name of the destination, arguments."""
     prompts = ["--prompts", f"{root / 'prompts.txt'}"]
-    distill = ["--held-out", f"{root / 'held_out.txt'}", "--rounded", "--steps", "2", "--batch-size", "1", "--cpu"]
+    distill = [
+        "--held-out-prompts",
+        f"{root / 'held_out.txt'}",
+        "--rounded",
+        "--updates",
+        "2",
+        "--batch-size",
+        "1",
+        "--cpu",
+    ]
     float_model, again = f"{root / 'float'}", ["--overwrite"]
     return {
         "quantize": ("float", "out", ["quantize", float_model, "{}", *again]),
@@ -71,7 +80,7 @@ def commands(root: pathlib.Path) -> dict[str, tuple[str, str, list[str]]]:
                 *_DRAWING,
                 "--steps",
                 "1",
-                "--passes",
+                "--descent-passes",
                 "0",
                 "--starts",
                 "1",
@@ -80,7 +89,7 @@ def commands(root: pathlib.Path) -> dict[str, tuple[str, str, list[str]]]:
         "distill": (
             "float",
             "out",
-            ["distill", float_model, "{}", *prompts, *again, *_DRAWING, *distill, "--inference-steps", "1"],
+            ["distill", float_model, "{}", *prompts, *again, *_DRAWING, *distill, "--steps", "1"],
         ),
         "evaluate": (
             "report",
