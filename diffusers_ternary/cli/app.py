@@ -4,6 +4,7 @@
 import importlib.metadata
 import inspect
 import logging
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_command,
     "quantize": quantize_command,
     "calibrate": calibrate_command,

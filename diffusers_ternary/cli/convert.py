@@ -73,13 +73,13 @@ def convert_command(
     """
     quiet_hosts()
     target = to or ("gguf" if destination.suffix == ".gguf" else "packed")
-    options: dict[str, Any] = {
+    export_options: dict[str, Any] = {
         "runtime": runtime,
         "ternary_type": ternary_type,
         "round_scales": round_scales,
         "fallback": fallback,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in export_options.items() if value is not None}
     from ..interop.convert import check_options, convert
 
     with explained_errors(ExitCode.USAGE):
