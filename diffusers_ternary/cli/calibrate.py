@@ -11,6 +11,7 @@ from ..files.destinations import output_folder
 from . import options
 from .console import ExitCode, console, explained_errors
 from .fields import with_options
+from .plan import show_plan
 from .quiet import quiet_hosts
 
 
@@ -35,6 +36,7 @@ def calibrate_command(
     offload: options.Offload = False,
     max_shard_size: options.MaxShardSize = "10GB",
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
     **values: Any,
 ) -> None:
     """Chooses ternary weights with the pipeline's own rollouts on a few prompts, and saves it packed.
@@ -61,7 +63,11 @@ def calibrate_command(
         plotted = _can_plot()
         kept = work_dir or destination.parent / f".{destination.name}.calibration"
         with output_folder(destination, sources=[source], work=[work_dir], overwrite=overwrite) as folder:
-            pipeline = options.place_pipeline(options.load_pipeline(source, torch_dtype), place, offload=offload)
+            pipeline = options.load_pipeline(source, torch_dtype)
+            show_plan(pipeline, lines, calibration.call_kwargs, f"finished layers are kept in {kept}")
+            if dry_run:
+                raise typer.Exit
+            pipeline = options.place_pipeline(pipeline, place, offload=offload)
             try:
                 pipeline, report = calibrate(pipeline, lines, config, calibration, work_dir=kept, return_report=True)
             except (KeyboardInterrupt, SystemExit):

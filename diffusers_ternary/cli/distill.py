@@ -14,6 +14,7 @@ from ..files.destinations import check_folder, output_folder
 from . import options
 from .console import ExitCode, console, escape, explained_errors
 from .fields import ConfigOptions, warn_renamed, with_options
+from .plan import show_plan
 from .quiet import quiet_hosts
 
 
@@ -60,6 +61,7 @@ def distill_command(
     offload: options.Offload = False,
     max_shard_size: options.MaxShardSize = "10GB",
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
     **values: Any,
 ) -> None:
     """Trains a ternary student on its own teacher, with prompts only, and saves it packed.
@@ -106,8 +108,14 @@ def distill_command(
             "overwrite": overwrite,
         }
         with _saved(destination, main=state.is_main_process, **checked) as folder:
+            pipeline = options.load_pipeline(source, torch_dtype)
+            each = f"{distill_config.batch_size} rows"
+            training = f"mode {distill_config.mode}: {distill_config.updates} updates of {each}"
+            show_plan(pipeline, lines, settings, training, f"checkpoints are kept in {run}")
+            if dry_run:
+                raise typer.Exit
             trained = distill(
-                options.place_pipeline(options.load_pipeline(source, torch_dtype), state.device, offload=offload),
+                options.place_pipeline(pipeline, state.device, offload=offload),
                 lines,
                 config,
                 distill_config,

@@ -12,6 +12,7 @@ from ..files.destinations import output_folder
 from . import options
 from .console import ExitCode, console, explained_errors
 from .fields import with_options
+from .plan import show_plan
 from .quiet import quiet_hosts
 
 
@@ -74,7 +75,7 @@ def evaluate_command(
         models = {"detector": detector, "clip": color_model, "vqa": vqa, "judge": judge}
         if benchmark is None and (images_per_prompt or any(models.values())):
             raise ValueError("--images-per-prompt, --detector, --color-model, --vqa and --judge need --benchmark.")
-        call_kwargs = options.CALL.given(values, teacher)
+        call_kwargs = options.CALL.given(values, teacher, student)
         place = options.parse_device(device)
         torch_dtype = options.parse_dtype(dtype, place)
     with explained_errors(), contextlib.ExitStack() as stack:
@@ -101,6 +102,8 @@ def evaluate_command(
                 **models,
             )
         teacher_pipeline = options.load_pipeline(teacher, torch_dtype).to(place)
+        if lines is not None:
+            show_plan(teacher_pipeline, lines, call_kwargs)
         student_pipeline = load_student(student, teacher_pipeline, torch_dtype).to(place)
         if options.is_demo(teacher) and lines is not None:
             scorers.update(options.demo_scorers(lines))

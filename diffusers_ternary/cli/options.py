@@ -11,6 +11,7 @@ import typer
 
 from .console import console, escape, format_bytes
 from .fields import ConfigOptions
+from .plan import EMBEDDED, known_call
 
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ WorkDir = Annotated[
 ]
 MaxShardSize = Annotated[str, typer.Option(help="Largest file to write.", metavar="SIZE")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is to be written if it exists.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, say what will be run, and write nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -116,15 +118,12 @@ class CallOptions:
             for name, kind, option in (*named, ("call", list[str] | None, other))
         ]
 
-    def given(self, values: Mapping[str, Any], source: str) -> dict[str, Any]:
-        """The arguments that were given, over those that the embedded model was made for."""
+    def given(self, values: Mapping[str, Any], *sources: str) -> dict[str, Any]:
+        """The arguments that were given, over those that the first source that says so was made for."""
         named = {argument: values[name] for name, argument, *_ in self._NAMED}
-        arguments = parse_call_kwargs(values["call"], named)
-        if not is_demo(source):
-            return arguments
-        from ..demo.pipeline import DEMO_CALL
-
-        return {**DEMO_CALL, **arguments}
+        places = (str(EMBEDDED) if is_demo(source) else source for source in sources)
+        known = next(filter(None, map(known_call, places)), {})
+        return {**known, **parse_call_kwargs(values["call"], named)}
 
 
 CALL = CallOptions()

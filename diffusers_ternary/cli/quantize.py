@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """`diffusers-ternary quantize`."""
 
-from typing import Annotated, Any
+import pathlib
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..files import parse_size
-from ..files.destinations import output_folder
+from ..files.destinations import check_folder, output_folder
 from . import options
-from .console import ExitCode, explained_errors
+from .console import ExitCode, console, escape, explained_errors, format_bytes
 from .fields import with_options
 from .quiet import quiet_hosts
+
+
+if TYPE_CHECKING:
+    from ..backend.config import TernaryConfig
 
 
 WEIGHTS = options.weight_options()
@@ -26,6 +31,7 @@ def quantize_command(
     variant: options.Variant = None,
     max_shard_size: options.MaxShardSize = "10GB",
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
     **values: Any,
 ) -> None:
     """Rounds a float pipeline or model to ternary weights and saves it packed.
@@ -46,10 +52,28 @@ def quantize_command(
         from ..backend.sources import load_quantized
 
         place = _resolve(source)
+        if dry_run:
+            check_folder(destination, sources=[place], overwrite=overwrite)
+            _show(place, config)
+            return
         with output_folder(destination, sources=[place], overwrite=overwrite) as folder:
             model = load_quantized(place, config, dtype=model_dtype, variant=variant)
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         options.show_saved(destination)
+
+
+def _show(place: str, config: "TernaryConfig") -> None:
+    """What would be quantized, of headers alone; a Hub id is not downloaded for it."""
+    from ..interop.inspection import inspect_path
+
+    console.print(escape(repr(config)), soft_wrap=True, highlight=False)
+    if not pathlib.Path(place).is_dir():
+        console.print(f"{escape(place)} is on the Hub and would be read from there", soft_wrap=True)
+        return
+    parts = inspect_path(pathlib.Path(place))
+    for part in parts:
+        what = "to quantize" if len(parts) == 1 or config.selects(part.name) else "kept"
+        console.print(f"{escape(part.name)}: {format_bytes(part.bytes)}, {what}", soft_wrap=True)
 
 
 def _resolve(source: str) -> str:
