@@ -87,7 +87,7 @@ class Workshop:
         method = METHODS[row]
         if method.same_as is not None:
             return self.convert(method.same_as)
-        folder = self.work / "converted" / slug(f"{row} {method.how(self.effort)}")
+        folder = self.work / "converted" / slug(f"{row} {method.how(self.effort)}".strip())
         notes = folder / "conversion.json"
         if not notes.exists():
             with new_folder(folder) as temporary:
