@@ -12,8 +12,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from diffusers_ternary import CalibrationConfig, CalibrationReport, TernaryConfig, calibrate
-from diffusers_ternary.calibration import SensitivityConfig
+from diffusers_ternary import CalibrationConfig, TernaryConfig, calibrate
+from diffusers_ternary.calibration import CalibrationReport, SensitivityConfig
 from diffusers_ternary.distillation import DistillConfig, distill
 from diffusers_ternary.evaluation.scenes.call import scenes_call
 from diffusers_ternary.evaluation.scenes.prompts import tuning_prompts

@@ -25,10 +25,12 @@ def examples(name: str) -> ModuleType:
 
 
 def tiny_teacher(architecture: str = "flux") -> DiffusionPipeline:
-    """An untrained teacher of two blocks of 64 channels, whose final projection is not zero."""
+    """An untrained teacher of two blocks of 64 channels, without the zeros that trainings start from."""
     train_teacher, train_vae = examples("train_teacher"), examples("train_vae")
     recipe = train_teacher.Recipe(architecture=architecture, width=64, num_layers=1, num_single_layers=1)
     torch.manual_seed(7)
     pipeline, _ = train_teacher.build(train_vae.build_vae(), recipe)
-    torch.nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.1)
+    for module in pipeline.transformer.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.any():
+            torch.nn.init.normal_(module.weight, std=0.1)
     return pipeline
