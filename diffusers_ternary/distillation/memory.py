@@ -4,7 +4,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -132,7 +131,10 @@ def check_memory(
     Raises:
         MemoryError: says what it needs, which modes fit, and which options lower the need.
     """
-    estimate = functools.partial(estimate_memory, denoiser, config, **options)
+
+    def estimate(changed: DistillConfig) -> MemoryEstimate:
+        return estimate_memory(denoiser, config, changed, **options)
+
     needed = estimate(distill_config)
     if needed.total <= available:
         return needed
