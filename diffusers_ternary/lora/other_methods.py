@@ -28,7 +28,7 @@ from .compat import (
     ShiraLinear,
     VeraLinear,
 )
-from .packed_base import PackedBaseMixin
+from .packed_base import PackedBaseMixin, adapter_dtype
 
 
 _OWN_LAYERS = ("LORA", "LOHA", "LOKR")
@@ -53,7 +53,7 @@ class PackedBackend(QuantizationBackend):
     def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
         """The dense weight, in the dtype of the float layer."""
         assert isinstance(base_layer, QuantizedLayer)
-        return base_layer.dequantize(PackedBaseMixin._base_dtype(base_layer))
+        return base_layer.dequantize(adapter_dtype(base_layer))
 
     def set_base_weight(self, peft_layer: Any, weight_data: torch.Tensor) -> None:
         """Puts a dense weight in front of the packed one."""
@@ -186,7 +186,7 @@ def shown_as_float(config: Any, target: nn.Module) -> Iterator[None]:
             f"Methods for packed layers: {', '.join(_METHODS)}. For others call dequantize() on the model first."
         )
     codes, compute_dtype = base.weight, base.compute_dtype
-    dtype = PackedBaseMixin._base_dtype(base)
+    dtype = adapter_dtype(base)
     if method == "SHIRA" and not codes.is_meta:
         weight = base.dequantize(dtype)
     else:

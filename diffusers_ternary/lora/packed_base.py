@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What adapter layers do differently when their base layer is packed."""
 
+import copy
 import functools
 import logging
 import warnings
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..backend.dequantize import dequantize_layers
 from ..layers import QuantizedLayer
 from .compat import check_adapters_to_merge
 
@@ -23,6 +25,21 @@ if TYPE_CHECKING:
     from .compat import BaseTunerLayer as _TunerLayer
 else:
     _TunerLayer = object
+
+
+def adapter_dtype(packed: QuantizedLayer) -> torch.dtype | None:
+    """Dtype of adapters and float copies of a packed layer; `None` where the layer does not say."""
+    # Layerwise casting stores float8, in which nothing is computed.
+    return packed.float_dtype if packed.float_dtype in _FLOATS else None
+
+
+def trainable_copy(module: nn.Module) -> nn.Module:
+    """A copy with float layers for packed ones, whose codes cannot be trained: for PEFT's `modules_to_save`."""
+    if isinstance(module, QuantizedLayer):
+        return module.to_float(adapter_dtype(module))
+    copied = copy.deepcopy(module)
+    dequantize_layers(copied)
+    return copied
 
 
 class PackedBaseMixin(_TunerLayer):
@@ -57,24 +74,19 @@ class PackedBaseMixin(_TunerLayer):
         if packed is None:
             yield
             return
-        dtype = self._base_dtype(packed)
+        dtype = adapter_dtype(packed)
         self._stand_in = (packed.to_float(dtype) if values else _empty_float(packed, dtype),)
         try:
             yield
         finally:
             self._stand_in = ()
 
-    @staticmethod
-    def _base_dtype(packed: QuantizedLayer) -> torch.dtype | None:
-        # Layerwise casting stores float8, in which nothing is computed.
-        return packed.float_dtype if packed.float_dtype in _FLOATS else None
-
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
         """Where new adapters go, and their dtype: that of the model, which the packed weight does not show."""
         packed = self.packed_base
         if packed is None:
             return super()._get_base_layer_device_and_dtype(base_layer)
-        return packed.weight.device, self._base_dtype(packed)
+        return packed.weight.device, adapter_dtype(packed)
 
     # --- merging --------------------------------------------------------------------------------------------------
 
@@ -125,7 +137,7 @@ class PackedBaseMixin(_TunerLayer):
 
     def _merge_one(self, packed: QuantizedLayer, name: str, safe_merge: bool) -> None:
         self._check_in_memory(f"fuse the adapter {name!r}")
-        dtype = self._base_dtype(packed) or torch.float32
+        dtype = adapter_dtype(packed) or torch.float32
         # float32: the sum is rounded once, to the dtype it is stored in.
         exact = torch.promote_types(dtype, torch.float32)
         weight, bias = self._merged_parameters(packed, name, exact)
@@ -180,7 +192,7 @@ class PackedBaseMixin(_TunerLayer):
         packed = self.packed_base
         if packed is not None and packed.is_fused and merge:
             # Tuners other than LoRA hand the base layer's tensors to what takes its place.
-            self.base_layer = packed.to_float(self._base_dtype(packed))
+            self.base_layer = packed.to_float(adapter_dtype(packed))
         return self.get_base_layer()
 
 

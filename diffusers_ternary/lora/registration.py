@@ -23,7 +23,7 @@ def _register_with_peft() -> None:
         count_whole_parameters,
         watch_injection,
     )
-    from .saved_modules import trainable_copy
+    from .packed_base import trainable_copy
 
     setattr(QuantizedLayer, DEQUANTIZE_MARK, property(lambda layer: layer.weight))
     add_custom_modules({QuantizedLinear: layers.TernaryLoraLinear, QuantizedConv2d: layers.TernaryLoraConv2d})
