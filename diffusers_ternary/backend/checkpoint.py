@@ -30,7 +30,7 @@ from ..format import (
 )
 from ..kernels.cpu.base3 import base3_to_planes, planes_to_base3
 from ..layers.base import bits_to_scale, scale_to_bits
-from ..ternarize import Int8Weight, LowRank, TernaryWeight
+from ..ternarize import Int8Weight, TernaryWeight
 
 
 _DAMAGED = "The file is damaged or incomplete: download it again, or write it again with diffusers-ternary."
@@ -109,9 +109,8 @@ class PackedCheckpoint:
         stored = {part: self.read(f"{layer}.{part}") for part in spec.file_tensors()}
         if isinstance(spec, Int8Spec):
             return Int8Weight(spec, stored["weight"], stored["weight_scale"])
-        planes = base3_to_planes(stored["weight"], spec.out_features, spec.in_features)
-        low_rank = LowRank(*(stored[part] for part in LOW_RANK_NAMES)) if spec.rank else None
-        return TernaryWeight(spec, planes, stored["weight_scale"], stored.get("weight_multiplier"), low_rank)
+        stored["weight"] = base3_to_planes(stored["weight"], spec.out_features, spec.in_features)
+        return TernaryWeight.of_tensors(spec, stored)
 
     def codes(self, name: str) -> torch.Tensor:
         """Codes of a ternary weight of the float model, int8 `[N, K]`; the values of an int8 one."""

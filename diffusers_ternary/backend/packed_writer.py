@@ -9,10 +9,9 @@ from typing import IO, Any
 
 import torch
 
-from ..format import LOW_RANK_NAMES, FileLayout, LayerSpec, TensorHeader, crc32, dtype_name
-from ..layers.base import scale_to_bits
+from ..format import FileLayout, LayerSpec, TensorHeader, crc32, dtype_name
+from ..kernels.cpu.base3 import planes_to_base3
 from ..ternarize import TernaryWeight
-from .checkpoint import to_file
 from .config import TernaryConfig
 
 
@@ -59,7 +58,8 @@ class PackedFolderWriter:
     def add_layer(self, name: str, weight: TernaryWeight) -> None:
         """Stores the packed weight of a module."""
         self.layers[name] = weight.spec
-        for suffix, tensor in _file_tensors(weight).items():
+        stored = {**weight.tensors(), "weight": planes_to_base3(weight.packed, weight.spec.in_features)}
+        for suffix, tensor in stored.items():
             self.add_tensor(f"{name}.{suffix}", tensor)
             self.layer_bytes += tensor.numel() * tensor.element_size()
 
@@ -116,17 +116,6 @@ class PackedFolderWriter:
             _write_json(self.folder / f"{self.weights_name}.safetensors.index.json", index)
         _write_json(self.folder / "config.json", config)
         return total
-
-
-def _file_tensors(weight: TernaryWeight) -> dict[str, torch.Tensor]:
-    """The tensors of a layer as a file holds them."""
-    tensors = {"weight": weight.packed, "weight_scale": scale_to_bits(weight.scale)}
-    if weight.multiplier is not None:
-        tensors["weight_multiplier"] = weight.multiplier
-    if weight.low_rank is not None:
-        pair = (weight.low_rank.up, weight.low_rank.down)
-        tensors |= {name: scale_to_bits(part) for name, part in zip(LOW_RANK_NAMES, pair, strict=True)}
-    return {name: to_file(name, tensor, weight.spec, weight.scale.dtype) for name, tensor in tensors.items()}
 
 
 def _write_safetensors(
