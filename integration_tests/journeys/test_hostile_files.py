@@ -403,10 +403,10 @@ def test_ids_of_the_hub_are_kept(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"scale_layout": "double"},
+        {"scales": "double"},
         {"rank": 2},
-        {"hadamard": 8, "rank": 3, "scale_layout": "double"},
-        {"scale_layout": "group"},
+        {"hadamard": 8, "rank": 3, "scales": "double"},
+        {"scales": "group"},
     ],
 )
 def test_the_writer_stores_all_of_a_weight(options, tmp_path):
