@@ -15,6 +15,7 @@ from diffusers_ternary.backend import packed_layers
 from diffusers_ternary.layers import Int8Linear, TernaryLinear
 from integration_tests.support import denoisers
 from integration_tests.support.checkpoints import read_file, to_original_z_image
+from integration_tests.support.denoisers import predict
 
 
 CONFIG = TernaryConfig(overrides={"*.norm1.linear": "int8"})
@@ -47,25 +48,6 @@ def assert_same(state: dict, expected: dict) -> None:
     different = [name for name in state if not torch.equal(state[name].cpu(), expected[name])]
     assert different == []
     assert all(state[name].dtype == expected[name].dtype for name in state)
-
-
-@torch.no_grad()
-def run(model, dtype: torch.dtype | None = None) -> torch.Tensor:
-    dtype = dtype or model.dtype
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    return model(
-        hidden_states=noise(1, 16, 4),
-        encoder_hidden_states=noise(1, 8, 32),
-        pooled_projections=noise(1, 32),
-        timestep=torch.tensor([0.5], dtype=dtype),
-        guidance=torch.tensor([3.5], dtype=dtype),
-        img_ids=torch.zeros(16, 3),
-        txt_ids=torch.zeros(8, 3),
-    ).sample
 
 
 class TestOnTheFly:
@@ -148,7 +130,7 @@ class TestReload:
         assert model.dtype == wanted
         for name, tensor in model.state_dict().items():
             assert tensor.dtype == (wanted if tensor.is_floating_point() else expected[name].dtype), name
-        outputs = run(model)
+        outputs = predict(model)
         assert outputs.dtype == wanted
         assert torch.isfinite(outputs).all()
 
@@ -207,20 +189,20 @@ class TestCopies:
         copied = how(model)
         del model
         assert_same(copied.state_dict(), expected)
-        assert torch.isfinite(run(copied)).all()
+        assert torch.isfinite(predict(copied)).all()
         copied.save_pretrained(tmp_path)
         assert_same(FluxTransformer2DModel.from_pretrained(tmp_path).state_dict(), expected)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_compiles_into_one_graph(self, packed_folder, dtype):
         model = FluxTransformer2DModel.from_pretrained(packed_folder, torch_dtype=dtype)
-        eager = run(model)
+        eager = predict(model)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(run(compiled, dtype), eager, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(predict(compiled, dtype), eager, rtol=2e-2, atol=2e-2)
 
     def test_float32_models_take_16_bit_inputs(self, packed_folder):
         model = FluxTransformer2DModel.from_pretrained(packed_folder)
-        outputs = run(model, torch.bfloat16)
+        outputs = predict(model, torch.bfloat16)
         assert outputs.dtype == torch.float32
         assert torch.isfinite(outputs).all()
 
@@ -272,7 +254,9 @@ def test_rotation_and_low_rank_are_saved_and_loaded(float_folder, tmp_path):
     specs = [layer.spec for layer in packed_layers(second).values()]
     assert {(spec.hadamard, spec.rank) for spec in specs} == {(8, 2)}
     assert_same(second.state_dict(), first.state_dict())
-    torch.testing.assert_close(run(second), run(first), atol=1e-5, rtol=0)  # mapped files are aligned differently
+    torch.testing.assert_close(
+        predict(second), predict(first), atol=1e-5, rtol=0
+    )  # mapped files are aligned differently
     stored, _ = read_file(tmp_path / WEIGHTS)
     for name, tensor in stored.items():
         if name.endswith(("low_rank_up", "low_rank_down")):

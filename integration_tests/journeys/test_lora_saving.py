@@ -24,21 +24,10 @@ from diffusers_ternary.layers import QuantizedLayer, read_records
 from diffusers_ternary.lora import TernaryLoraLinear
 from integration_tests.support import denoisers, text_encoders
 from integration_tests.support.adapters import EXACT, difference
+from integration_tests.support.denoisers import predict
 
 
 LORA = LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_k"])
-
-
-def run(model: nn.Module) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        return model(
-            hidden_states=torch.randn(1, 4, 8, 8, generator=generator),
-            encoder_hidden_states=torch.randn(1, 6, 32, generator=generator),
-            timestep=torch.tensor([5]),
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-            return_dict=False,
-        )[0]
 
 
 @pytest.fixture
@@ -64,15 +53,15 @@ def test_injected_adapters_are_refused(model, adapter, merged, tmp_path):
 
 
 def test_unloaded_adapters_leave_no_trace(model, tmp_path):
-    before = run(model)
+    before = predict(model)
     get_peft_model(model, copy.deepcopy(LORA)).unload()
     model.save_pretrained(tmp_path)
-    assert torch.equal(run(PixArtTransformer2DModel.from_pretrained(tmp_path)), before)
+    assert torch.equal(predict(PixArtTransformer2DModel.from_pretrained(tmp_path)), before)
 
 
 @pytest.mark.parametrize("route", ["fused, then unloaded", "merge_and_unload"])
 def test_merged_adapters_are_stored_in_float_layers(model, route, tmp_path, caplog):
-    plain = run(model)
+    plain = predict(model)
     packed = {name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     wrapped = get_peft_model(model, copy.deepcopy(LORA))
     adapted = {n for n, m in model.named_modules() if isinstance(m, TernaryLoraLinear)}
@@ -81,28 +70,28 @@ def test_merged_adapters_are_stored_in_float_layers(model, route, tmp_path, capl
     else:
         wrapped.merge_adapter()
         model = wrapped.unload()
-    expected = run(model)
+    expected = predict(model)
     assert difference(expected, plain) > 0.01
     model.save_pretrained(tmp_path)
     assert f"{len(adapted)} of {len(packed)} packed layers hold a merged adapter" in caplog.text
     assert not any("fused" in name for name in stored_names(tmp_path))
     again = PixArtTransformer2DModel.from_pretrained(tmp_path)
-    assert difference(run(again), expected) < 1e-5
+    assert difference(predict(again), expected) < 1e-5
     assert {n for n, m in again.named_modules() if isinstance(m, QuantizedLayer)} == packed - adapted
     # What is left packed can be saved again, and the whole dequantized.
     again.save_pretrained(tmp_path / "twice")
     again.dequantize()
-    assert difference(run(again), expected) < 1e-4
+    assert difference(predict(again), expected) < 1e-4
 
 
 def test_a_fused_model_dequantizes_to_what_it_computes(model):
     wrapped = get_peft_model(model, copy.deepcopy(LORA))
     wrapped.merge_adapter()
     model = wrapped.unload()
-    expected = run(model)
+    expected = predict(model)
     model.dequantize()
     assert not any(isinstance(module, QuantizedLayer) for module in model.modules())
-    assert difference(run(model), expected) < 1e-5
+    assert difference(predict(model), expected) < 1e-5
 
 
 def test_a_model_with_nothing_packed_left_says_so(model, tmp_path):
@@ -116,10 +105,10 @@ def test_saving_changes_nothing(model, tmp_path):
     wrapped = get_peft_model(model, copy.deepcopy(LORA))
     wrapped.merge_adapter()
     model = wrapped.unload()
-    before, keys = run(model), list(model.state_dict())
+    before, keys = predict(model), list(model.state_dict())
     model.save_pretrained(tmp_path)
     assert list(model.state_dict()) == keys
-    assert torch.equal(run(model), before)
+    assert torch.equal(predict(model), before)
 
 
 def test_a_bias_that_was_merged_is_stored():
@@ -149,11 +138,11 @@ def test_overwritten_codes_are_refused():
 def test_peft_saves_and_loads_the_adapter_itself(model, tmp_path):
     base = copy.deepcopy(model)
     wrapped = get_peft_model(model, copy.deepcopy(LORA))
-    expected = run(model)
+    expected = predict(model)
     wrapped.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     PeftModel.from_pretrained(base, tmp_path)
-    assert torch.equal(run(base), expected)
+    assert torch.equal(predict(base), expected)
 
 
 class TestTextEncoder:
@@ -271,13 +260,13 @@ class TestRecordsAreThoseOfTheLiveModel:
         for folder, subject in (("model", model), ("twin", twin)):
             subject.save_pretrained(tmp_path / folder)
             again = PixArtTransformer2DModel.from_pretrained(tmp_path / folder)
-            assert torch.equal(run(again), run(subject))
+            assert torch.equal(predict(again), predict(subject))
 
     def test_blocks_that_were_removed_are_gone(self, model, tmp_path):
         model.transformer_blocks = model.transformer_blocks[:1]
         model.register_to_config(num_layers=1)
         model.save_pretrained(tmp_path)
-        assert torch.equal(run(PixArtTransformer2DModel.from_pretrained(tmp_path)), run(model))
+        assert torch.equal(predict(PixArtTransformer2DModel.from_pretrained(tmp_path)), predict(model))
 
     def test_a_pickled_state_dict_is_still_safe_to_load(self, model, tmp_path):
         torch.save(model.state_dict(), tmp_path / "state.pt")

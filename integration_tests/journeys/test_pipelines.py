@@ -12,6 +12,7 @@ from safetensors import safe_open
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.layers import QuantizedLayer, TernaryLayer, TernaryLinear
 from integration_tests.support import denoisers
+from integration_tests.support.denoisers import predict
 from integration_tests.support.fresh_process import run_python
 from integration_tests.support.pipelines import PIPELINES, draw, quiet
 
@@ -222,16 +223,6 @@ def wan_folder(tmp_path_factory):
 class TestWan:
     """Wan keeps modules in float32 whatever torch_dtype says."""
 
-    @staticmethod
-    @torch.no_grad()
-    def run(model):
-        generator = torch.Generator().manual_seed(0)
-        return model(
-            hidden_states=torch.randn(1, 4, 2, 8, 8, generator=generator).to(model.dtype),
-            timestep=torch.tensor([500]),
-            encoder_hidden_states=torch.randn(1, 6, 32, generator=generator).to(model.dtype),
-        ).sample
-
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_kept_in_float32(self, wan_folder, dtype, tmp_path):
         float_model = WanTransformer3DModel.from_pretrained(wan_folder, torch_dtype=dtype)
@@ -243,8 +234,8 @@ class TestWan:
             if parameter.is_floating_point():
                 assert parameter.dtype == dtypes[name], name
         assert model.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
-        expected = self.run(model)
+        expected = predict(model)
         model.save_pretrained(tmp_path)
         again = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype)
         assert {n: p.dtype for n, p in again.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
-        assert torch.equal(self.run(again), expected)
+        assert torch.equal(predict(again), expected)

@@ -15,6 +15,7 @@ from diffusers_ternary.format import Int8Spec, TernarySpec
 from diffusers_ternary.layers import Int8Linear, QuantizedLinear, TernaryLinear
 from diffusers_ternary.ternarize import ternarize
 from integration_tests.support import denoisers
+from integration_tests.support.denoisers import predict
 
 
 def linear(rows: int = 12, columns: int = 300, *, bias: bool = True, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -253,24 +254,13 @@ class TestHostHooks:
         torch.manual_seed(0)
         return quantize(denoisers.pixart().eval(), TernaryConfig(overrides={"*.attn1.to_q": "int8"}))
 
-    @staticmethod
-    @torch.no_grad()
-    def run(model):
-        generator = torch.Generator().manual_seed(0)
-        return model(
-            torch.randn(1, 4, 8, 8, generator=generator),
-            encoder_hidden_states=torch.randn(1, 6, 32, generator=generator),
-            timestep=torch.tensor([500]),
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        ).sample
-
     def test_layerwise_casting_keeps_packed_weights(self, model):
-        before, expected = packed_bytes(model), self.run(model)
+        before, expected = packed_bytes(model), predict(model, torch.float32)
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
         assert packed_bytes(model) == before
         storage = {parameter.dtype for parameter in model.parameters()}
         assert torch.float8_e4m3fn in storage, "the hook must have done something"
-        outputs = self.run(model)
+        outputs = predict(model, torch.float32)
         assert packed_bytes(model) == before
         # Kept layers and biases went through float8; packed weights did not.
         assert torch.nn.functional.cosine_similarity(outputs.flatten(), expected.flatten(), dim=0) > 0.98
@@ -285,7 +275,7 @@ class TestHostHooks:
     @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
     @pytest.mark.parametrize("to_disk", [False, True])
     def test_group_offload_leaves_outputs_equal(self, model, offload_type, to_disk, tmp_path):
-        before, expected = packed_bytes(model), self.run(model)
+        before, expected = packed_bytes(model), predict(model, torch.float32)
         apply_group_offloading(
             model,
             onload_device=torch.device("cpu"),
@@ -295,8 +285,8 @@ class TestHostHooks:
             offload_to_disk_path=str(tmp_path) if to_disk else None,
         )
         # Not bit-equal: float32 sums depend on the alignment of the tensors read back, in float models as well.
-        torch.testing.assert_close(self.run(model), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(self.run(model), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(predict(model, torch.float32), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(predict(model, torch.float32), expected, rtol=1e-5, atol=1e-5)
         assert to_disk or packed_bytes(model) == before
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -169,3 +169,47 @@ def wan(channels: int = 4) -> WanTransformer3DModel:
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
     )
+
+
+@torch.no_grad()
+def predict(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What a Flux, SD3, PixArt or Wan denoiser of this file predicts, always from the same noise.
+
+    The inputs are in `dtype`, by default the model's own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    dtype = dtype or model.dtype
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    inputs = {
+        FluxTransformer2DModel: lambda: {
+            "hidden_states": noise(1, 16, 4),
+            "encoder_hidden_states": noise(1, 8, 32),
+            "pooled_projections": noise(1, 32),
+            "timestep": torch.tensor([0.5], dtype=dtype),
+            "guidance": torch.tensor([3.5], dtype=dtype),
+            "img_ids": torch.zeros(16, 3),
+            "txt_ids": torch.zeros(8, 3),
+        },
+        SD3Transformer2DModel: lambda: {
+            "hidden_states": noise(1, 4, 8, 8),
+            "encoder_hidden_states": noise(1, 5, 32),
+            "pooled_projections": noise(1, 64),
+            "timestep": torch.tensor([1.0]),
+        },
+        PixArtTransformer2DModel: lambda: {
+            "hidden_states": noise(1, 4, 8, 8),
+            "encoder_hidden_states": noise(1, 6, 32),
+            "timestep": torch.tensor([500]),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        },
+        WanTransformer3DModel: lambda: {
+            "hidden_states": noise(1, 4, 2, 8, 8),
+            "encoder_hidden_states": noise(1, 6, 32),
+            "timestep": torch.tensor([500]),
+        },
+    }
+    denoiser = getattr(model, "_orig_mod", model)  # below the wrapper of torch.compile
+    return model(**inputs[type(denoiser)](), return_dict=False)[0]
