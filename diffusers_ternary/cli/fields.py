@@ -183,7 +183,7 @@ class ConfigOptions:
                 text += f" [dim]\\[default: {shown}][/dim]"
             made.append(_option(key, kind, flag, text, metavar, self.panel))
             if field.name in self.formerly:
-                made.append(_option(f"{key}_old", kind, self.formerly[field.name], "", metavar, None))
+                made.append(_option(f"{key}_old", kind, self.formerly[field.name], f"Now {flag}.", metavar, None))
         return made
 
     def given(self, values: Mapping[str, Any]) -> dict[str, Any]:

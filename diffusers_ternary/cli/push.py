@@ -20,7 +20,8 @@ def push_command(
     ],
     base_model: Annotated[str, typer.Option(help="Hub id of the float model; its card gives licence and tag.")],
     report: Annotated[
-        pathlib.Path | None, typer.Option(help="Folder or JSON file of `evaluate --report`.", metavar="PATH")
+        pathlib.Path | None,
+        typer.Option(help="What evaluate --report wrote: its folder or JSON file.", metavar="PATH"),
     ] = None,
     calibration: Annotated[
         pathlib.Path | None, typer.Option(help="Default: calibration.json of DIR.", metavar="FILE")

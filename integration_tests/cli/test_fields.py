@@ -140,7 +140,7 @@ def test_a_list_that_cannot_be_read_names_the_flag():
     [
         ("--scales", "--scale-layout", "group"),
         ("--passes", "--descent-passes", "3"),
-        ("--accumulate", "--gradient-accumulation", "2"),
+        ("--accumulate", "--gradient-accumulation-steps", "2"),
         ("--precision", "--mixed-precision", "bf16"),
     ],
 )

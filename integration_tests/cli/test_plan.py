@@ -48,3 +48,21 @@ def test_a_dry_run_of_quantize(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     assert run_command("quantize", "demo", tmp_path / "out", "--dry-run").exit_code == 3
+
+
+def test_old_flags_of_distill_are_read_and_warn(prompts, tmp_path):
+    old = ["--inference-steps", "3", "--held-out", prompts, "--cache", tmp_path / "cache", "--accumulate", "2"]
+    result = run_command("distill", "demo", tmp_path / "out", "--prompts", prompts, *old, "--dry-run")
+    assert result.exit_code == 0, result.output
+    for name, new in (("--inference-steps", "--steps"), ("--held-out FILE", "--held-out-prompts FILE")):
+        assert f"{name} is {new} now" in result.output
+    assert "--cache is --cache-dir now" in result.output
+    assert "3 denoising steps" in result.output
+
+
+def test_steps_of_distill_are_denoising_steps(prompts, tmp_path):
+    result = run_command("distill", "demo", tmp_path / "out", "--prompts", prompts, "--steps", "3", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "note: --steps are denoising steps" in result.output
+    assert "3 denoising steps" in result.output
+    assert "2000 updates" in result.output
