@@ -30,6 +30,9 @@ class _Deferred:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._load(), name)
 
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, self._load())  # diffusers asks so of the configs in a quant_mapping
+
 
 def _register_with_diffusers() -> None:
     from .compat_registries import diffusers_registries
