@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ..files import lock, new_file, parse_json_object, read_json, recover_contents, recover_folder, write_json
 from ..files.seals import is_sealed, seal
 from ..format import TernarySpec
-from ..ternarize import LowRank, TernaryWeight
+from ..ternarize import TernaryWeight
 from .report import LayerReport
 from .solver import SolvedLayer
 
@@ -61,11 +61,7 @@ class LayerStore:
         if path is None:
             return
         weight = layer.weight
-        tensors = {"weight": weight.packed, "weight_scale": weight.scale}
-        if weight.multiplier is not None:
-            tensors["weight_multiplier"] = weight.multiplier
-        if weight.low_rank is not None:
-            tensors.update(low_rank_up=weight.low_rank.up, low_rank_down=weight.low_rank.down)
+        tensors = weight.tensors()
         if layer.bias_change is not None:
             tensors["bias_change"] = layer.bias_change
         record = {
@@ -100,13 +96,7 @@ class LayerStore:
         if record["fingerprint"] != self._fingerprint:
             logger.warning("%s is of other weights, prompts or settings; the layer is calibrated again.", path)
             return None
-        weight = TernaryWeight(
-            TernarySpec(**record["spec"]),
-            tensors["weight"],
-            tensors["weight_scale"],
-            tensors.get("weight_multiplier"),
-            LowRank(tensors["low_rank_up"], tensors["low_rank_down"]) if "low_rank_up" in tensors else None,
-        )
+        weight = TernaryWeight.of_tensors(TernarySpec(**record["spec"]), tensors)
         report = LayerReport(**{**record["report"], "shape": tuple(record["report"]["shape"]), "resumed": True})
         return SolvedLayer(weight, tensors.get("bias_change"), report)
 
