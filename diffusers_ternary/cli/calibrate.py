@@ -9,9 +9,9 @@ from ..extras import MissingExtraError, check_extra
 from ..files import parse_size, remove_folder
 from ..files.destinations import output_folder
 from . import options
+from .call import show_plan
 from .console import ExitCode, console, explained_errors
 from .fields import with_options
-from .plan import show_plan
 from .quiet import quiet_hosts
 
 

@@ -12,9 +12,9 @@ import typer
 from ..files import parse_size, read_json, remove_folder
 from ..files.destinations import check_folder, output_folder
 from . import options
+from .call import show_plan
 from .console import ExitCode, console, escape, explained_errors
 from .fields import ConfigOptions, warn_renamed, with_options
-from .plan import show_plan
 from .quiet import quiet_hosts
 
 

@@ -10,9 +10,9 @@ import typer
 from ..extras import check_extra
 from ..files.destinations import output_folder
 from . import options
+from .call import show_plan
 from .console import ExitCode, console, explained_errors
 from .fields import with_options
-from .plan import show_plan
 from .quiet import quiet_hosts
 
 

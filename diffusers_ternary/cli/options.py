@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .call import EMBEDDED, known_call
 from .console import console, escape, format_bytes
 from .fields import ConfigOptions
-from .plan import EMBEDDED, known_call
 
 
 if TYPE_CHECKING:

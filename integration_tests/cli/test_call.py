@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from diffusers_ternary.cli.plan import known_call
+from diffusers_ternary.cli.call import known_call
 from diffusers_ternary.demo import DEMO_CALL, demo_folder
 from integration_tests.support.command_line import run_command
 
