@@ -80,7 +80,7 @@ def distill_student(
     unseen = list(dict.fromkeys(tuning_prompts(held_back, HELD_BACK)))
     training = [prompt for prompt in tuning_prompts(prompts, TRAINING) if prompt not in set(unseen)]
     config = DistillConfig(
-        mode=mode, steps=steps, call_kwargs=scenes_call(teacher), calibration=None, **{**RECIPE, **settings}
+        mode=mode, updates=steps, call_kwargs=scenes_call(teacher), calibration=None, **{**RECIPE, **settings}
     )
     return distill(
         teacher,

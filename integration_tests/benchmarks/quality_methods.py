@@ -23,6 +23,7 @@ from diffusers_ternary.backend import bits_per_weight, packed_layers, plan_pipel
 from diffusers_ternary.backend.dequantize import dequantize_layers
 from diffusers_ternary.calibration import SolverConfig
 from diffusers_ternary.files import new_folder
+from diffusers_ternary.rollouts import fingerprint
 
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "scenes"))
@@ -144,13 +145,16 @@ def _rounding(rule: str) -> Method:
 
 
 def _calibrated(config: TernaryConfig | None = None, solver: SolverConfig | None = None, **settings: object) -> Method:
+    # Budgets of different sizes share their layers.
+    key = fingerprint(config=config and config.to_dict(), solver=solver and vars(solver), settings=sorted(settings))
+
     def apply(pipeline: DiffusionPipeline, workshop: Workshop, _start: Conversion | None) -> float:
         report = calibrate_student(
             pipeline,
             prompts=workshop.effort.calibration_prompts,
             config=config,
             solver=solver or SolverConfig(),
-            work_dir=workshop.work / "layers" / slug(repr((config, solver, sorted(settings)))),
+            work_dir=workshop.work / "layers" / key[:12],
             **settings,
         )
         return report.bits_per_weight

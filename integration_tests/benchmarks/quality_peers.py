@@ -171,11 +171,11 @@ def _orbitquant_policy(bits: int) -> Peer:
     """The whole model as OrbitQuant's own policy has it: some layers at 4 bits, some in bfloat16."""
 
     def apply(denoiser: nn.Module, layers: Sequence[str]) -> float:
-        from orbitquant import OrbitQuantConfig, quantize_model
-        from orbitquant.modeling import dequantize_quantized_linear_modules
+        from orbitquant import OrbitQuantConfig
+        from orbitquant.modeling import dequantize_quantized_linear_modules, quantize_linear_modules
 
         dtype = next(denoiser.parameters()).dtype
-        quantize_model(denoiser, OrbitQuantConfig(weight_bits=bits, runtime_mode="dequant_bf16"))
+        quantize_linear_modules(denoiser, OrbitQuantConfig(weight_bits=bits, runtime_mode="dequant_bf16"))
         stored = sum(_stored_by_orbitquant(denoiser.get_submodule(name)) for name in layers)
         dequantize_quantized_linear_modules(denoiser).to(dtype)
         return 8 * stored / sum(denoiser.get_submodule(name).weight.numel() for name in layers)
