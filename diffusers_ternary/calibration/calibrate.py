@@ -12,6 +12,7 @@ from torch import nn
 from ..backend import ConversionPlan, below_compiled_wrappers, plan_pipeline, with_separate_projections
 from ..backend.config import TernaryConfig
 from ..backend.reports import attach_report
+from ..lora import folded_adapters
 from ..rollouts import Rollouts, fingerprint, make_rollouts, weights_sha256
 from .allocation import Allocation
 from .budget import SizeBudget
@@ -135,6 +136,7 @@ def _calibrate(
         versions=_versions(pipeline),
         sensitivity=tuple(sensitivity),
         velocity_nmse=whole_errors(pipeline, states),
+        adapters=folded_adapters(pipeline),
     )
 
 

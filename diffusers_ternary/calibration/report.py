@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..extras import import_extra
 from ..files import new_file, write_json
+from ..lora import FoldedAdapter
 
 
 PLOT = "The figure of the calibration"  # for who lacks its library
@@ -109,6 +110,7 @@ class CalibrationReport:
         sensitivity (`tuple[LayerSensitivity, ...]`): the most sensitive layer first; empty if it was not measured.
         velocity_nmse (`Mapping[str, float]`): component → error of the whole calibrated denoiser on the states that
             the sensitivity was measured on; empty if it was not measured.
+        adapters (`tuple[FoldedAdapter, ...]`): that were folded into the float pipeline before.
     """
 
     layers: tuple[LayerReport, ...]
@@ -125,6 +127,7 @@ class CalibrationReport:
     versions: Mapping[str, str]
     sensitivity: tuple[LayerSensitivity, ...] = ()
     velocity_nmse: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    adapters: tuple[FoldedAdapter, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dictionary."""

@@ -27,6 +27,7 @@ def calibrate_command(
     destination: options.Destination,
     prompts: options.Prompts,
     limit: options.Limit = None,
+    lora: options.Adapters = None,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Measure what each layer does to the denoiser's output.")
     ] = False,
@@ -54,6 +55,7 @@ def calibrate_command(
         config = options.ternary_config(WEIGHTS, values)
         place = options.parse_device(device)
         torch_dtype = options.parse_dtype(dtype, place)
+        adapters = options.parse_adapters(lora)
         parse_size(max_shard_size, name="--max-shard-size")
         calibration = CALIBRATION.config(values, options.CALL.given(values, source), sensitivity=sensitivity)
     with explained_errors():
@@ -62,9 +64,10 @@ def calibrate_command(
         lines = options.read_prompts(prompts, limit)
         plotted = _can_plot()
         kept = work_dir or destination.parent / f".{destination.name}.calibration"
-        with output_folder(destination, sources=[source], work=[work_dir], overwrite=overwrite) as folder:
+        with output_folder(destination, sources=[source, *adapters], work=[work_dir], overwrite=overwrite) as folder:
             pipeline = options.load_pipeline(source, torch_dtype)
-            show_plan(pipeline, lines, calibration.call_kwargs, f"finished layers are kept in {kept}")
+            folded = options.fold_adapters(pipeline, adapters)
+            show_plan(pipeline, lines, calibration.call_kwargs, *folded, f"finished layers are kept in {kept}")
             if dry_run:
                 raise typer.Exit
             pipeline = options.place_pipeline(pipeline, place, offload=offload)

@@ -44,6 +44,7 @@ def distill_command(
         ),
     ] = None,
     limit: options.Limit = None,
+    lora: options.Adapters = None,
     student: Annotated[
         str | None,
         typer.Option(help="Folder of a packed student to start from. Default: one is calibrated.", metavar="FOLDER"),
@@ -96,6 +97,7 @@ def distill_command(
         settings = options.CALL.given(values, source)
         calibration = None if rounded else CALIBRATION.config(values, {})  # the call is the same
         distill_config = DistillConfig(**TRAINING.given(values), calibration=calibration, call_kwargs=settings)
+        adapters = options.parse_adapters(lora)
         parse_size(max_shard_size, name="--max-shard-size")
         torch_dtype = options.parse_dtype(dtype, state.device)
     with _quiet(state.is_main_process), explained_errors():
@@ -103,7 +105,7 @@ def distill_command(
         unseen = None if held_out_prompts is None else options.read_prompts(held_out_prompts)
         run = work_dir or destination.parent / f".{destination.name}.distillation"
         checked: dict[str, Any] = {
-            "sources": [source, student, held_out_prompts, prompts],
+            "sources": [source, student, held_out_prompts, prompts, *adapters],
             "work": [work_dir, cache_dir],
             "overwrite": overwrite,
         }
@@ -111,7 +113,8 @@ def distill_command(
             pipeline = options.load_pipeline(source, torch_dtype)
             each = f"{distill_config.batch_size} rows"
             training = f"mode {distill_config.mode}: {distill_config.updates} updates of {each}"
-            show_plan(pipeline, lines, settings, training, f"checkpoints are kept in {run}")
+            folded = options.fold_adapters(pipeline, adapters)
+            show_plan(pipeline, lines, settings, *folded, training, f"checkpoints are kept in {run}")
             if dry_run:
                 raise typer.Exit
             trained = distill(

@@ -3,6 +3,7 @@
 
 import inspect
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +39,10 @@ Variant = Annotated[str | None, typer.Option(help="Variant of the source's files
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")]
 Offload = Annotated[bool, typer.Option("--offload", help="Keep only the running component on the device.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--lora", help="LoRA file to fold into the float model first (repeatable).", metavar="PATH[=SCALE]"),
+]
 WorkDir = Annotated[
     pathlib.Path | None,
     typer.Option(help="Where an unfinished run is kept for a rerun. Default: a hidden folder beside DST."),
@@ -168,6 +173,33 @@ def load_pipeline(source: str, dtype: "torch.dtype") -> Any:
     if not local:  # the files are in the cache now
         check_weights(source, pipeline_parts(index, source=source))
     return pipeline
+
+
+def parse_adapters(values: list[str] | None) -> "dict[str | os.PathLike[str], float]":
+    """`--lora PATH[=SCALE]`, looked at before a model is loaded; see `lora.fold.check_adapters`."""
+    from ..lora import check_adapters
+
+    adapters: dict[str | os.PathLike[str], float] = {}
+    for value in values or []:
+        path, separator, text = value.rpartition("=")
+        if not separator or os.path.exists(value):
+            path, text = value, "1"
+        try:
+            scale = float(text)
+        except ValueError as error:
+            raise ValueError(f"--lora {value!r}: the scale {text!r} is not a number such as 0.8.") from error
+        if path in adapters:
+            raise ValueError(f"--lora {path} is given twice. Give it once, with the sum of the scales.")
+        adapters[path] = scale
+    check_adapters(adapters)
+    return adapters
+
+
+def fold_adapters(pipeline: Any, adapters: "Mapping[str | os.PathLike[str], float]") -> list[str]:
+    """Folds adapters into a float pipeline; returns the lines that say so."""
+    from ..lora import fold_adapters
+
+    return [f"folded into the float model: {adapter}" for adapter in fold_adapters(pipeline, adapters)]
 
 
 def place_pipeline(pipeline: Any, device: "torch.device", *, offload: bool) -> Any:

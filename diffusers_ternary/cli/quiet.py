@@ -2,6 +2,7 @@
 """Less output from the libraries, for commands that print a result of their own."""
 
 import logging
+import warnings
 
 
 def quiet_hosts() -> None:
@@ -17,6 +18,7 @@ def quiet_hosts() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_keep)
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of PEFT, for a second adapter
 
 
 def _keep(record: logging.LogRecord) -> bool:

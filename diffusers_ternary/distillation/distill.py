@@ -21,6 +21,7 @@ from ..backend import below_compiled_wrappers, bits_per_weight, packed_layers, w
 from ..backend.config import TernaryConfig
 from ..backend.reports import attach_report
 from ..extras import check_extra
+from ..lora import folded_adapters
 from ..rollouts import check_prompts, evaluation_mode, float_dtype, make_rollouts, weights_sha256
 from ..rollouts.prompts import check_disjoint, split_held_out
 from .cache import TeacherCache
@@ -340,4 +341,5 @@ class _Run:
             config=self.config.to_dict(),
             distill_config=self.distill_config.to_dict(),
             versions={**versions, "python": platform.python_version(), "device": str(self.accelerator.device)},
+            adapters=folded_adapters(self.training.pipeline),
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..files import finite, parse_json_object, write_json
+from ..lora import FoldedAdapter
 from .progress import Evaluation
 
 
@@ -31,6 +32,7 @@ class DistillReport:
         config (`Mapping[str, Any]`): the [`TernaryConfig`].
         distill_config (`Mapping[str, Any]`): the [`DistillConfig`].
         versions (`Mapping[str, str]`): of the libraries, and the device.
+        adapters (`tuple[FoldedAdapter, ...]`): that were folded into the teacher before.
     """
 
     start_error: float
@@ -50,6 +52,7 @@ class DistillReport:
     config: Mapping[str, Any]
     distill_config: Mapping[str, Any]
     versions: Mapping[str, str]
+    adapters: tuple[FoldedAdapter, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dictionary: numbers that are not finite become `None`."""
@@ -64,4 +67,5 @@ class DistillReport:
         """Reads what `save_json` wrote."""
         values = parse_json_object(pathlib.Path(path).read_bytes(), source=path)
         history = tuple(Evaluation(**entry) for entry in values.pop("history"))
-        return cls(**values, history=history)
+        adapters = tuple(FoldedAdapter(**entry) for entry in values.pop("adapters", ()))
+        return cls(**values, history=history, adapters=adapters)

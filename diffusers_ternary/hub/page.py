@@ -46,6 +46,7 @@ def page(
         "sizes": list(_size_rows(source)),
         "kinds": list(_kind_rows(source)),
         "quality": _quality(reports.evaluation),
+        "adapters": _adapters(reports),
         "recipes": reports.recipes,
         "kept": kept[:_KEPT_ROWS],
         "kept_rest": f"{_tensors(rest)} in smaller groups" if rest else None,
@@ -108,6 +109,20 @@ def _quality(evaluation: Evaluation | None) -> dict[str, Any] | None:
     ]
     sheet = evaluation.contact_sheet
     return {"how": how, "rows": rows, "sheet": None if sheet is None else sheet.name}
+
+
+def _adapters(reports: Reports) -> str | None:
+    """What was folded into the float model first, in a sentence."""
+    named = [
+        f"`{each['name']}` at scale {each['scale']} (SHA-256 `{str(each['sha256'])[:16]}…`)"
+        for each in reports.adapters
+    ]
+    if not named:
+        return None
+    return (
+        f"The float model is the base model with LoRA weights folded in: {', '.join(named)}. This model draws like "
+        "that fine-tune; the licenses of the LoRA weights hold for it as well."
+    )
 
 
 def _limits(reports: Reports) -> Iterator[str]:

@@ -32,6 +32,7 @@ _AGAINST_TEACHER = (
     ("velocity_nmse", "velocity_nmse", "velocity NMSE along the teacher's trajectories", "lower"),
 )
 _ERRORS = ("error_rounded", "error")
+_OF_ADAPTER = ("name", "scale", "sha256")
 _REQUIRED = {
     "calibration": ("layers", "prompts", "prompts_sha256", "weights_sha256"),
     "distillation": ("steps", "best_step", "start_error", "best_error", "teacher_sha256"),
@@ -142,6 +143,12 @@ class Reports:
     distillation: Mapping[str, Any] | None
 
     @property
+    def adapters(self) -> list[Mapping[str, Any]]:
+        """Name, scale and SHA-256 of each adapter file that was folded into the float model before."""
+        made_by = self.distillation if self.distillation is not None else self.calibration
+        return list((made_by or {}).get("adapters") or ())
+
+    @property
     def recipes(self) -> list[Recipe]:
         """How the weights were made, step by step."""
         recipes = []
@@ -239,6 +246,12 @@ def _check_record(source: Source, argument: str, record: Mapping[str, Any]) -> N
     missing = [key for key in _REQUIRED[argument] if key not in record]
     if not missing and not all(isinstance(layer, Mapping) and {"name", *_ERRORS} <= layer.keys() for layer in layers):
         missing = ["errors of layers"]
+    adapters = record.get("adapters") or []
+    if not missing and not (
+        isinstance(adapters, list)
+        and all(isinstance(each, Mapping) and {*_OF_ADAPTER} <= each.keys() for each in adapters)
+    ):
+        missing = [f"{', '.join(_OF_ADAPTER)} of adapters"]
     if missing:
         raise ValueError(f"{argument}: this is not a report of a {argument}, it has no {', '.join(missing)}.")
     # With a size budget, layers that were kept count as well; the layers are compared one by one then.

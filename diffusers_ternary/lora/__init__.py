@@ -8,6 +8,7 @@ from .registration import register
 
 
 if TYPE_CHECKING:
+    from .fold import FoldedAdapter, check_adapters, fold_adapters, folded_adapters
     from .layers import (
         TernaryLoHaConv2d,
         TernaryLoHaLinear,
@@ -18,13 +19,20 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "FoldedAdapter",
     "TernaryLoHaConv2d",
     "TernaryLoHaLinear",
     "TernaryLoKrConv2d",
     "TernaryLoKrLinear",
     "TernaryLoraConv2d",
     "TernaryLoraLinear",
+    "check_adapters",
+    "fold_adapters",
+    "folded_adapters",
     "register",
 ]
 
-__getattr__, __dir__ = lazy_names(__name__, {name: ".layers" for name in __all__ if name != "register"})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {name: ".layers" if name.startswith("Ternary") else ".fold" for name in __all__ if name != "register"},
+)

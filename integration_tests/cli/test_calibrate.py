@@ -4,10 +4,12 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from diffusers_ternary.calibration.store import LayerStore
 from diffusers_ternary.cli.console import ExitCode
-from diffusers_ternary.files import lock
+from diffusers_ternary.files import file_sha256, lock
 from diffusers_ternary.interop.inspection import inspect_path
 from integration_tests.support.command_line import run_command
 
@@ -37,6 +39,44 @@ def test_writes_a_packed_pipeline_and_a_report(source, prompts, tmp_path):
     assert report["calibration"]["call_kwargs"]["num_inference_steps"] == 2
     assert {layer["group_size"] for layer in report["layers"] if layer["shape"][1] >= 64} == {64}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.txt"], "no work directory is left"
+
+
+def test_adapters_are_folded_in(source, adapters, prompts, tmp_path):
+    style, other = adapters
+    weights = {}
+    for name, extra in {"plain": [], "tuned": ["--lora", f"{style}=0.5", "--lora", other]}.items():
+        result = run(source, tmp_path / name, "--prompts", prompts, *extra)
+        assert result.exit_code == ExitCode.OK, result.output
+        report = json.loads((tmp_path / name / "calibration.json").read_text(encoding="utf-8"))
+        weights[name] = report["weights_sha256"]
+    assert "folded into the float model: style.safetensors at scale 0.5" in result.output
+    assert report["adapters"] == [
+        {"name": style.name, "scale": 0.5, "sha256": file_sha256(style)},
+        {"name": other.name, "scale": 1.0, "sha256": file_sha256(other)},
+    ]
+    assert weights["plain"] != weights["tuned"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message", "code"),
+    [
+        (["{style}=much"], "the scale 'much' is not a number", ExitCode.USAGE),
+        (["{style}=inf"], "not a finite number", ExitCode.USAGE),
+        (["{style}", "{style}=0.5"], "is given twice", ExitCode.USAGE),
+        (["{style}.missing"], "there is no file", ExitCode.USAGE),
+        (["{source}/vae/diffusion_pytorch_model.safetensors"], "is not a LoRA", ExitCode.USAGE),
+        (["{elsewhere}"], "an adapter of FluxPipeline", ExitCode.BAD_INPUT),
+    ],
+)
+def test_bad_adapters(source, adapters, prompts, tmp_path, extra, message, code):
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    save_file({"unet.x.lora_A.weight": torch.ones(2, 2), "unet.x.lora_B.weight": torch.ones(2, 2)}, elsewhere)
+    places = {"style": adapters[0], "source": source, "elsewhere": elsewhere}
+    values = [part for value in extra for part in ("--lora", value.format(**places))]
+    result = run(source, tmp_path / "out", "--prompts", prompts, *values, "--dry-run")
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_size_budget_is_kept_and_its_ranking_shown(source, prompts, tmp_path):

@@ -51,6 +51,19 @@ def test_writes_a_packed_pipeline_and_a_report(source, prompts, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["held_out.jsonl", "kept", "out", "prompts.txt"]
 
 
+def test_adapters_are_folded_into_the_teacher(source, adapters, prompts, tmp_path):
+    style, other = adapters
+    held_out = ["--held-out-prompts", prompts.with_name("held_out.jsonl"), "--work-dir", tmp_path / "run"]
+    arguments = (source, tmp_path / "out", "--prompts", prompts, *held_out, "--lora", f"{style}=0.5")
+    result = run(*arguments, "--lora", other)
+    assert result.exit_code == ExitCode.OK, result.output
+    report = json.loads((tmp_path / "out" / "distill.json").read_text(encoding="utf-8"))
+    assert [(each["name"], each["scale"]) for each in report["adapters"]] == [(style.name, 0.5), (other.name, 1.0)]
+    result = run(*arguments, "--overwrite")
+    assert result.exit_code == ExitCode.BAD_INPUT
+    assert "checkpoints of another run (teacher: " in " ".join(result.output.split())
+
+
 def test_prompts_are_held_out_by_their_hash(source, tmp_path):
     result = run(source, tmp_path / "out", "--prompts", "template:40")
     assert result.exit_code == ExitCode.OK, result.output

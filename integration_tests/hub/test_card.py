@@ -188,6 +188,21 @@ def test_scores_on_the_prompts_of_calibration_are_marked(make):
     assert mark not in make(report=result, calibration=CALIBRATION).card.text
 
 
+def test_adapters_of_a_fine_tune_are_named(make):
+    style = {"name": "style.safetensors", "scale": 0.5, "sha256": "ef" * 32}
+    other = {"name": "person.safetensors", "scale": 1.0, "sha256": "ab" * 32}
+    sentence = (
+        "The float model is the base model with LoRA weights folded in: `style.safetensors` at scale 0.5 (SHA-256 "
+        "`efefefefefefefef…`), `person.safetensors` at scale 1.0 (SHA-256 `abababababababab…`). "
+    )
+    reports = {"calibration": CALIBRATION, "distillation": DISTILLATION}
+    for argument, report in reports.items():
+        assert sentence in make(**{argument: {**report, "adapters": [style, other]}}).card.text
+        with pytest.raises(ValueError, match=f"{argument}: .* has no name, scale, sha256 of adapters"):
+            make(**{argument: {**report, "adapters": [{"name": "style"}]}})
+    assert "LoRA weights folded in" not in make(**reports).card.text
+
+
 def test_what_goes_along(make, folder):
     files = make(report=evaluation(), calibration=CALIBRATION, distillation=DISTILLATION).files
     own = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
