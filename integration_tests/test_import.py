@@ -53,6 +53,9 @@ from typer.testing import CliRunner
 for name in ("--help", "--version", "calibrate --help"):
     result = CliRunner().invoke(app, name.split())
     report[name] = [result.exit_code, loaded(*HEAVY)]
+import torch
+
+report["operators"] = str(torch.ops.diffusers_ternary.linear)
 folder = diffusers_ternary.__path__[0] + "/demo/data/distilled"
 report["inspect"] = [CliRunner().invoke(app, ["inspect", folder]).exit_code, loaded(*HEAVY, "torch._dynamo")]
 
@@ -90,6 +93,10 @@ def test_help_imports_neither_torch_nor_the_hosts(first, command):
 
 def test_inspect_imports_torch_and_no_host(first):
     assert first["inspect"] == [0, ["torch"]]
+
+
+def test_operators_are_there_with_torch(first):
+    assert first["operators"] == "diffusers_ternary.linear"  # an exported program needs them, and loads no layers
 
 
 def test_registers_one_backend_and_leaves_the_others_alone(first):

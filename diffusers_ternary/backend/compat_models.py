@@ -2,7 +2,8 @@
 """What diffusers' and transformers' model classes do with a quantized model, made right for packed layers.
 
 The hosts know a quantized model by its mark (`is_quantized`) only. They refuse every cast of one, and count the bytes
-of its codes as parameters. Each name that is replaced here has a canary in `test_compat_models.py`.
+of its codes as parameters. Each name that is replaced here has a canary in
+`integration_tests/backend/test_host_models.py`.
 """
 
 import contextlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes `diffusers_ternary` known to diffusers and transformers, and imports neither."""
+"""Makes `diffusers_ternary` known to diffusers and transformers, and its operators to torch; imports none of them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ from .method import QUANT_METHOD
 
 def register() -> None:
     """Registers now with what is imported already, and with the rest when it is. Calling it again changes nothing."""
+    after_import("torch", _register_operators)
     after_import("diffusers.quantizers.auto", _register_with_diffusers)
     after_import("transformers.quantizers.auto", _register_with_transformers)
     after_import("diffusers.modular_pipelines.modular_pipeline", _patch_modular_loading)
@@ -32,6 +33,10 @@ class _Deferred:
 
     def __instancecheck__(self, instance: Any) -> bool:
         return isinstance(instance, self._load())  # diffusers asks so of the configs in a quant_mapping
+
+
+def _register_operators() -> None:
+    from ..kernels import ops  # noqa: F401 (exported programs name the operators, and import no layers)
 
 
 def _register_with_diffusers() -> None:
