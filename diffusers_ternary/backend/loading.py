@@ -19,7 +19,7 @@ from .checkpoint import (
 from .config import TernaryConfig
 from .float8 import Float8Scales
 from .foreign import check_float_checkpoint
-from .pack import NOT_TERNARY, PackingRecord, float_layer, pack_layer
+from .pack import NOT_TERNARY, PackingRecord, pack_layer
 from .placeholders import insert_packed, insert_placeholders
 from .plan import plan_conversion
 from .saving import state_dict_to_file
@@ -111,7 +111,7 @@ class ModelLoading:
         assert isinstance(layer, QuantizedLayer)
         if pack_layer(layer, weight, name=name, config=self.quantization_config, record=self.packing):
             return layer
-        kept = float_layer(layer, weight.to(dtype))
+        kept = layer.float_module(weight.to(dtype), layer.bias)
         model.set_submodule(name, kept)
         self.kept[name] = NOT_TERNARY
         return kept

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..layers import QuantizedConv2d, QuantizedLayer, TernaryLayer
-from ..ternarize import TernaryFit, TernaryWeight, recover
+from ..format import Int8Spec
+from ..layers import QuantizedLayer
+from ..ternarize import TernaryFit, TernaryWeight, quantize_int8, recover, round_to
 from .config import RECOVER, TernaryConfig
 
 
@@ -63,7 +64,7 @@ def nothing_ternary(model: nn.Module, fits: Mapping[str, TernaryFit], *, looked_
 def pack_layer(
     layer: QuantizedLayer, weight: torch.Tensor, *, name: str, config: TernaryConfig, record: PackingRecord
 ) -> bool:
-    """Fills a placeholder with the packed `weight`.
+    """Fills a placeholder with the packed `weight`: exactly if that is ternary already, else rounded to its spec.
 
     Args:
         layer ([`QuantizedLayer`]): a placeholder.
@@ -75,46 +76,20 @@ def pack_layer(
     Returns:
         `bool`: false if the layer is to stay in float (`rounding="recover"` and a weight that is not ternary).
     """
-    if isinstance(layer, TernaryLayer):
-        matrix = weight.flatten(1)  # [N, K]; of a convolution [N, C * kh * kw]
-        recovered = recover(matrix)
-        if isinstance(recovered, TernaryWeight):
-            layer.install_weight(recovered)
-            if bool(matrix.any()):  # zeros fit everything; they are not a sign of a ternary model
-                record.exact.append(name)
-            return True
-        if recovered is not None:
-            record.almost[name] = recovered
-        if config.rounding == RECOVER:
-            record.kept.append(name)
-            return False
-    options = {
-        "rounding": config.rounding,
-        "scales": config.scale_layout,
-        "hadamard": config.hadamard,
-        "rank": config.rank,
-    }
-    layer.pack(weight, name=name, **options)
+    matrix = weight.flatten(1)  # [N, K]; of a convolution [N, C * kh * kw]
+    if isinstance(layer.spec, Int8Spec):
+        layer.install_weight(quantize_int8(matrix, name=name))
+        return True
+    recovered = recover(matrix)
+    if isinstance(recovered, TernaryWeight):
+        layer.install_weight(recovered)
+        if bool(matrix.any()):  # zeros fit everything; they are not a sign of a ternary model
+            record.exact.append(name)
+        return True
+    if recovered is not None:
+        record.almost[name] = recovered
+    if config.rounding == RECOVER:
+        record.kept.append(name)
+        return False
+    layer.install_weight(round_to(matrix, layer.spec, rounding=config.rounding, name=name))
     return True
-
-
-def float_layer(layer: QuantizedLayer, weight: torch.Tensor) -> nn.Module:
-    """The float module that takes the place of a placeholder which is not to be packed."""
-    module: nn.Linear | nn.Conv2d
-    if isinstance(layer, QuantizedConv2d):
-        module = nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type] # torch annotates what its constructor takes, not what it keeps
-            stride=layer.stride,  # type: ignore[arg-type]
-            padding=layer.padding,  # type: ignore[arg-type]
-            dilation=layer.dilation,  # type: ignore[arg-type]
-            bias=False,
-            device="meta",
-        )
-    else:
-        module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    module.bias = layer.bias
-    module.train(layer.training)
-    return module

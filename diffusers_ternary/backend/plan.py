@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from ..format import Int8Spec, LayerSpec, TernarySpec, normalize_group_size
+from ..format import Int8Spec, LayerSpec, TernarySpec
 from ..layers import FLOAT_TYPES, FloatLayer, matrix_shape, reason_not_to_pack
 from .adapters import is_image_adapter
 from .compat import keep_in_fp32_names
@@ -104,8 +104,15 @@ def plan_conversion(
 
 
 def layer_spec(kind: str, module: FloatLayer, config: TernaryConfig) -> LayerSpec:
-    """Spec of the layer that replaces `module`; the scale layout of a ternary one is settled when it is packed."""
+    """Spec of the layer that replaces `module`; a weight that is ternary already is packed with one of its own."""
     rows, columns = matrix_shape(module)
     if kind == "int8":
         return Int8Spec(rows, columns)
-    return TernarySpec(rows, columns, normalize_group_size(config.group_size, columns))
+    return TernarySpec.for_matrix(
+        rows,
+        columns,
+        group_size=config.group_size,
+        scales=config.scale_layout,
+        hadamard=config.hadamard,
+        rank=config.rank,
+    )

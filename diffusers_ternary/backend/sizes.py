@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many bytes a layer or a model takes: in a file, and in memory once it is packed."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from ..format import LayerSpec, TensorSpec, TernarySpec
+from ..format import LayerSpec, TensorSpec
 from ..layers import QuantizedLayer
 from .config import RECOVER, TernaryConfig
 
@@ -36,23 +35,16 @@ def bits_per_weight(specs: Mapping[str, LayerSpec]) -> float:
 
 
 def planned_bytes(layer: QuantizedLayer, config: TernaryConfig) -> int:
-    """Bytes of a layer's packed tensors in memory; of a placeholder, of those that `config` will make of it.
+    """Bytes of a layer's packed tensors in memory; of a placeholder, of those of its spec.
 
-    The bias is not counted. Layers that `rounding="recover"` may keep count as float.
+    The bias is not counted. Layers that `rounding="recover"` may keep count as float; weights that are ternary already
+    may take more or less than their spec.
     """
     if layer.is_packed:
         return layer.stored_bytes()
     if config.rounding == RECOVER:
         return layer.weight.numel() * layer.weight.element_size()
-    return memory_bytes(_settled(layer.spec, config))
-
-
-def _settled(spec: LayerSpec, config: TernaryConfig) -> LayerSpec:
-    """The spec with what packing will decide; `"auto"` scales take the layout that needs no multipliers."""
-    if not isinstance(spec, TernarySpec):
-        return spec
-    scales = "double" if config.scale_layout == "double" else "group"
-    return dataclasses.replace(spec, scales=scales, hadamard=0, rank=config.rank)
+    return memory_bytes(layer.spec)
 
 
 def bytes_per_weight(layer: QuantizedLayer, config: TernaryConfig) -> float:

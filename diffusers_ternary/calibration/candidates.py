@@ -7,8 +7,7 @@ import torch
 
 from ..backend import file_bytes
 from ..backend.config import TernaryConfig
-from ..format import Int8Spec, LayerSpec, TernarySpec, normalize_group_size
-from ..ternarize.weight import scale_layout
+from ..format import Int8Spec, LayerSpec, TernarySpec
 from .config import CalibrationConfig
 
 
@@ -41,14 +40,13 @@ class Candidate:
             return None
         if self.kind == "int8":
             return Int8Spec(rows, columns)
-        size = normalize_group_size(self.group_size, columns)
-        return TernarySpec(
+        return TernarySpec.for_matrix(
             rows,
             columns,
-            size,
-            scale_layout(config.scale_layout, columns, size),
-            hadamard=config.hadamard if config.hadamard <= columns else 0,
-            rank=min(self.rank, rows, columns),
+            group_size=self.group_size,
+            scales=config.scale_layout,
+            hadamard=config.hadamard,
+            rank=self.rank,
         )
 
 

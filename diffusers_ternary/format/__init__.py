@@ -12,6 +12,7 @@ from .scales import (
     group_count,
     group_scales,
     normalize_group_size,
+    scale_layout,
     storage_dtype,
 )
 from .spec import LOW_RANK_DTYPE, LOW_RANK_NAMES, Int8Spec, LayerSpec, TensorSpec, TernarySpec, layer_spec_from_json
@@ -46,6 +47,7 @@ __all__ = [
     "pack_planes",
     "packed_base3_bytes",
     "planes_width",
+    "scale_layout",
     "storage_dtype",
     "stored_bytes",
     "unpack_base3",

@@ -2,13 +2,14 @@
 """What one quantized layer stores: the tensors, their dtypes and shapes, in memory and in a file."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import torch
 
 from .base3 import packed_base3_bytes
 from .planes import planes_width
-from .scales import group_count
+from .scales import group_count, normalize_group_size, scale_layout
 
 
 SCALE_LAYOUTS = ("group", "double")
@@ -81,7 +82,43 @@ class TernarySpec:
         if self.rank > min(self.in_features, self.out_features):
             raise ValueError(f"rank={self.rank} is larger than a side of {[self.out_features, self.in_features]}.")
 
-    @property
+    @classmethod
+    def for_matrix(
+        cls,
+        out_features: int,
+        in_features: int,
+        *,
+        group_size: int | None = 128,
+        scales: str = "auto",
+        hadamard: int = 0,
+        rank: int = 0,
+    ) -> "TernarySpec":
+        """What options that were chosen for a whole model come to for one matrix.
+
+        Args:
+            out_features (`int`): N.
+            in_features (`int`): K.
+            group_size (`int`, *optional*, defaults to 128): columns per scale, at most K; `None` = one scale per row.
+            scales (`str`, *optional*, defaults to `"auto"`): `"group"`, `"double"`, or `"auto"`, see [`scale_layout`].
+            hadamard (`int`, *optional*, defaults to 0): block size of the rotation; a matrix with fewer columns is not
+                rotated.
+            rank (`int`, *optional*, defaults to 0): of the correction, at most the smaller side.
+
+        Raises:
+            ValueError: if an option is impossible for every matrix.
+        """
+        _check_positive(out_features=out_features, in_features=in_features)
+        size = normalize_group_size(group_size, in_features)
+        return cls(
+            out_features,
+            in_features,
+            size,
+            scale_layout(scales, in_features, size),
+            hadamard=hadamard if hadamard <= in_features else 0,
+            rank=min(rank, out_features, in_features),
+        )
+
+    @functools.cached_property
     def groups(self) -> int:
         """Groups per row (G)."""
         return group_count(self.in_features, self.group_size)
@@ -91,31 +128,26 @@ class TernarySpec:
         """Number of weights, N * K."""
         return self.out_features * self.in_features
 
-    def _scale_tensors(self) -> dict[str, TensorSpec]:
-        if self.scales == "group":
-            return {"weight_scale": TensorSpec(SCALE_DTYPES, (self.out_features, self.groups))}
-        return {
-            "weight_scale": TensorSpec(SCALE_DTYPES, (self.out_features, 1)),
-            "weight_multiplier": TensorSpec((torch.uint8,), (self.out_features, self.groups)),
-        }
-
-    def _low_rank_tensors(self) -> dict[str, TensorSpec]:
-        if not self.rank:
-            return {}
-        return {
-            "low_rank_up": TensorSpec((LOW_RANK_DTYPE,), (self.out_features, self.rank)),
-            "low_rank_down": TensorSpec((LOW_RANK_DTYPE,), (self.rank, self.in_features)),
-        }
-
     def file_tensors(self) -> dict[str, TensorSpec]:
         """Tensors in a file: base-3 codes, scales, and the low-rank correction if there is one."""
-        codes = TensorSpec((torch.uint8,), (packed_base3_bytes(self.weights),))
-        return {"weight": codes, **self._scale_tensors(), **self._low_rank_tensors()}
+        return self._tensors(TensorSpec((torch.uint8,), (packed_base3_bytes(self.weights),)))
 
     def memory_tensors(self) -> dict[str, TensorSpec]:
-        """Tensors in memory: 2-bit planes and scales."""
-        codes = TensorSpec((torch.int8,), (self.out_features, planes_width(self.in_features)))
-        return {"weight": codes, **self._scale_tensors(), **self._low_rank_tensors()}
+        """Tensors in memory: 2-bit planes, scales, and the low-rank correction if there is one."""
+        return self._tensors(TensorSpec((torch.int8,), (self.out_features, planes_width(self.in_features))))
+
+    def _tensors(self, codes: TensorSpec) -> dict[str, TensorSpec]:
+        rows, columns = self.out_features, self.in_features
+        tensors = {"weight": codes}
+        if self.scales == "double":
+            tensors["weight_scale"] = TensorSpec(SCALE_DTYPES, (rows, 1))
+            tensors["weight_multiplier"] = TensorSpec((torch.uint8,), (rows, self.groups))
+        else:
+            tensors["weight_scale"] = TensorSpec(SCALE_DTYPES, (rows, self.groups))
+        if self.rank:
+            tensors["low_rank_up"] = TensorSpec((LOW_RANK_DTYPE,), (rows, self.rank))
+            tensors["low_rank_down"] = TensorSpec((LOW_RANK_DTYPE,), (self.rank, columns))
+        return tensors
 
     def to_json(self) -> dict[str, Any]:
         """JSON-safe description; [`layer_spec_from_json`] reads it back."""

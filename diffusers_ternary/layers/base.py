@@ -10,7 +10,8 @@ from torch import nn
 
 from ..format import LOW_RANK_NAMES, LayerSpec, layer_spec_from_json
 from ..kernels.compat import is_autocast
-from ..kernels.ops import check_float
+from ..kernels.ops import ResidentWeight, check_float
+from ..ternarize import Int8Weight, TernaryWeight
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -69,6 +70,8 @@ class QuantizedLayer(nn.Module):
     weight_scale: nn.Parameter | None
     fused_weight: nn.Parameter | None
     fused_bias: nn.Parameter | None
+    # Of ternary layers on a GPU, see [`keep_unpacked`]. Of the class until then, as older pickles lack it.
+    _resident: ResidentWeight | None = None
 
     def _become_placeholder(
         self,
@@ -115,33 +118,45 @@ class QuantizedLayer(nn.Module):
         """Whether the packed weight is installed (on any device, meta included)."""
         return self.weight_scale is not None
 
-    def install(self, **tensors: torch.Tensor | None) -> None:
-        """Replaces the placeholder by packed tensors (keywords named as in the spec; scales in their float dtype).
+    def install(self, spec: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replaces the placeholder by a packed weight.
 
-        They are what the layer multiplies by from then on: also packed tensors and a fused weight of before are gone.
+        It is what the layer multiplies by from then on: packed tensors, a fused weight and an unpacked copy of before
+        are gone.
+
+        Args:
+            spec ([`LayerSpec`]): may differ from the placeholder's in all but its shape.
+            tensors (`Mapping[str, torch.Tensor]`): named as in the spec; scales in their float dtype.
 
         Raises:
-            ValueError: if a dtype or shape is not what the spec asks for.
+            ValueError: if a dtype or shape is not what the spec asks for, or the spec's shape is not the layer's.
         """
-        expected = self.spec.memory_tensors()
-        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        if given.keys() != expected.keys():
-            raise ValueError(f"Expected the tensors {sorted(expected)}, got {sorted(given)}.")
-        for name, tensor in given.items():
+        own = self.spec
+        if (spec.kind, spec.out_features, spec.in_features) != (own.kind, own.out_features, own.in_features):
+            raise ValueError(f"A {spec} cannot be installed in the place of a {own}.")
+        expected = spec.memory_tensors()
+        if tensors.keys() != expected.keys():
+            raise ValueError(f"Expected the tensors {sorted(expected)}, got {sorted(tensors)}.")
+        for name, tensor in tensors.items():
             if tensor.dtype not in expected[name].dtypes or tuple(tensor.shape) != expected[name].shape:
                 raise ValueError(
-                    f"{name} of a {self.spec} must be {expected[name].dtypes} {list(expected[name].shape)}, "
+                    f"{name} of a {spec} must be {expected[name].dtypes} {list(expected[name].shape)}, "
                     f"got {tensor.dtype} {list(tensor.shape)}."
                 )
-        self.scale_dtype = given["weight_scale"].dtype
+        self.spec = spec
+        self.scale_dtype = tensors["weight_scale"].dtype
         for name in self.packed_names:
-            if name not in given:
+            if name not in tensors:
                 setattr(self, name, None)  # of a layout that was installed before
-        for name, tensor in given.items():
+        for name, tensor in tensors.items():
             if name == "weight_scale" or name in LOW_RANK_NAMES:
                 tensor = scale_to_bits(tensor)
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
-        self.unfuse()
+        self.fused_weight = self.fused_bias = self._resident = None
+
+    def install_weight(self, weight: TernaryWeight | Int8Weight) -> None:
+        """Installs a packed weight, see [`~QuantizedLayer.install`]."""
+        self.install(weight.spec, weight.tensors())
 
     def install_empty(self, scale_dtype: torch.dtype, device: torch.device | str = "meta") -> None:
         """Installs packed tensors without values, which a loader fills by name."""
@@ -151,7 +166,7 @@ class QuantizedLayer(nn.Module):
             )
             for name, spec in self.spec.memory_tensors().items()
         }
-        self.install(**tensors)
+        self.install(self.spec, tensors)
 
     def pack(self, weight: torch.Tensor, *, name: str = "weight", **options: object) -> None:
         """Quantizes a float weight of shape `weight_shape` and installs it."""
@@ -178,7 +193,8 @@ class QuantizedLayer(nn.Module):
     def _fill_float(self, module: ModuleT, weight: torch.Tensor, bias: torch.Tensor | None) -> ModuleT:
         module.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
-            module.bias = nn.Parameter(bias, requires_grad=False)
+            # A parameter stays the one that it is: loaders mark those that have arrived.
+            module.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         module.train(self.training)
         return module
 

@@ -73,7 +73,7 @@ def _concatenate(layers: list[QuantizedLinear]) -> QuantizedLinear:
         device="meta",
         dtype=first.float_dtype,
     )
-    joined.install(**tensors)
+    joined.install(spec, tensors)
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     if biases:
         joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ..format import Int8Spec
 from ..kernels.ops import check_devices, check_float, int8_product
-from ..ternarize import Int8Weight, quantize_int8
+from ..ternarize import quantize_int8
 from .base import QuantizedLayer
 from .conv import QuantizedConv2d
 from .linear import QuantizedLinear
@@ -18,10 +18,6 @@ class Int8Layer(QuantizedLayer):
     """What int8 layers store: a symmetric int8 weight and one scale per row. `spec` is an [`Int8Spec`]."""
 
     spec: Int8Spec
-
-    def install_weight(self, quantized: Int8Weight) -> None:
-        """Installs an int8 weight."""
-        self.install(weight=quantized.values, weight_scale=quantized.scale)
 
     def pack(self, weight: torch.Tensor, *, name: str = "weight", **options: Any) -> None:
         """Quantizes a float weight of shape `weight_shape` and installs it.

@@ -13,7 +13,6 @@ from ..kernels.compat import is_plain
 from ..kernels.operands import Layout, PackedWeight
 from ..kernels.ops import (
     PreparedProducts,
-    ResidentWeight,
     check_devices,
     kernel_name,
     prepared_products,
@@ -40,18 +39,11 @@ class TernaryLayer(QuantizedLayer):
     # What `multiply_rows` found last; of the class until then, so that layers of older pickles have it.
     _prepared: PreparedProducts | None = None
     _prepared_kind: tuple[Any, ...] | None = None
-    _resident: ResidentWeight | None = None
 
     @property
     def kernel(self) -> str:
         """Name of the kernel that serves the layer where it is now."""
         return kernel_name(self.weight.device, self.activation_dtype)
-
-    def install_weight(self, packed: TernaryWeight) -> None:
-        """Installs a packed weight, whose spec may differ from the placeholder's in all but its shape."""
-        self.spec = packed.spec
-        self.drop_unpacked()
-        self.install(**packed.tensors())
 
     def pack(self, weight: torch.Tensor, *, name: str = "weight", **options: Any) -> None:
         """Ternarizes a float weight of shape `weight_shape` (`options`: see [`ternarize`]) and installs it."""
@@ -101,7 +93,7 @@ class TernaryLayer(QuantizedLayer):
                 product is None
                 and weight is not None
                 and scale is not None
-                and (bias is None or not bias.requires_grad)
+                and (bias is None or not (bias.requires_grad and torch.is_grad_enabled()))
             ):
                 device = x.device
                 call = prepared.calls.get((x.shape, x.dtype, device)) or prepared.find(x)

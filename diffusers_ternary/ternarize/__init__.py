@@ -5,11 +5,12 @@ from .int8 import Int8Weight, quantize_int8
 from .low_rank import LowRank, low_rank_residual
 from .recover import TernaryFit, find_group_size, recover, ternary_fit
 from .rotation import hadamard_matrix, rotate
-from .rounding import ROUNDINGS, Ternarized, absmean, optimum, register_fused_rounding, twn
-from .weight import TernaryWeight, check_finite, complete, ternarize
+from .rounding import FUSED_ROUNDINGS, ROUNDINGS, Ternarized, absmean, optimum, twn
+from .weight import TernaryWeight, check_finite, complete, round_to, ternarize
 
 
 __all__ = [
+    "FUSED_ROUNDINGS",
     "ROUNDINGS",
     "Int8Weight",
     "LowRank",
@@ -25,8 +26,8 @@ __all__ = [
     "optimum",
     "quantize_int8",
     "recover",
-    "register_fused_rounding",
     "rotate",
+    "round_to",
     "ternarize",
     "ternary_fit",
     "twn",

@@ -6,7 +6,7 @@ import dataclasses
 import torch
 
 from ..format import Int8Spec, storage_dtype
-from .weight import check_finite
+from .weight import check_finite, check_matrix
 
 
 INT8_MAX = 127
@@ -19,6 +19,10 @@ class Int8Weight:
     spec: Int8Spec
     values: torch.Tensor
     scale: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by the names of [`Int8Spec.memory_tensors`]."""
+        return {"weight": self.values, "weight_scale": self.scale}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Dense weight `[N, K]`: the product is formed in float32 and rounded once to `dtype`."""
@@ -41,8 +45,7 @@ def quantize_int8(weight: torch.Tensor, *, name: str = "weight") -> Int8Weight:
     Raises:
         ValueError: if the weight is not a float matrix, or holds NaN or Inf.
     """
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"{name}: expected a float [N, K] weight, got {weight.dtype} {list(weight.shape)}.")
+    check_matrix(weight, name=name)
     check_finite(weight, name=name)
     exact = weight.abs().amax(dim=1, keepdim=True).float() / INT8_MAX
     scale = exact.to(storage_dtype(exact))

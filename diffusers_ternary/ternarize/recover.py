@@ -61,19 +61,20 @@ def recover(weight: torch.Tensor) -> TernaryWeight | TernaryFit | None:
         where that is exact). [`TernaryFit`] if it is ternary for the most part: somebody damaged or edited it. `None`
         for every other weight, and for other dtypes and shapes.
     """
-    sample = _sample(weight)
-    if sample is None:
+    rows = _sample(weight)
+    if rows is None:
         return None
     # Ordinary weights stop here. One damaged row must not hide what the others say.
-    few = _changes(sample)[0].sum(dim=1) < group_count(sample.shape[1], min(MIN_GROUP_SIZE, sample.shape[1]))
-    if 2 * int(few.sum()) <= len(sample):
+    few = rows.changes.sum(dim=1) < group_count(weight.shape[1], min(MIN_GROUP_SIZE, weight.shape[1]))
+    if 2 * int(few.sum()) <= len(few):
         return None
-    size = find_group_size(weight)
+    size = _find_group_size(weight, rows)
     if size is not None:
         return _packed(weight, size)
     sizes = _group_sizes(weight)
-    fitting = sum(_consistent(row, sizes).numel() > 0 for row in sample.split(1))
-    return ternary_fit(weight) if 2 * fitting > len(sample) else None
+    values = rows.values.split(1)
+    fitting = sum(_Rows.of(row).consistent(sizes).numel() > 0 for row in values)
+    return ternary_fit(weight) if 2 * fitting > len(values) else None
 
 
 def find_group_size(weight: torch.Tensor) -> int | None:
@@ -81,17 +82,8 @@ def find_group_size(weight: torch.Tensor) -> int | None:
 
     A weight that is not ternary costs a look at a few rows; a ternary one is read completely.
     """
-    sample = _sample(weight)
-    if sample is None:
-        return None
-    sizes = _consistent(sample, _group_sizes(weight))
-    while sizes.numel():
-        best = _preferred(sizes, weight.shape[1])
-        failing = _first_misfit(weight, best)
-        if failing is None:
-            return best
-        sizes = _consistent(failing, sizes[sizes != best])
-    return None
+    rows = _sample(weight)
+    return None if rows is None else _find_group_size(weight, rows)
 
 
 def ternary_fit(weight: torch.Tensor) -> TernaryFit:
@@ -109,7 +101,57 @@ def ternary_fit(weight: torch.Tensor) -> TernaryFit:
     return next(fit for fit in fits if fit.fraction >= 0.9 * best)
 
 
-def _sample(weight: torch.Tensor) -> torch.Tensor | None:
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A few rows of a weight.
+
+    Args:
+        values (`torch.Tensor`): `[R, K]`.
+        changes (`torch.Tensor`): bool `[R, K]`, where a value differs in magnitude from the nonzero one before it.
+        before (`torch.Tensor`): int64 `[R, K]`, the place of that one.
+    """
+
+    values: torch.Tensor
+    changes: torch.Tensor
+    before: torch.Tensor
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> "_Rows":
+        """Finds the changes."""
+        mags = _magnitudes(values)
+        positions = torch.arange(mags.shape[1], device=mags.device).expand_as(mags)
+        last = torch.where(mags > 0, positions, -1).cummax(dim=1).values
+        before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+        changes = (mags > 0) & (before >= 0) & (mags != mags.gather(1, before.clamp_min(0)))
+        return cls(values, changes, before)
+
+    def consistent(self, sizes: torch.Tensor) -> torch.Tensor:
+        """Those of the group sizes (ascending) with which these rows can be ternary."""
+        # Groups of the smallest size have this many inner boundaries.
+        most = group_count(self.values.shape[1], int(sizes[0])) if sizes.numel() else 0
+        if not bool(torch.isfinite(self.values).all()) or int(self.changes.sum(dim=1).max()) >= most:
+            return sizes[:0]
+        positions = torch.arange(self.values.shape[1], device=sizes.device).expand_as(self.before)
+        # The boundary lies after the previous nonzero weight and not after the one that differs.
+        pairs = torch.unique(torch.stack([self.before[self.changes], positions[self.changes]]), dim=1)
+        pairs = pairs[:, (pairs[1] - pairs[0]).argsort()]  # the tightest first: they rule out the most
+        for chunk in pairs.split(_CHUNK_PAIRS, dim=1):
+            sizes = sizes[(chunk[0, :, None] // sizes < chunk[1, :, None] // sizes).all(dim=0)]
+        return sizes
+
+
+def _find_group_size(weight: torch.Tensor, rows: _Rows) -> int | None:
+    sizes = rows.consistent(_group_sizes(weight))
+    while sizes.numel():
+        best = _preferred(sizes, weight.shape[1])
+        failing = _first_misfit(weight, best)
+        if failing is None:
+            return best
+        sizes = _Rows.of(failing).consistent(sizes[sizes != best])
+    return None
+
+
+def _sample(weight: torch.Tensor) -> _Rows | None:
     """A few rows, by which most weights can be told; `None` of what cannot be ternary."""
     # Of rows of a value or two nothing can be told, and nothing would be saved.
     if weight.dim() != 2 or weight.dtype not in RECOVERABLE_DTYPES or weight.shape[1] < _MIN_COLUMNS:
@@ -117,7 +159,7 @@ def _sample(weight: torch.Tensor) -> torch.Tensor | None:
     rows = weight.shape[0]
     if rows == 0:
         return None
-    return weight[torch.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS), device=weight.device).long()]
+    return _Rows.of(weight[torch.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS), device=weight.device).long()])
 
 
 def _group_sizes(weight: torch.Tensor) -> torch.Tensor:
@@ -169,34 +211,11 @@ def _first_misfit(weight: torch.Tensor, size: int) -> torch.Tensor | None:
     return None
 
 
-def _changes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a weight differs in magnitude from the nonzero one before it, bool `[R, K]`, and the place of that one."""
-    mags = _magnitudes(rows)
-    positions = torch.arange(mags.shape[1], device=mags.device).expand_as(mags)
-    last = torch.where(mags > 0, positions, -1).cummax(dim=1).values
-    before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
-    return (mags > 0) & (before >= 0) & (mags != mags.gather(1, before.clamp_min(0))), before
-
-
-def _consistent(rows: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Those of the group sizes (ascending) with which these rows can be ternary."""
-    changes, before = _changes(rows)
-    # Groups of the smallest size have this many inner boundaries.
-    most = group_count(rows.shape[1], int(sizes[0])) if sizes.numel() else 0
-    if not bool(torch.isfinite(rows).all()) or int(changes.sum(dim=1).max()) >= most:
-        return sizes[:0]
-    positions = torch.arange(rows.shape[1], device=rows.device).expand_as(before)
-    # The boundary lies after the previous nonzero weight and not after the one that differs.
-    pairs = torch.unique(torch.stack([before[changes], positions[changes]]), dim=1)
-    pairs = pairs[:, (pairs[1] - pairs[0]).argsort()]  # the tightest first: they rule out the most
-    for chunk in pairs.split(_CHUNK_PAIRS, dim=1):
-        sizes = sizes[(chunk[0, :, None] // sizes < chunk[1, :, None] // sizes).all(dim=0)]
-    return sizes
-
-
 def _preferred(sizes: torch.Tensor, columns: int) -> int:
-    """The fewest groups; then sizes that divide the row; then the roundest."""
-    return min(sizes.tolist(), key=lambda size: (group_count(columns, size), columns % size != 0, -(size & -size)))
+    """Of group sizes (ascending), one that makes the fewest groups, rather one that divides the row, the roundest."""
+    fewest = group_count(columns, int(sizes[-1]))
+    as_few = sizes[sizes >= group_count(columns, fewest)]
+    return min(as_few.tolist(), key=lambda size: (columns % size != 0, -(size & -size)))
 
 
 def _smallest_exact(scales: torch.Tensor) -> torch.Tensor:

@@ -81,17 +81,8 @@ def absmean(groups: torch.Tensor, counts: torch.Tensor) -> Ternarized:
 
 ROUNDINGS: dict[str, Rounding] = {"twn": twn, "optimum": optimum, "absmean": absmean}
 
-# [N, K] weight and group size to planes int8 and scales float32, or `None` where the rule in torch must serve.
-FusedRounding = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor] | None]
-_FUSED: dict[tuple[str, str], FusedRounding] = {}
-
-
-def register_fused_rounding(rounding: str, device_type: str, function: FusedRounding) -> None:
-    """Lets a kernel round and pack whole weights on a device; it gives the codes that the rule gives."""
-    _FUSED[rounding, device_type] = function
-
-
-def fused_rounding(rounding: str, weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Planes int8 `[N, ceil(K / 4)]` and scales float32 `[N, G]` by a registered kernel, or `None`."""
-    function = _FUSED.get((rounding, weight.device.type))
-    return None if function is None else function(weight, group_size)
+# From a weight `[N, K]` and a group size, fills planes int8 `[N, ceil(K / 4)]` with the codes of the rule and scales
+# float32 `[N, G]`; false where the rule in torch must serve.
+FusedRounding = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], bool]
+# By rounding and type of the device; kernels enter themselves.
+FUSED_ROUNDINGS: dict[tuple[str, str], FusedRounding] = {}

@@ -11,9 +11,7 @@ from ..format import (
     TernarySpec,
     double_quantize,
     expand_scales,
-    group_count,
     group_scales,
-    normalize_group_size,
     pack_planes,
     planes_width,
     storage_dtype,
@@ -21,7 +19,7 @@ from ..format import (
 )
 from .low_rank import LowRank, low_rank_residual
 from .rotation import rotate
-from .rounding import ROUNDINGS, fused_rounding
+from .rounding import FUSED_ROUNDINGS, ROUNDINGS
 
 
 # Rows are ternarized in slices of about this many weights: bounds the float32 copy (and the sort of `optimum`).
@@ -104,6 +102,17 @@ def complete(
     return (dense if low_rank is None else dense + low_rank.dense()).to(dtype)
 
 
+def check_matrix(weight: torch.Tensor, shape: tuple[int, int] | None = None, *, name: str) -> None:
+    """Raises unless a weight is a float matrix, of a shape if one is given.
+
+    Raises:
+        ValueError: names the layer, and what was expected.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point() or (shape is not None and tuple(weight.shape) != shape):
+        of_shape = f" of {list(shape)}" if shape is not None else ""
+        raise ValueError(f"{name}: expected a float [N, K] weight{of_shape}, got {weight.dtype} {list(weight.shape)}.")
+
+
 def check_finite(weight: torch.Tensor, *, name: str) -> None:
     """Raises if a weight holds NaN or Inf.
 
@@ -151,30 +160,49 @@ def ternarize(
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r} is not one of {', '.join(ROUNDINGS)}.")
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"{name}: expected a float [N, K] weight, got {weight.dtype} {list(weight.shape)}.")
-    rows, columns = weight.shape
-    size = normalize_group_size(group_size, columns)
-    block = hadamard if hadamard <= columns else 0
-    spec = TernarySpec(rows, columns, size, scale_layout(scales, columns, size), hadamard=block)
-    if not block and (fused := fused_rounding(rounding, weight.detach(), size)) is not None:
-        return with_low_rank(_assemble(spec, *fused), weight, rank)
-    groups = spec.groups
-    counts = torch.full((groups,), float(size), device=weight.device)
-    counts[-1] = columns - (groups - 1) * size
+    check_matrix(weight, name=name)
+    spec = TernarySpec.for_matrix(*weight.shape, group_size=group_size, scales=scales, hadamard=hadamard, rank=rank)
+    return round_to(weight, spec, rounding=rounding, name=name)
+
+
+def round_to(weight: torch.Tensor, spec: TernarySpec, *, rounding: str = "twn", name: str = "weight") -> TernaryWeight:
+    """Rounds a float weight to what a spec describes; see [`ternarize`], which makes the spec.
+
+    Args:
+        weight (`torch.Tensor`): float `[N, K]`, of the spec's shape.
+        spec ([`TernarySpec`]): what to store.
+        rounding (`str`, *optional*, defaults to `"twn"`): name of a rule, of [`ROUNDINGS`].
+        name (`str`, *optional*): layer name for messages.
+
+    Raises:
+        ValueError: if the weight is not a float matrix of that shape, or holds NaN or Inf.
+    """
+    rows, columns, size, groups = spec.out_features, spec.in_features, spec.group_size, spec.groups
+    check_matrix(weight, (rows, columns), name=name)
+    weight = weight.detach()
     # Allocated before the temporaries: pieces that stay between those that go would keep the heap from shrinking.
     packed = torch.empty(rows, planes_width(columns), dtype=torch.int8, device=weight.device)
     group_scale = torch.empty(rows, groups, device=weight.device)
-    step = max(1, _CHUNK_WEIGHTS // columns)
-    for start in range(0, rows, step):
-        part = weight[start : start + step].float()  # float32: sums over K in 16 bits lose small weights
-        check_finite(part, name=name)
-        part = rotate(part, block)
-        padded = torch.nn.functional.pad(part, (0, groups * size - columns)).view(-1, groups, size)
-        result = ROUNDINGS[rounding](padded, counts)
-        packed[start : start + step] = pack_planes(result.codes.view(-1, groups * size)[:, :columns])
-        group_scale[start : start + step] = result.scales
-    return with_low_rank(_assemble(spec, packed, group_scale), weight, rank)
+    fused = None if spec.hadamard else FUSED_ROUNDINGS.get((rounding, weight.device.type))
+    if fused is None or not fused(weight, size, packed, group_scale):
+        counts = torch.full((groups,), float(size), device=weight.device)
+        counts[-1] = columns - (groups - 1) * size
+        step = max(1, _CHUNK_WEIGHTS // columns)
+        for start in range(0, rows, step):
+            part = weight[start : start + step].float()  # float32: sums over K in 16 bits lose small weights
+            check_finite(part, name=name)
+            part = rotate(part, spec.hadamard)
+            padded = torch.nn.functional.pad(part, (0, groups * size - columns)).view(-1, groups, size)
+            result = ROUNDINGS[rounding](padded, counts)
+            packed[start : start + step] = pack_planes(result.codes.view(-1, groups * size)[:, :columns])
+            group_scale[start : start + step] = result.scales
+    codes = dataclasses.replace(spec, rank=0) if spec.rank else spec
+    if spec.scales == "double":
+        scale, multiplier = double_quantize(group_scale)
+        rounded = TernaryWeight(codes, packed, scale, multiplier)
+    else:
+        rounded = TernaryWeight(codes, packed, group_scale.to(storage_dtype(group_scale)))
+    return with_low_rank(rounded, weight, spec.rank) if spec.rank else rounded
 
 
 def with_low_rank(
@@ -190,24 +218,3 @@ def with_low_rank(
     residual = weight.to(torch.promote_types(weight.dtype, torch.float32)) - packed.dequantize()
     low_rank = low_rank_residual(residual, rank, whitening=whitening)
     return dataclasses.replace(packed, spec=dataclasses.replace(packed.spec, rank=rank), low_rank=low_rank)
-
-
-def scale_layout(requested: str, in_features: int, group_size: int) -> str:
-    """Resolves `"auto"`: the layout that stores fewer bits per row; `"group"` on a tie.
-
-    6-bit multipliers add at most 0.8 % of the row's largest scale to a group's scale. Measured, that is an error of
-    -36 to -48 dB of the ternary weight at group size 128, where ternary rounding itself leaves -4 to -9 dB: it costs
-    less than 0.005 dB of the weight's SNR (`integration_tests/benchmarks/results/scales.csv`), and saves 0.06 bits
-    per weight. With fewer than three groups a row, plain 16-bit scales are the smaller ones.
-    """
-    if requested != "auto":
-        return requested
-    groups = group_count(in_features, group_size)
-    return "double" if 8 * groups + 16 < 16 * groups else "group"
-
-
-def _assemble(spec: TernarySpec, packed: torch.Tensor, scales: torch.Tensor) -> TernaryWeight:
-    if spec.scales == "double":
-        scale, multiplier = double_quantize(scales)
-        return TernaryWeight(spec, packed, scale, multiplier)
-    return TernaryWeight(spec, packed, scales.to(storage_dtype(scales)))

@@ -10,8 +10,12 @@ from torch import nn
 
 from diffusers_ternary import TernaryConfig
 from diffusers_ternary.backend import plan_conversion
+from diffusers_ternary.backend.pack import PackingRecord, pack_layer
+from diffusers_ternary.backend.placeholders import placeholder_for
 from diffusers_ternary.backend.plan import layer_spec
+from diffusers_ternary.backend.sizes import planned_bytes
 from diffusers_ternary.format import Int8Spec, TernarySpec
+from diffusers_ternary.ternarize import ternarize
 from integration_tests.support import denoisers
 
 
@@ -111,5 +115,58 @@ def test_the_users_config_is_left_as_it_is(pixart):
 @pytest.mark.parametrize(("group_size", "expected"), [(128, 64), (16, 16), (None, 64), (65, 64)])
 def test_specs(group_size, expected):
     module = nn.Linear(64, 32)
-    assert layer_spec("ternary", module, TernaryConfig(group_size=group_size)) == TernarySpec(32, 64, expected)
+    scales = "double" if expected == 16 else "group"  # the smaller: 4 + 2 bytes a row against 4 * 2
+    assert layer_spec("ternary", module, TernaryConfig(group_size=group_size)) == TernarySpec(32, 64, expected, scales)
     assert layer_spec("int8", module, TernaryConfig(group_size=group_size)) == Int8Spec(32, 64)
+
+
+OPTIONS = [
+    {},
+    {"group_size": 16},
+    {"group_size": 16, "scale_layout": "group"},
+    {"scale_layout": "double", "rounding": "optimum"},
+    {"hadamard": 32, "rank": 3},
+    {"hadamard": 128, "rank": 64, "group_size": None},  # more than the matrix has
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("module", [nn.Linear(64, 24), nn.Conv2d(8, 24, 3)], ids=["linear", "conv"])
+def test_a_layer_is_packed_as_it_was_planned(module, options):
+    """The spec of the plan is the one that `ternarize` makes of the same options, codes and scales included."""
+    config = TernaryConfig(**options)
+    layer = placeholder_for(module, layer_spec("ternary", module, config), config)
+    planned, nbytes = layer.spec, planned_bytes(layer, config)
+    assert pack_layer(layer, module.weight.detach(), name="layer", config=config, record=PackingRecord())
+    expected = ternarize(
+        module.weight.detach().flatten(1),
+        group_size=config.group_size,
+        rounding=config.rounding,
+        scales=config.scale_layout,
+        hadamard=config.hadamard,
+        rank=config.rank,
+    )
+    assert layer.spec == planned == expected.spec
+    assert layer.stored_bytes() == nbytes
+    assert torch.equal(layer.weight, expected.packed)
+    assert torch.equal(layer.scales, expected.scale)
+    assert torch.equal(layer.dequantize(), expected.dequantize().view(module.weight.shape))
+
+
+def test_a_weight_that_does_not_fit_its_layer_is_refused():
+    config = TernaryConfig()
+    module = nn.Linear(64, 24)
+    for kind, weight, message in (
+        (
+            "ternary",
+            torch.randn(24, 32),
+            r"blocks\.0: expected a float \[N, K\] weight of \[24, 64\], got .*\[24, 32\]",
+        ),
+        ("ternary", torch.randint(-9, 9, (24, 64)), r"blocks\.0: expected a float .* got torch\.int64"),
+        ("int8", torch.randint(-9, 9, (24, 64)), r"blocks\.0: expected a float .* got torch\.int64"),
+        ("int8", torch.randn(24, 32), "cannot be installed in the place"),
+    ):
+        layer = placeholder_for(module, layer_spec(kind, module, config), config)
+        with pytest.raises(ValueError, match=message):
+            pack_layer(layer, weight, name="blocks.0", config=config, record=PackingRecord())
+        assert not layer.is_packed

@@ -227,8 +227,16 @@ class TestPlaceholder:
         packed = ternarize(linear().weight.detach(), scales="double")
         tensors = {"weight": packed.packed, "weight_scale": packed.scale, "weight_multiplier": packed.multiplier}
         layer = TernaryLinear(packed.spec, device="meta")
+        given = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
         with pytest.raises(ValueError, match=message):
-            layer.install(**{**tensors, **change})
+            layer.install(packed.spec, given)
+        assert not layer.is_packed
+
+    @pytest.mark.parametrize("shape", [(12, 256), (24, 300)])
+    def test_a_weight_of_another_shape_is_refused(self, shape):
+        layer = TernaryLinear(TernarySpec(12, 300, 128), device="meta")
+        with pytest.raises(ValueError, match=r"A TernarySpec\(.* cannot be installed in the place of a .*=12.*=300"):
+            layer.install_weight(ternarize(torch.ones(shape)))
         assert not layer.is_packed
 
 

@@ -19,8 +19,6 @@ import diffusers_ternary
 from diffusers_ternary import TernaryConfig
 from diffusers_ternary.backend import bits_per_weight, packed_layers, plan_conversion
 from diffusers_ternary.backend.plan import layer_spec
-from diffusers_ternary.format import TernarySpec
-from diffusers_ternary.ternarize.weight import scale_layout
 
 from . import architectures
 
@@ -87,20 +85,13 @@ def sizes(model: ModelMixin) -> Sizes:
         plan = plan_conversion(model, config)
     except ValueError:
         return Sizes(total, 0, 0.0, {})
-    specs = {
-        name: _packed_spec(layer_spec(kind, model.get_submodule(name), config)) for name, kind in plan.kinds.items()
-    }
+    specs = {name: layer_spec(kind, model.get_submodule(name), config) for name, kind in plan.kinds.items()}
     kept: collections.Counter[str] = collections.Counter()
     for name, reason in plan.kept.items():
         kept[SHORT.get(reason, reason)] += model.get_submodule(name).weight.numel()
     converted = sum(spec.weights for spec in specs.values())
     kept["not a linear or 2-d convolution layer"] = total - converted - kept.total()
     return Sizes(total, converted, bits_per_weight(specs), dict(kept))
-
-
-def _packed_spec(spec: TernarySpec) -> TernarySpec:
-    """The plan leaves the layout of the scales open; packing chooses the smaller one."""
-    return dataclasses.replace(spec, scales=scale_layout("auto", spec.in_features, spec.group_size))
 
 
 def default_sizes(cls: type[ModelMixin]) -> Sizes | None:

@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_ternary.format import TernarySpec
+from diffusers_ternary.format import TernarySpec, scale_layout
 from diffusers_ternary.ternarize import ROUNDINGS, ternarize, weight
-from diffusers_ternary.ternarize.weight import scale_layout
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -3,8 +3,7 @@
 
 import torch
 
-from ...format import group_count, planes_width
-from ...ternarize import register_fused_rounding
+from ...ternarize import FUSED_ROUNDINGS
 from .native import DTYPES, checked, open_library
 
 
@@ -12,23 +11,23 @@ VALUE_ERROR = -3  # DT_ERROR_VALUE of twn.c
 THREAD_LEAST_WEIGHTS = 1 << 18
 
 
-def twn_planes(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def twn_planes(weight: torch.Tensor, group_size: int, planes: torch.Tensor, scales: torch.Tensor) -> bool:
     """[`ternarize.rounding.twn`] of a whole weight.
 
     Args:
         weight (`torch.Tensor`): `[N, K]` on the CPU.
         group_size (`int`): columns per scale, at most K.
+        planes (`torch.Tensor`): int8 `[N, ceil(K / 4)]`, contiguous; filled.
+        scales (`torch.Tensor`): float32 `[N, G]`, contiguous; filled.
 
     Returns:
-        int8 planes `[N, ceil(K / 4)]` and float32 scales `[N, G]`; `None` where plain torch must serve: without the
-        compiled library, for other dtypes, and for weights with NaN or infinities, which it reports.
+        `bool`: false where plain torch must serve: without the compiled library, for other dtypes, and for weights
+        with NaN or infinities, which it reports.
     """
     functions = open_library()
     if isinstance(functions, str) or weight.dtype not in DTYPES or weight.stride(1) != 1 or weight.numel() == 0:
-        return None
+        return False
     rows, columns = weight.shape
-    planes = torch.empty(rows, planes_width(columns), dtype=torch.int8)
-    scales = torch.empty(rows, group_count(columns, group_size))
     workers = torch.get_num_threads() if weight.numel() >= THREAD_LEAST_WEIGHTS else 1
     result = functions.dt_twn(
         weight.data_ptr(),
@@ -41,10 +40,7 @@ def twn_planes(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, tor
         scales.data_ptr(),
         workers,
     )
-    if result == VALUE_ERROR:
-        return None
-    checked(result)
-    return planes, scales
+    return result != VALUE_ERROR and checked(result) == 0
 
 
-register_fused_rounding("twn", "cpu", twn_planes)
+FUSED_ROUNDINGS["twn", "cpu"] = twn_planes

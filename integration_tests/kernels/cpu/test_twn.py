@@ -6,11 +6,10 @@ import random
 import pytest
 import torch
 
-from diffusers_ternary.format import group_count, pack_planes, unpack_planes
+from diffusers_ternary.format import group_count, pack_planes, planes_width, unpack_planes
 from diffusers_ternary.kernels.cpu import native
-from diffusers_ternary.kernels.cpu.twn import twn_planes
-from diffusers_ternary.ternarize import ternarize, twn
-from diffusers_ternary.ternarize import weight as ternarize_weight
+from diffusers_ternary.kernels.cpu import twn as native_twn
+from diffusers_ternary.ternarize import FUSED_ROUNDINGS, ternarize, twn
 
 
 pytestmark = pytest.mark.skipif(not native.variants(), reason="the package was installed without its compiled library")
@@ -24,6 +23,14 @@ def by_torch(weight, group_size):
     padded = torch.nn.functional.pad(weight.float(), (0, groups * group_size - columns)).view(rows, groups, group_size)
     result = twn(padded, counts)
     return pack_planes(result.codes.view(rows, -1)[:, :columns]), result.scales
+
+
+def twn_planes(weight, group_size):
+    """Planes and scales of the library, or `None` where torch must serve."""
+    rows, columns = weight.shape
+    planes = torch.empty(rows, planes_width(columns), dtype=torch.int8)
+    scales = torch.empty(rows, group_count(columns, group_size))
+    return (planes, scales) if native_twn.twn_planes(weight, group_size, planes, scales) else None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -89,7 +96,7 @@ def test_ternarize_takes_it(monkeypatch, scales):
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(70, 515).bfloat16())
     fused = ternarize(weight, group_size=64, scales=scales, rank=2)
-    monkeypatch.setattr(ternarize_weight, "fused_rounding", lambda *_: None)
+    monkeypatch.delitem(FUSED_ROUNDINGS, ("twn", "cpu"))
     plain = ternarize(weight, group_size=64, scales=scales, rank=2)
     assert torch.equal(fused.packed, plain.packed)
     torch.testing.assert_close(fused.dequantize(), plain.dequantize(), rtol=2e-3, atol=1e-4)
