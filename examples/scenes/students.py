@@ -63,6 +63,7 @@ def distill_student(
     steps: int,
     prompts: int,
     held_back: int = 64,
+    cache_dir: Path | None = None,
     **settings: Any,
 ) -> DiffusionPipeline:
     """Distill a calibrated student for the benchmark's call; a run that was interrupted goes on.
@@ -75,6 +76,7 @@ def distill_student(
         steps: Updates.
         prompts: Training prompts.
         held_back: Prompts that choose the best checkpoint.
+        cache_dir: Folder of the teacher's latents, for runs on the same prompts to share.
         settings: Further arguments of ``DistillConfig``.
     """
     unseen = list(dict.fromkeys(tuning_prompts(held_back, HELD_BACK)))
@@ -90,4 +92,5 @@ def distill_student(
         output,
         student=student,
         held_out_prompts=unseen,
+        cache_dir=cache_dir,
     )

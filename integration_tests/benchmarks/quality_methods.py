@@ -177,6 +177,7 @@ def _distilled(mode: str, *, starts_from: str) -> Method:
             mode=mode,
             steps=effort.scale_steps if mode == "scales" else effort.full_steps,
             prompts=effort.distillation_prompts,
+            cache_dir=workshop.work / "latents" / str(effort.distillation_prompts),
         )
         pipeline.transformer = student.transformer
         return _bits(pipeline)
