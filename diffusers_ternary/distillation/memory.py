@@ -30,6 +30,8 @@ _TEMPORARIES = 3
 _HEADROOM = 1.1
 # These see one vector a row, not the tokens: their inputs and outputs are nothing beside the others'.
 _MODULATION = re.compile(r"(^|\.)(norm\w*\.linear|norm\w*\.linear_\w+|\w*mod\w*(\.\d+)?|adaLN_modulation(\.\d+)?)$")
+# Gradient checkpointing of a UNet, whose blocks are of several levels, keeps the inputs of these.
+_UNIT = re.compile(r"^(.*\b(?:transformer_blocks|resnets)\.\d+)(\.|$)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +104,16 @@ def estimate_memory(
     frozen_codes = 0 if distill_config.mode in ("full", "blockwise") else 1
     kept = (size + frozen_codes) * (max(model.blocks.values()) if blockwise or checkpointing else model.ternary)
     rows = tokens * distill_config.batch_size * size
-    widest = max(model.block_widths.values())
-    inside = rows * (widest if blockwise or checkpointing else sum(model.block_widths.values()))
+    if blockwise:
+        width = max(model.block_widths.values())
+    elif checkpointing:
+        width = max(model.unit_widths.values())
+    else:
+        width = sum(model.block_widths.values())
+    inside = rows * width
     # Between blocks: inputs that are recomputed from, and outputs of student and teacher that are compared.
     copies = int(checkpointing) + 2 * bool(distill_config.block_weight)
-    between = rows * model.hidden * (1 if blockwise else copies * len(model.blocks))
+    between = rows * model.hidden * (1 if blockwise else copies * len(model.unit_widths))
     return MemoryEstimate(
         mode=distill_config.mode,
         teacher=model.total * size,
@@ -117,6 +124,15 @@ def estimate_memory(
         weights=kept + _TEMPORARIES * FLOAT32 * model.largest_layer,
         activations=inside + between,
     )
+
+
+def forward_activations(denoiser: nn.Module, config: TernaryConfig, *, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of activations of a row in a forward without gradients: one block's, as if it freed none of them.
+
+    Args:
+        denoiser, config, tokens, dtype: see [`estimate_memory`].
+    """
+    return tokens * dtype.itemsize * max(_Shapes.of(denoiser, config).unit_widths.values())
 
 
 def check_memory(
@@ -183,6 +199,8 @@ class _Shapes:
         shapes (`Mapping[str, tuple[int, int]]`): ternary layer → outputs, inputs.
         blocks (`Mapping[str, int]`): block → its ternary weights.
         block_widths (`Mapping[str, int]`): block → inputs and outputs of all layers, of one token.
+        unit_widths (`Mapping[str, int]`): of what gradient checkpointing recomputes at a time: blocks, and parts of
+            those of UNets.
         scales (`int`): group scales of all ternary layers.
         total (`int`): all parameters.
         vectors (`int`): biases and norms of the whole model.
@@ -192,6 +210,7 @@ class _Shapes:
     shapes: Mapping[str, tuple[int, int]]
     blocks: Mapping[str, int]
     block_widths: Mapping[str, int]
+    unit_widths: Mapping[str, int]
     scales: int
     total: int
     vectors: int
@@ -204,18 +223,21 @@ class _Shapes:
         shapes = {name: (len(weight), weight[0].numel()) for name, weight in weights.items()}
         blocks: collections.Counter[str] = collections.Counter()
         widths: collections.Counter[str] = collections.Counter()
+        units: collections.Counter[str] = collections.Counter()
         inputs: collections.Counter[int] = collections.Counter()
         for name, (rows, columns) in shapes.items():
             block = next(iter(block_names([name])), name)
             blocks[block] += rows * columns
             if not _MODULATION.search(name):
                 widths[block] += rows + columns
+                units[found[1] if (found := _UNIT.match(name)) else block] += rows + columns
                 inputs[columns] += 1
         parameters = list(denoiser.parameters())
         return cls(
             shapes=shapes,
             blocks=blocks,
             block_widths=widths,
+            unit_widths=units,
             scales=sum(n * group_count(k, normalize_group_size(config.group_size, k)) for n, k in shapes.values()),
             total=sum(p.numel() for p in parameters),
             vectors=sum(p.numel() for p in parameters if p.dim() == 1),

@@ -11,7 +11,13 @@ from torch import nn
 
 from diffusers_ternary import TernaryConfig, quantize
 from diffusers_ternary.distillation.config import MODES, DistillConfig
-from diffusers_ternary.distillation.memory import available_memory, check_memory, estimate_memory, observed_tokens
+from diffusers_ternary.distillation.memory import (
+    available_memory,
+    check_memory,
+    estimate_memory,
+    forward_activations,
+    observed_tokens,
+)
 from diffusers_ternary.distillation.trainable import LayerTraining, TrainableTernaryLayer
 from diffusers_ternary.distillation.trainee import make_trainee, ternary_layers
 from integration_tests.support import denoisers
@@ -174,3 +180,15 @@ def test_tokens_are_measured(name, tokens):
         pipeline("a cat", height=tiny.size, width=tiny.size, num_inference_steps=1, output_type="latent", **tiny.call)
     assert 0.5 * tokens <= observed[0] <= tokens
     assert not any(module._forward_pre_hooks for module in denoiser.modules())
+
+
+def test_a_unet_recomputes_less_than_a_block():
+    """A level of a UNet holds many transformer blocks, and each is checkpointed on its own."""
+    unet = PIPELINES["sdxl"].build().unet
+    settings = {"tokens": 64, "dtype": torch.bfloat16}
+    one = forward_activations(unet, TernaryConfig(), **settings)
+    scales = DistillConfig(mode="scales", batch_size=1, gradient_checkpointing=True, block_weight=0.0)
+    blocks = dataclasses.replace(scales, mode="blockwise")
+    level = estimate_memory(unet, TernaryConfig(), blocks, **settings).activations
+    assert one < estimate_memory(unet, TernaryConfig(), scales, **settings).activations
+    assert one < level
