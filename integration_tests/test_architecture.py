@@ -25,6 +25,7 @@ FLOORS = (
     {"evaluation", "interop", "lora"},
     {"calibration", "demo", "hub"},
     {"distillation"},
+    {"planning"},
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(FLOORS) for name in names}

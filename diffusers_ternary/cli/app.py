@@ -16,13 +16,14 @@ from .demo import demo_command
 from .distill import distill_command
 from .evaluate import evaluate_command
 from .inspect import inspect_command
+from .plan import plan_command
 from .push import push_command
 from .quantize import quantize_command
 
 
 app = typer.Typer(
     name="diffusers-ternary",
-    help="Ternary (1.58-bit) diffusion models: quantize, calibrate, distill, inspect, compare, publish. "
+    help="Ternary (1.58-bit) diffusion models: plan, quantize, calibrate, distill, inspect, compare, publish. "
     "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad input (the message says what to do).",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_command,
+    "plan": plan_command,
     "quantize": quantize_command,
     "calibrate": calibrate_command,
     "distill": distill_command,

@@ -244,6 +244,15 @@ def is_demo(source: str) -> bool:
     return source.partition(":")[0] == DEMO and not pathlib.Path(source).exists()
 
 
+def place_of(source: str) -> str:
+    """A folder or Hub id as it is, and the folder of the embedded pipeline for `demo`."""
+    if not is_demo(source):
+        return source
+    from ..demo.pipeline import demo_folder
+
+    return demo_folder(source.partition(":")[2] or "teacher")
+
+
 def demo_scorers(prompts: list[str]) -> "dict[str, Scorer]":
     """The embedded model's judge, where the prompts are of its grammar."""
     from ..demo.grammar import attributes_of

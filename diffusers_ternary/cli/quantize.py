@@ -51,7 +51,7 @@ def quantize_command(
     with explained_errors():
         from ..backend.sources import load_quantized
 
-        place = _resolve(source)
+        place = options.place_of(source)
         if dry_run:
             check_folder(destination, sources=[place], overwrite=overwrite)
             _show(place, config)
@@ -74,11 +74,3 @@ def _show(place: str, config: "TernaryConfig") -> None:
     for part in parts:
         what = "to quantize" if len(parts) == 1 or config.selects(part.name) else "kept"
         console.print(f"{escape(part.name)}: {format_bytes(part.bytes)}, {what}", soft_wrap=True)
-
-
-def _resolve(source: str) -> str:
-    if not options.is_demo(source):
-        return source
-    from ..demo.pipeline import demo_folder
-
-    return demo_folder(source.partition(":")[2] or "teacher")
