@@ -51,7 +51,8 @@ def calibrate(
 
     Args:
         pipeline (`DiffusionPipeline`):
-            Float pipeline. It is changed only when all layers are solved.
+            Float pipeline. It is changed only when all layers are solved. To calibrate a fine-tune, fold its LoRA
+            files in first ([`~lora.fold_adapters`]).
         prompts (`Sequence[str]`):
             64 to 256 that cover what the model is to draw.
         config ([`TernaryConfig`], *optional*):

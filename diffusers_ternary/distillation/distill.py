@@ -78,7 +78,8 @@ def distill(
 
     Args:
         teacher_pipeline (`DiffusionPipeline`):
-            Float pipeline. It is not changed; its denoiser is moved to the training device.
+            Float pipeline. It is not changed; its denoiser is moved to the training device. To distill a fine-tune,
+            fold its LoRA files in first ([`~lora.fold_adapters`]).
         prompts (`Sequence[str]`):
             2,000 or more that cover what the model is to draw.
         config ([`TernaryConfig`], *optional*):
