@@ -8,7 +8,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import PipelineQuantizationConfig
@@ -28,6 +28,7 @@ RECOVER = "recover"
 _STORED_LAYOUT = "scales"
 KINDS = ("ternary", "int8")
 OVERRIDE_KINDS = (*KINDS, "keep")
+ConfigT = TypeVar("ConfigT")
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # transformer, transformer_2 (Wan), unet, prior (Kandinsky, Cascade): what denoises, and nothing else.
@@ -62,9 +63,9 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         compute_dtype (`str` or `torch.dtype`, *optional*):
             Dtype of the product, and of the model if `dtype` is not given. `None` = that of the input.
         components (`list[str]` or `dict[str, str]`, *optional*):
-            Components of a pipeline to quantize, or a dictionary with a `kind` for each. `None` = its denoisers.
-            Text encoders are safe in `"int8"`, which hardly changes their output; rounding one to ternary spoils the
-            prompt.
+            Components of a pipeline to quantize, or a dictionary that gives each its own kind. `None` = its
+            denoisers. Text encoders are safe in `"int8"`, which hardly changes their output; rounding one to ternary
+            spoils the prompt.
         rounding (`str`, *optional*, defaults to `"twn"`):
             Rule for on-the-fly quantization: `"twn"`, `"optimum"` (least squares), `"absmean"` (comparison only), or
             `"recover"`: no rounding; packs the layers whose weights are ternary already and keeps the others. Such
@@ -79,7 +80,8 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         rank (`int`, *optional*, defaults to 0):
             Store a correction of this rank beside the codes: 16 r (N + K) / (N K) bits per weight. 0 = none.
         kind (`str`, *optional*, defaults to `"ternary"`):
-            What the layers become that the policy converts: `"ternary"` or `"int8"`. `overrides` come first.
+            What the layers become that the policy converts: `"ternary"` or `"int8"`. What `overrides` says comes
+            first.
         format_version (`int`, *optional*):
             Version of the packed format that was read; what is saved is of the newest.
 
@@ -214,6 +216,19 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
     def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Any:
         """Called by the pipeline loader for each component; see `PipelineQuantizationConfig`."""
         return None if module_name is None else self.for_component(module_name)
+
+
+def given_or_default(name: str, config: ConfigT | None, cls: type[ConfigT]) -> ConfigT:
+    """The config that a verb was given as its argument `name`, or the default one.
+
+    Raises:
+        TypeError: if it is not of the class.
+    """
+    if config is None:
+        return cls()
+    if not isinstance(config, cls):
+        raise TypeError(f"{name}={config!r} is not a {cls.__name__}. Give {name}={cls.__name__}(...).")
+    return config
 
 
 def _warn_scales() -> None:

@@ -12,7 +12,7 @@ from ..layers import FLOAT_TYPES, FloatLayer, QuantizedLayer
 from ..ternarize import check_finite, find_group_size, ternary_fit
 from .compat_offload import casting_hook, is_group_offloaded
 from .components import below_compiled_wrappers, is_pipeline, modules_of
-from .config import RECOVER, TernaryConfig
+from .config import RECOVER, TernaryConfig, given_or_default
 from .diffusers import TernaryDiffusersQuantizer
 from .fused_projections import with_separate_projections
 from .pack import NOT_TERNARY, PackingRecord, nothing_ternary, pack_layer
@@ -49,9 +49,9 @@ def quantize(model_or_pipeline: ModelT, config: TernaryConfig | None = None) -> 
     Raises:
         ValueError: if it is quantized already, carries LoRA layers, has nothing to convert, or holds NaN or Inf;
             nothing is changed then.
-        TypeError: for anything that is not a module and no pipeline.
+        TypeError: for anything that is neither a module nor a pipeline, and for a config of another class.
     """
-    config = config or TernaryConfig()
+    config = given_or_default("config", config, TernaryConfig)
     if is_pipeline(model_or_pipeline):
         for name, plan in plan_pipeline(model_or_pipeline, config).items():
             replace_layers(modules_of(model_or_pipeline)[name], plan, config.for_component(name) or config)

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..backend import ConversionPlan, below_compiled_wrappers, plan_pipeline, with_separate_projections
-from ..backend.config import TernaryConfig
+from ..backend.config import TernaryConfig, given_or_default
 from ..backend.reports import attach_report
 from ..lora import folded_adapters
 from ..rollouts import Rollouts, fingerprint, make_rollouts, weights_sha256
@@ -68,14 +68,14 @@ def calibrate(
         `DiffusionPipeline`: the same pipeline, with the [`CalibrationReport`] as its `ternary_report`.
 
     Raises:
-        TypeError: if `pipeline` is not a pipeline, or a prompt no string.
+        TypeError: if `pipeline` is not a pipeline, a prompt is not a string, or a config is of another class.
         ValueError: for no or empty prompts, a pipeline without a denoiser or quantized already, call arguments that
             it does not take, NaN or Inf in weights or activations.
         BlockingIOError: if another calibration is using `work_dir`.
         MemoryError: when memory runs out; says which option lowers the need.
     """
-    config = config or TernaryConfig()
-    calibration = calibration or CalibrationConfig()
+    config = given_or_default("config", config, TernaryConfig)
+    calibration = given_or_default("calibration", calibration, CalibrationConfig)
     if not isinstance(pipeline, DiffusionPipeline):
         raise TypeError(f"calibrate takes a diffusers pipeline, got {type(pipeline).__name__}.")
     rollouts = make_rollouts(

@@ -110,7 +110,8 @@ class CalibrationConfig:
         batch_size (`int`, *optional*, defaults to 1): prompts per pipeline call.
         call_kwargs (`Mapping[str, Any]`, *optional*): further arguments of the pipeline call (steps, guidance, size);
             use what the quantized pipeline will be run with. The pipeline's defaults hold for the rest.
-        accumulate (`str`, *optional*, defaults to `"float32"`): dtype of statistics and solver, or `"float64"`.
+        accumulate (`str`, *optional*, defaults to `"float32"`): dtype of statistics and solver: `"float32"` or
+            `"float64"`.
         sequential (`bool`, *optional*, defaults to `False`): solve block after block, each for the inputs that it gets
             behind the blocks that are quantized already, on the rollouts that these draw. One pass over the prompts
             per block.

@@ -12,6 +12,7 @@ from diffusers.utils.logging import tqdm
 from torch import nn
 
 from ..backend import below_compiled_wrappers, bits_per_weight, with_separate_projections
+from ..backend.config import given_or_default
 from ..backend.reports import attach_report
 from ..layers import TernaryLayer
 from ..lora.compat import BaseTunerLayer, ModulesToSaveWrapper, PeftModel, check_adapters_to_merge
@@ -108,8 +109,9 @@ def merge_lora(
     Raises:
         ValueError: without adapters on packed layers, for fused adapters, unknown names, adapters on layers that
             are int8, weights that are not in memory, or nothing to do. Nothing is changed then.
-        TypeError: for prompts without a pipeline.
+        TypeError: for prompts without a pipeline, and for a config of another class.
     """
+    calibration = given_or_default("calibration", calibration, CalibrationConfig)
     if not requantize and rank is None:
         raise ValueError(
             "merge_lora(requantize=False) keeps the codes, so the adapters need a low-rank branch: give rank=... "
@@ -121,7 +123,6 @@ def merge_lora(
         raise ValueError("No packed layer carries an adapter. Load one first: pipe.load_lora_weights(...).")
     names = tuple(adapter_names) if adapter_names is not None else _active_names(adapted)
     _check(adapted, names)
-    calibration = calibration or CalibrationConfig()
     moments: dict[str, InputMoments] = {}
     if prompts is not None:
         if not isinstance(pipeline_or_model, DiffusionPipeline):

@@ -68,6 +68,7 @@ def _help(field: Field, flags: Mapping[str, str]) -> str:
     text = field.doc[:1].upper() + field.doc[1:]
     text = re.sub(r"\[`~?([^`]+)`\]", r"\1", text)
     text = re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), text)
+    text = text.replace("; `None` =", "; default:") if field.default == "None" else text
     text = text.replace("`None` =", "Default:" if field.default == "None" else "none =")
     return escape(re.sub(r'`|(?<!\w)"(?=[\w.*])|(?<=\w)"(?!\w)', "", text))
 

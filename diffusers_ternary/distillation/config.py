@@ -51,10 +51,10 @@ class DistillConfig:
             `"scales"`: the scales, codes frozen; the cheap one. `"blockwise"`: codes and scales of one block after
             the other, each against the teacher's output of that block, then all scales. `"full"`: all codes (through
             float32 latents) and scales. `"lora"`: a low-rank correction and the scales, codes frozen.
-        updates (`int`, *optional*, defaults to 2000): of the weights; formerly `steps`.
+        updates (`int`, *optional*, defaults to 2000): updates of the weights (formerly `steps`).
         batch_size (`int`, *optional*, defaults to 32): rows of one forward on one device.
-        gradient_accumulation_steps (`int`, *optional*, defaults to 1): forwards of one update; formerly
-            `gradient_accumulation`.
+        gradient_accumulation_steps (`int`, *optional*, defaults to 1): forwards of one update (formerly
+            `gradient_accumulation`).
         seed (`int`, *optional*, defaults to 0): of the order of the data, the noise and the timesteps.
         rank (`int`, *optional*, defaults to 16): of the correction in mode `"lora"`.
         train_scales (`bool`, *optional*, defaults to `True`): `False` freezes the scales: with mode `"scales"` only
@@ -62,7 +62,8 @@ class DistillConfig:
         train_other (`str`, *optional*, defaults to `"vectors"`): what is trained of the rest of the denoiser:
             `"none"`, `"vectors"` (biases and norms) or `"all"` (embedders and final projection too). Biases of
             ternary layers always are.
-        latent_lr, scale_lr, low_rank_lr, other_lr (`float`, *optional*): peak learning rates.
+        latent_lr, scale_lr, low_rank_lr, other_lr (`float`, *optional*): peak learning rates; those of latents
+            and scales follow the layer's mean scale where none is given.
         block_weight (`float`, *optional*, defaults to 0.5): weight of the mean relative error of the blocks' outputs
             beside the error of the prediction.
         timesteps (`str`, *optional*, defaults to `"auto"`): `"logit_normal"` (80 %, the rest uniform), `"schedule"`
@@ -81,7 +82,7 @@ class DistillConfig:
             bits where mode is `"full"` on a GPU and bitsandbytes is installed.
         mixed_precision (`str`, *optional*): `"no"` or `"bf16"`; `None` = what `accelerate launch` says.
         gradient_checkpointing (`bool`, *optional*): `None` = on for models of more than 500 million weights.
-        trackers (`tuple[str, ...]`, *optional*): names that accelerate knows, e.g. `("tensorboard",)`.
+        trackers (`tuple[str, ...]`, *optional*): names that accelerate knows, e.g. `"tensorboard"`.
         calibration ([`CalibrationConfig`], *optional*): how the student is made that training starts from; `None` =
             plain rounding. Not used if a student is given.
         calibration_prompts (`int`, *optional*, defaults to 128): how many of the training prompts it uses.

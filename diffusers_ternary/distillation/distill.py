@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..backend import below_compiled_wrappers, bits_per_weight, packed_layers, with_separate_projections
-from ..backend.config import TernaryConfig
+from ..backend.config import TernaryConfig, given_or_default
 from ..backend.reports import attach_report
 from ..extras import check_extra
 from ..lora import folded_adapters
@@ -117,7 +117,8 @@ def distill(
         MissingExtraError: without bitsandbytes, if `optimizer="adamw8bit"` asks for it.
         MemoryError: if the run cannot fit.
     """
-    config, distill_config = config or TernaryConfig(), distill_config or DistillConfig()
+    config = given_or_default("config", config, TernaryConfig)
+    distill_config = given_or_default("distill_config", distill_config, DistillConfig)
     component = teacher_component(teacher_pipeline, config)
     teacher = teacher_pipeline.components[component]
     if distill_config.optimizer == "adamw8bit":

@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel, PipelineQuantizationConfig
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from diffusers_ternary import TernaryConfig
+from diffusers_ternary import TernaryConfig, calibrate, distill, merge_lora, quantize
 from diffusers_ternary.backend import TernaryDiffusersQuantizer, TernaryTransformersQuantizer
 from diffusers_ternary.format import FORMAT_VERSION
 from diffusers_ternary.layers import TernaryLinear
@@ -251,3 +251,20 @@ class TestHosts:
         assert isinstance(layer, TernaryLinear)
         assert layer.spec.group_size == 64
         assert model.config.quantization_config.group_size == 64
+
+
+@pytest.mark.parametrize(
+    ("verb", "argument", "cls"),
+    [
+        (quantize, "config", "TernaryConfig"),
+        (calibrate, "config", "TernaryConfig"),
+        (calibrate, "calibration", "CalibrationConfig"),
+        (merge_lora, "calibration", "CalibrationConfig"),
+        (distill, "config", "TernaryConfig"),
+        (distill, "distill_config", "DistillConfig"),
+    ],
+)
+def test_a_config_of_another_class_is_named_by_every_verb(verb, argument, cls):
+    given = (torch.nn.Linear(2, 2),) if verb in (quantize, merge_lora) else (None, ["a prompt"])
+    with pytest.raises(TypeError, match=rf"{argument}='ternary' is not a {cls}\. Give {argument}={cls}\(\.\.\.\)"):
+        verb(*given, **{argument: "ternary"})

@@ -96,6 +96,13 @@ def test_help_reads_well_in_80_columns(command):
     assert not any("\n" in paragraph for paragraph in text.split("\n\n")), "the terminal wraps lines, not the source"
 
 
+def test_the_help_of_a_field_speaks_of_options():
+    texts = {flag: option.help for option in options("distill") for flag in option.opts}
+    assert "; default: what accelerate launch says." in texts["--mixed-precision"]
+    assert "What --override says comes first." in texts["--kind"]
+    assert "--kind" not in texts["--component"]  # its KIND is a part of the value
+
+
 def test_one_word_for_one_thing():
     """The arguments of the pipeline call are the same options in all commands."""
     for name in [parameter.name for parameter in CALL.parameters()]:
