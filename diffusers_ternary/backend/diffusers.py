@@ -119,7 +119,7 @@ class TernaryDiffusersQuantizer(ModelLoading, DiffusersQuantizer):
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Turns the packed tensors of a shard into their memory layout, checking every tensor on the way."""
         if self.checkpoint is None:
-            return self._float_values(state_dict)
+            return self.float_values(state_dict)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # checksums and conversions release the GIL
             return dict(zip(state_dict, pool.map(self.read_tensor, state_dict, state_dict.values()), strict=True))
 
@@ -132,7 +132,7 @@ class TernaryDiffusersQuantizer(ModelLoading, DiffusersQuantizer):
             return converted
         return converted.clone()  # out of the mapped file: one tensor that stays would keep the whole of it mapped
 
-    def _float_values(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def float_values(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Tensors of a float checkpoint: those to pack as they are stored, all others in their values."""
         refuse_gguf(state_dict, source="the checkpoint")
         _refuse_packed_single_file(state_dict)

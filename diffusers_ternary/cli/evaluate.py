@@ -102,9 +102,9 @@ def evaluate_command(
                 **models,
             )
         teacher_pipeline = options.load_pipeline(teacher, torch_dtype).to(place)
+        student_pipeline = load_student(student, teacher_pipeline, torch_dtype).to(place)
         if lines is not None:
             show_plan(teacher_pipeline, lines, call_kwargs)
-        student_pipeline = load_student(student, teacher_pipeline, torch_dtype).to(place)
         if options.is_demo(teacher) and lines is not None:
             scorers.update(options.demo_scorers(lines))
         result = evaluate(

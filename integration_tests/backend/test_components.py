@@ -88,7 +88,7 @@ class TestCompiled:
     def test_distilled(self, tmp_path):
         pipelines = [distillation.teacher(), compiled(distillation.teacher())]
         students = [
-            distillation.run(tmp_path / str(number), pipeline=pipeline, mode="scales", steps=2)
+            distillation.run(tmp_path / str(number), pipeline=pipeline, mode="scales", updates=2)
             for number, pipeline in enumerate(pipelines)
         ]
         assert same_weights(students[0].transformer, students[1].transformer)

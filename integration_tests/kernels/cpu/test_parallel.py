@@ -23,15 +23,16 @@ from pathlib import Path
 
 import torch
 from diffusers_ternary.kernels import cpu
+from diffusers_ternary.kernels.operands import PackedWeight
 
 torch.manual_seed(0)
 torch.set_num_threads(8)
 
 
 def make(rows, columns, in_features, kernel):
-    x, weight = torch.randn(rows, in_features), torch.randint(-128, 128, (columns, in_features // 4), dtype=torch.int8)
-    scale = torch.rand(columns, in_features // 64).half()
-    return lambda: kernel(x, weight, scale, None, None, in_features=in_features, group_size=64)
+    x, codes = torch.randn(rows, in_features), torch.randint(-128, 128, (columns, in_features // 4), dtype=torch.int8)
+    weight = PackedWeight(codes, torch.rand(columns, in_features // 64).half(), None, in_features, 64)
+    return lambda: kernel(x, weight, None)
 
 
 layers = [
