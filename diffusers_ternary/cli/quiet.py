@@ -17,10 +17,12 @@ def quiet_hosts() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_keep)
+    for module in ("pipelines.pipeline_utils", "loaders.lora_base"):
+        logging.getLogger(f"diffusers.{module}").addFilter(_keep)
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of PEFT, for a second adapter
 
 
 def _keep(record: logging.LogRecord) -> bool:
     # Pipelines are annotated with one autoencoder and take several: "Expected types for vae: AutoencoderKL, got ...".
-    return not record.getMessage().startswith("Expected types for ")
+    # Adapters need not be of every text encoder: "No LoRA keys associated to CLIPTextModel found with the prefix=...".
+    return not record.getMessage().startswith(("Expected types for ", "No LoRA keys associated to "))

@@ -29,7 +29,7 @@ class FoldedAdapter:
     """An adapter that has become part of a pipeline's weights.
 
     Args:
-        name (`str`): of its file.
+        name (`str`): of its file, or of the folder that it was given by.
         scale (`float`): that it was folded in with.
         sha256 (`str`): of its file.
     """
@@ -76,7 +76,7 @@ def check_adapters(adapters: Mapping[str | os.PathLike[str], float]) -> dict[pat
         twin = next((other for other, adapter in found.items() if adapter.sha256 == sha256), None)
         if twin is not None:
             raise ValueError(f"{given} is the same adapter as {twin}. Give it once, with the sum of the scales.")
-        found[file] = FoldedAdapter(file.name, float(scale), sha256)
+        found[file] = FoldedAdapter(path.resolve().name, float(scale), sha256)
     return found
 
 

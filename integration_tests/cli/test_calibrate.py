@@ -50,6 +50,7 @@ def test_adapters_are_folded_in(source, adapters, prompts, tmp_path):
         report = json.loads((tmp_path / name / "calibration.json").read_text(encoding="utf-8"))
         weights[name] = report["weights_sha256"]
     assert "folded into the float model: style.safetensors at scale 0.5" in result.output
+    assert "No LoRA keys" not in result.output
     assert report["adapters"] == [
         {"name": style.name, "scale": 0.5, "sha256": file_sha256(style)},
         {"name": other.name, "scale": 1.0, "sha256": file_sha256(other)},

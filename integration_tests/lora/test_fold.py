@@ -85,7 +85,7 @@ def test_a_folder_of_save_lora_weights(files, tmp_path):
     (tmp_path / "style").mkdir()
     style.rename(tmp_path / "style" / "pytorch_lora_weights.safetensors")
     folded = flux()
-    fold_adapters(folded, {tmp_path / "style": 1})
+    assert [str(adapter) for adapter in fold_adapters(folded, {tmp_path / "style": 1})] == ["style at scale 1"]
     name = f"{DENOISER_LAYERS[0]}.weight"
     assert not torch.equal(folded.transformer.get_parameter(name), flux().transformer.get_parameter(name))
 
