@@ -23,12 +23,17 @@ def known_call(source: str) -> dict[str, Any]:
 
         return dict(DEMO_CALL)
     for file, config in _REPORTS.items():
-        report = read_json(folder / file) or {}
-        call = (report.get(config) or {}).get("call_kwargs") or {}
+        call = _section(_section(read_json(folder / file), config), "call_kwargs")
         if call:
             # Other values may be the repr of an object.
             return {name: value for name, value in call.items() if isinstance(value, (bool, int, float))}
     return {}
+
+
+def _section(report: Any, name: str) -> Mapping[str, Any]:
+    """A part of a report; empty where there is none, or the file is of something else."""
+    found = report.get(name) if isinstance(report, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def show_plan(pipeline: Any, prompts: Sequence[str], call_kwargs: Mapping[str, Any], *further: str) -> None:

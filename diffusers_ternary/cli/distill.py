@@ -82,7 +82,7 @@ def distill_command(
     with _quiet(state.is_main_process), explained_errors(ExitCode.USAGE):
         from ..distillation import DistillConfig, distill
 
-        if values["held_out"] is not None and not values["held_out"].isdecimal():
+        if values["held_out"] is not None and not values["held_out"].lstrip("-").isdecimal():
             warn_renamed("--held-out FILE", "--held-out-prompts FILE")
             held_out_prompts, values["held_out"] = held_out_prompts or values["held_out"], None
         if inference_steps is not None:

@@ -63,9 +63,13 @@ def _argument_docs(docstring: str) -> dict[str, str]:
     return docs
 
 
+def _sentences(field: Field) -> str:
+    return field.doc[:1].upper() + field.doc[1:]
+
+
 def _help(field: Field, flags: Mapping[str, str]) -> str:
     """The docstring's passage without marks of code; what `None` does is the default, or has a word of its own."""
-    text = field.doc[:1].upper() + field.doc[1:]
+    text = _sentences(field)
     text = re.sub(r"\[`~?([^`]+)`\]", r"\1", text)
     text = re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), text)
     text = text.replace("; `None` =", "; default:") if field.default == "None" else text
@@ -208,7 +212,7 @@ class ConfigOptions:
                 except ValueError as error:
                     if flag in str(error):
                         raise
-                    raise ValueError(f"{flag} {value!r} cannot be read: {error}. {field.doc}") from error
+                    raise ValueError(f"{flag} {value!r} cannot be read: {error}. {_sentences(field)}") from error
         return fields
 
     def _key(self, field: str) -> str:

@@ -63,14 +63,16 @@ def quantize_command(
 
 
 def _show(place: str, config: "TernaryConfig") -> None:
-    """What would be quantized, of headers alone; a Hub id is not downloaded for it."""
+    """What would be quantized, of headers alone; the weights of a Hub id are not downloaded for it."""
+    from ..backend.sources import read_source_json, selected_components
     from ..interop.inspection import inspect_path
 
+    index = read_source_json(place, "model_index.json")
+    selected = None if index is None else selected_components(index, config, source=place)
     console.print(escape(repr(config)), soft_wrap=True, highlight=False)
     if not pathlib.Path(place).is_dir():
         console.print(f"{escape(place)} is on the Hub and would be read from there", soft_wrap=True)
         return
-    parts = inspect_path(pathlib.Path(place))
-    for part in parts:
-        what = "to quantize" if len(parts) == 1 or config.selects(part.name) else "kept"
+    for part in inspect_path(pathlib.Path(place)):
+        what = "to quantize" if selected is None or part.name in selected else "kept"
         console.print(f"{escape(part.name)}: {format_bytes(part.bytes)}, {what}", soft_wrap=True)

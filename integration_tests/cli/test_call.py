@@ -27,6 +27,14 @@ def test_models_carry_their_call(tmp_path):
     assert known_call(str(tmp_path)) == {"height": 32}
 
 
+@pytest.mark.parametrize(
+    "report", [{"calibration": [1]}, {"calibration": {"call_kwargs": [1]}}, {"calibration": None}]
+)
+def test_a_report_of_something_else_says_nothing_of_the_call(section, tmp_path):
+    (tmp_path / "calibration.json").write_text(json.dumps({"calibration": section}))
+    assert known_call(str(tmp_path)) == {}
+
+
 @pytest.mark.parametrize("source", ["demo", demo_folder()])
 @pytest.mark.parametrize("command", ["calibrate", "distill"])
 def test_a_dry_run_says_what_would_be_drawn_and_writes_nothing(command, source, prompts, tmp_path):
@@ -45,6 +53,8 @@ def test_a_dry_run_of_quantize(tmp_path):
     assert "transformer: 6.8 MB, to quantize" in result.output
     assert "vae:" in result.output
     assert list(tmp_path.iterdir()) == []
+    wrong = run_command("quantize", "demo", tmp_path / "out", "--component", "unet", "--dry-run")
+    assert (wrong.exit_code, "has no component unet" in wrong.output) == (3, True)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     assert run_command("quantize", "demo", tmp_path / "out", "--dry-run").exit_code == 3
@@ -58,6 +68,12 @@ def test_old_flags_of_distill_are_read_and_warn(prompts, tmp_path):
         assert f"{name} is {new} now" in result.output
     assert "--cache is --cache-dir now" in result.output
     assert "3 denoising steps" in result.output
+
+
+def test_a_negative_number_of_held_out_prompts_is_not_a_file(prompts, tmp_path):
+    result = run_command("distill", "demo", tmp_path / "out", "--prompts", prompts, "--held-out", "-1")
+    assert result.exit_code == 2, result.output
+    assert "held_out=-1 is below 1" in result.output
 
 
 def test_steps_of_distill_are_denoising_steps(prompts, tmp_path):
