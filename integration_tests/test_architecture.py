@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dependency direction of the packages, and the licence line of every source file.
+"""The dependency direction of the packages, and the license line of every source file.
 
 Imports are parsed, not run, so that lazy ones inside functions count too.
 """
@@ -203,7 +203,7 @@ def sources() -> Iterator[Path]:
                 yield file
 
 
-def test_every_source_file_has_the_licence_line_first():
+def test_every_source_file_has_the_license_line_first():
     missing = [
         str(file.relative_to(ROOT))
         for file in sources()

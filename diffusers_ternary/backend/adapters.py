@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What becomes of adapters when a packed model is saved: never dropped, never under a wrong name.
 
-Image prompt adapters (IP-Adapter) are no part of the model, so they are never packed either. They live in the
+Image prompt adapters (IP-Adapter) are not part of the model, so they are never packed either. They live in the
 attention processors, which are modules only then, and in a projection of the picture's embedding: `encoder_hid_proj`
 of UNets and Flux, `image_proj` of Stable Diffusion 3.
 """

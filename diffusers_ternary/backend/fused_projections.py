@@ -78,7 +78,7 @@ def copied_projections(names: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 def with_separate_projections(function: Callable[P, T]) -> Callable[P, T]:
     """Makes a function that changes layers see models, and pipelines of models, without fused projections.
 
-    They are fused again afterwards, so that the fused copies follow the layers.
+    They are fused again afterward, so that the fused copies follow the layers.
     """
 
     @functools.wraps(function)

@@ -41,7 +41,7 @@ def calibrate(
     """Ternarizes the denoisers of a pipeline in place, with codes chosen on its own rollouts.
 
     The float pipeline draws the prompts with its own scheduler; the inputs of every layer to convert are summed up
-    as H = E[x xᵀ] over all steps, guidance branches and tokens. Codes and scales of each layer then minimise the
+    as H = E[x xᵀ] over all steps, guidance branches and tokens. Codes and scales of each layer then minimize the
     error of its output, tr((W - Ŵ) H (W - Ŵ)ᵀ): GPTQ (Frantar et al., arXiv 2210.17323), coordinate descent on the
     codes, and a joint least-squares fit of the scales. No images and no training. The result saves, loads and
     dequantizes like one from [`quantize`], at the same number of bits.

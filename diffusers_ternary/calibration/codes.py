@@ -24,7 +24,7 @@ class CodeSearch:
 
     GPTQ gives a [`start`], which coordinate descent and the joint refit of the scales [`improve`] in turn; [`pack`]
     rounds the scales to their storage, and the codes descend once more against the rounded scales, so that what is
-    packed is what was optimised.
+    packed is what was optimized.
 
     Args:
         target (`torch.Tensor`): float `[K, N]`, the transposed weight.

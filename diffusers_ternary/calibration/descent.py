@@ -9,7 +9,7 @@ from .gptq import BLOCK_COLUMNS, Coding, group_slices, nearest_codes
 
 
 def coordinate_descent(weight: torch.Tensor, hessian: torch.Tensor, coding: Coding) -> tuple[Coding, int]:
-    """One pass over all columns, vectorised over the rows; the error tr(E H Eᵀ) never grows.
+    """One pass over all columns, vectorized over the rows; the error tr(E H Eᵀ) never grows.
 
     With E = W - Ŵ and the gradient g = E H, the best code of column j is the one nearest to
     `(t_j s + g_j / H_jj) / s`; then g loses `Δŵ_j H_j`. Columns with H_jj = 0 keep their codes.

@@ -52,7 +52,7 @@ def group_slices(columns: int, group_size: int) -> list[slice]:
 def gptq(
     weight: torch.Tensor, upper: torch.Tensor, *, group_size: int, rounding: str = "twn", stretch: float = 1.0
 ) -> Coding:
-    """Codes and scales of a weight, vectorised over its rows.
+    """Codes and scales of a weight, vectorized over its rows.
 
     With R Rᵀ = H (R upper triangular) and the residual E = W - Ŵ of the columns < a, the optimal compensation of the
     columns a..b is `E R[:a, a:b] R[a:b, a:b]⁻¹` (GPTQ with U = chol(H⁻¹)ᵀ = R⁻¹, of which it needs diagonal

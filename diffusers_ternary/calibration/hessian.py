@@ -64,9 +64,9 @@ def _terms(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
 
 
 def damp(hessian: torch.Tensor, damping: float, *, name: str = "layer") -> DampedHessian:
-    """Adds to the diagonal until the Cholesky factorisation succeeds.
+    """Adds to the diagonal until the Cholesky factorization succeeds.
 
-    R Rᵀ with an *upper* R comes from the ordinary factorisation of the matrix with both axes reversed. Its diagonal
+    R Rᵀ with an *upper* R comes from the ordinary factorization of the matrix with both axes reversed. Its diagonal
     blocks are all that GPTQ needs of chol(H⁻¹), so H is never inverted.
 
     Args:

@@ -40,7 +40,7 @@ class MergedLayer:
         adapter_energy (`float`): of what the adapters add: |ΔW|² / |W + ΔW|².
         error (`float`): of what was packed: |W + ΔW - Ŵ|² / |W + ΔW|². With calibration data, |·| is that of the
             layer's output, else that of the weight. Near `adapter_energy`, the adapter is lost.
-        bits_per_weight (`float`): stored in a file afterwards.
+        bits_per_weight (`float`): stored in a file afterward.
     """
 
     name: str
@@ -97,7 +97,7 @@ def merge_lora(
         adapter_names (`Sequence[str]`, *optional*): default: those that are active. They must be active, with the
             weights they are to be merged with (`set_adapters`).
         requantize (`bool`, *optional*, defaults to `True`): whether to choose new codes.
-        rank (`int`, *optional*): of the low-rank branch afterwards, 16 rank (N + K) / (N K) bits per weight; default:
+        rank (`int`, *optional*): of the low-rank branch afterward, 16 rank (N + K) / (N K) bits per weight; default:
             as it is.
         prompts (`Sequence[str]`, *optional*): for statistics; needs a pipeline.
         calibration ([`CalibrationConfig`], *optional*): how to run the pipeline and to solve the layers.

@@ -28,7 +28,7 @@ def split_stages(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
 
 @contextlib.contextmanager
 def quantized_prefix(model: nn.Module, config: TernaryConfig, solved: Mapping[str, SolvedLayer]) -> Iterator[None]:
-    """Inside, the solved layers of the model are packed; afterwards they are the float modules again.
+    """Inside, the solved layers of the model are packed; afterward they are the float modules again.
 
     Args:
         model (`nn.Module`): the float denoiser.

@@ -15,7 +15,7 @@ _CHUNK_ELEMENTS = 1 << 24
 
 
 def refit_scales(target: torch.Tensor, hessian: torch.Tensor, coding: Coding) -> Coding:
-    """Minimises tr(E H Eᵀ) over the scales.
+    """Minimizes tr(E H Eᵀ) over the scales.
 
     Per row `A s = b` with `A_ab = t_aᵀ H_ab t_b` and `b_a = t_aᵀ (H w)_a`, a batched solve of G × G systems. A group
     whose best scale is negative gets the opposite codes and the positive scale, which is the same weight.

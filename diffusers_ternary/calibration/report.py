@@ -18,7 +18,7 @@ from ..lora import FoldedAdapter
 PLOT = "The figure of the calibration"  # for who lacks its library
 _TABLE_ROWS = 15
 _ROW_HEIGHT = 0.18  # inches, in the figure
-# Okabe-Ito colours, by kind of candidate.
+# Okabe-Ito colors, by kind of candidate.
 _COLORS = {"keep": "#000000", "int8": "#0072b2", "low-rank": "#cc79a7", "ternary": "#d55e00"}
 
 

@@ -71,7 +71,7 @@ def record_states(
 def measure_sensitivities(run: CalibrationRun, states: TeacherStates) -> None:
     """Puts every candidate of every layer into the float denoiser alone, and replays the calls.
 
-    Nothing is changed afterwards. Finished layers are stored, and taken from there by a rerun.
+    Nothing is changed afterward. Finished layers are stored, and taken from there by a rerun.
 
     Args:
         run ([`CalibrationRun`]): with its candidates solved; gets the `sensitivities`.

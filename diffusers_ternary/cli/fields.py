@@ -238,7 +238,7 @@ def _option(key: str, kind: Any, decl: str, text: str, metavar: str | None, pane
 
 def warn_renamed(old: str, new: str) -> None:
     """Says that a flag has a new name."""
-    errors.print(f"warning: {old} is {new} now; the old name goes soon.", soft_wrap=True, markup=False)
+    errors.print(f"warning: {old} is {new} now; the old name will be removed.", soft_wrap=True, markup=False)
 
 
 def with_options(*groups: Any) -> Callable[[CommandT], CommandT]:

@@ -18,7 +18,7 @@ def push_command(
     repo_id: Annotated[
         str, typer.Argument(help="NAMESPACE/NAME on the Hub; made if it does not exist.", metavar="REPO")
     ],
-    base_model: Annotated[str, typer.Option(help="Hub id of the float model; its card gives licence and tag.")],
+    base_model: Annotated[str, typer.Option(help="Hub id of the float model; its card gives license and tag.")],
     report: Annotated[
         pathlib.Path | None,
         typer.Option(help="What evaluate --report wrote: its folder or JSON file.", metavar="PATH"),

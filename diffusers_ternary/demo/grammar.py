@@ -2,7 +2,7 @@
 """The language of the pixel people: nine attributes, and prompts that express them.
 
 One prompt reads ``smiling person, long red hair, tan skin, no glasses, blue cap, striped green shirt, pink
-background``. Every attribute that a prompt names can be seen in the picture: a bald head has no hair colour, and hats
+background``. Every attribute that a prompt names can be seen in the picture: a bald head has no hair color, and hats
 are only worn over hair styles that stay visible below them.
 """
 
@@ -71,7 +71,7 @@ class Portrait:
         if (self.hair_color is None) != (self.hair_style == "bald"):
             raise ValueError(
                 f"hair_color={self.hair_color!r} with hair_style={self.hair_style!r}: "
-                "a bald head has no hair colour (None), every other style has one."
+                "a bald head has no hair color (None), every other style has one."
             )
         if self.hat != "no hat" and self.hair_style not in _HAT_STYLES:
             raise ValueError(

@@ -2,7 +2,7 @@
 """The judge: does a picture show the attributes that its prompt asks for?
 
 A small convolutional classifier with one head per attribute of the pixel-people grammar. It scores generated pictures
-as GenEval (arXiv:2310.11513) scores objects and colours: an attribute that the prompt mentions is right or wrong, one
+as GenEval (arXiv:2310.11513) scores objects and colors: an attribute that the prompt mentions is right or wrong, one
 that it does not mention is not counted.
 """
 

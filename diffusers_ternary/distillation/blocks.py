@@ -29,7 +29,7 @@ def recorded_blocks(
 ) -> Iterator[dict[str, tuple[torch.Tensor, ...]]]:
     """Keeps the outputs of blocks while the model runs inside, in the order in which they run.
 
-    Hooks are gone afterwards: gradient checkpointing runs the blocks again, and those outputs are not wanted.
+    Hooks are gone afterward: gradient checkpointing runs the blocks again, and those outputs are not wanted.
 
     Args:
         model (`nn.Module`): the denoiser.

@@ -72,7 +72,7 @@ def save_checkpoint(
     *,
     main_process: bool,
 ) -> None:
-    """Writes what is trained and the optimiser's state; older checkpoints go when the new one is complete.
+    """Writes what is trained and the optimizer's state; older checkpoints go when the new one is complete.
 
     All processes have to call; sharded states are gathered, and the main process writes.
     """
@@ -91,7 +91,7 @@ def save_checkpoint(
 
 @torch.no_grad()
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts a checkpoint's state into a model and an optimiser made like those it was saved from.
+    """Puts a checkpoint's state into a model and an optimizer made like those it was saved from.
 
     Every process reads the file. Learning rates and the like come with the run's settings, not from here.
 

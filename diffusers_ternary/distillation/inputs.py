@@ -18,7 +18,7 @@ from .noise import NoiseProcess
 from .online import TeacherPool
 
 
-# Weyl constants keep neighbouring seeds, steps and processes apart; torch mixes the sum.
+# Weyl constants keep neighboring seeds, steps and processes apart; torch mixes the sum.
 _SEED_STRIDES = (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xAEF17502108EF2D9, 0x94D049BB133111EB)
 
 TeacherData: TypeAlias = TeacherCache | TeacherPool
@@ -98,7 +98,7 @@ def held_out_inputs(data: TeacherData, noise: NoiseProcess, indices: Sequence[in
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator for up to four numbers; neighbours give unrelated streams."""
+    """A CPU generator for up to four numbers; neighbors give unrelated streams."""
     mixed = sum((number + 1) * stride for number, stride in zip(numbers, _SEED_STRIDES, strict=False))
     return torch.Generator().manual_seed(mixed % 2**63)
 

@@ -87,8 +87,8 @@ class NoiseProcess:
         if len(levels) < 2 or not bool(((levels > 0) & (levels < 1)).all()):
             return 1.0
         odds, inverse = levels / (1 - levels), 1 / torch.arange(1, len(levels) + 1, dtype=torch.float64)
-        centred = inverse - inverse.mean()
-        slope = (centred * odds).sum() / centred.square().sum()
+        centered = inverse - inverse.mean()
+        slope = (centered * odds).sum() / centered.square().sum()
         return min(max(float(slope * inverse.mean() - odds.mean()), _SHIFTS[0]), _SHIFTS[1])
 
     def mix(self, sample: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is optimised, how fast, and by what."""
+"""What is optimized, how fast, and by what."""
 
 import logging
 import math
@@ -72,9 +72,9 @@ def make_optimizer(groups: list[dict[str, Any]], config: DistillConfig, device: 
     """
     if uses_8_bits(config, on_gpu=device.type == "cuda"):
         bitsandbytes = import_extra("bitsandbytes", "optimizer='adamw8bit'")
-        logger.info("Optimiser: AdamW with 8-bit states (bitsandbytes).")
+        logger.info("Optimizer: AdamW with 8-bit states (bitsandbytes).")
         return bitsandbytes.optim.AdamW8bit(groups, betas=BETAS, weight_decay=0.0)
-    logger.info("Optimiser: AdamW with float32 states.")
+    logger.info("Optimizer: AdamW with float32 states.")
     return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
 
 

@@ -263,7 +263,7 @@ def watched_steps(scheduler: Any, watch: Callable[[torch.Tensor], None]) -> Iter
 def _conditional_branch(calls: list[DenoiserCall], directions: list[torch.Tensor], *, usual: int) -> int:
     """Which of two branches is the prompt's: u + g (c - u) has more of c than of u in it.
 
-    Guidance that rescales or renormalises changes both shares by one factor, so their order stays.
+    Guidance that rescales or renormalizes changes both shares by one factor, so their order stays.
     """
     products, target = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for number, direction in enumerate(directions):

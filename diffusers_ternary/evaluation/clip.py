@@ -62,7 +62,7 @@ class ClipScore:
             )
             pixels = self.image_processor(images=list(images[part]), return_tensors="pt")["pixel_values"]
             output = self.model(pixel_values=pixels.to(self.device), **text.to(self.device))
-            # Both embeddings come normalised.
+            # Both embeddings come normalized.
             cosine = (output.image_embeds.double() * output.text_embeds.double()).sum(dim=-1)
             total += float((100 * cosine).clamp(min=0).sum())
         return total / len(images)

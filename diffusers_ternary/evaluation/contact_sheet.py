@@ -66,7 +66,7 @@ def contact_sheet(
 
 
 def to_tile(image: Image.Image, size: int) -> Image.Image:
-    """Brings the longer side near `size`: small images by a whole factor, nearest neighbour; large ones by Lanczos."""
+    """Brings the longer side near `size`: small images by a whole factor, nearest neighbor; large ones by Lanczos."""
     longest = max(image.size)
     if longest * 2 <= size:
         factor = size // longest

@@ -95,7 +95,7 @@ def load_detector(checkpoint: str | os.PathLike[str], *, device: str | torch.dev
     )
 
 
-class _Labelled:
+class _Labeled:
     """What detectors with fixed classes share: the names behind their label numbers."""
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -114,7 +114,7 @@ class _Labelled:
             )
 
 
-class Mask2FormerDetector(_Labelled):
+class Mask2FormerDetector(_Labeled):
     """Mask2Former for instance segmentation. Boxes are those around the masks.
 
     Args:
@@ -139,7 +139,7 @@ class Mask2FormerDetector(_Labelled):
         return _sorted(found)
 
 
-class ClosedVocabularyDetector(_Labelled):
+class ClosedVocabularyDetector(_Labeled):
     """Detectors of the DETR family.
 
     Args:

@@ -12,5 +12,5 @@ ItemT = TypeVar("ItemT")
 
 
 def bar(items: Sequence[ItemT], description: str, *, visible: bool = True) -> Iterable[ItemT]:
-    """The items, with their share and the time left on stderr while they are taken; gone afterwards."""
+    """The items, with their share and the time left on stderr while they are taken; gone afterward."""
     return track(items, description=description, console=Console(stderr=True), transient=True, disable=not visible)

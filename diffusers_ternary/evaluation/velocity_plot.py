@@ -23,7 +23,7 @@ class _Theme:
     lines: tuple[str, ...]
 
 
-# Okabe-Ito colours: told apart by colour-blind readers, on white and on black.
+# Okabe-Ito colors: told apart by color-blind readers, on white and on black.
 _LIGHT = _Theme("#ffffff", "#1c1c1e", "#dcdce0", ("#0072b2", "#d55e00", "#009e73", "#cc79a7"))
 _DARK = _Theme("#1c1c1e", "#ececf0", "#3a3a3e", ("#56b4e9", "#e69f00", "#009e73", "#cc79a7"))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records that vouch for themselves and for tensors: what was changed afterwards is noticed."""
+"""Records that vouch for themselves and for tensors: what was changed afterward is noticed."""
 
 import hashlib
 import json

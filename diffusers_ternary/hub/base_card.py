@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the card of the base model says: licence, pipeline tag, languages."""
+"""What the card of the base model says: license, pipeline tag, languages."""
 
 import dataclasses
 import enum
@@ -27,7 +27,7 @@ _NON_COMMERCIAL = ("non-commercial", "noncommercial", "-nc-", "-nc", "research",
 
 
 class Terms(enum.Enum):
-    """What a licence allows, as far as its name tells."""
+    """What a license allows, as far as its name tells."""
 
     FREE = "free"
     CONDITIONAL = "conditional"
@@ -36,8 +36,8 @@ class Terms(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Licence:
-    """The licence fields of a card."""
+class License:
+    """The license fields of a card."""
 
     id: str | None = None
     name: str | None = None
@@ -65,39 +65,39 @@ class BaseCard:
 
     Args:
         repo_id (`str`): of the base model.
-        licence ([`Licence`]): empty fields if the card could not be read or names none.
+        license ([`License`]): empty fields if the card could not be read or names none.
         pipeline_tag (`str`, *optional*): e.g. `"text-to-image"`.
         language (`str` or `list[str]`, *optional*): as in the card.
         problem (`str`, *optional*): why the card could not be read.
     """
 
     repo_id: str
-    licence: Licence = Licence()
+    license: License = License()
     pipeline_tag: str | None = None
     language: str | list[str] | None = None
     problem: str | None = None
 
-    def licence_warning(self) -> str | None:
-        """What a publisher must know, in one sentence; `None` if the licence is a free one."""
-        terms = self.licence.terms
+    def license_warning(self) -> str | None:
+        """What a publisher must know, in one sentence; `None` if the license is a free one."""
+        terms = self.license.terms
         if terms is Terms.NON_COMMERCIAL:
             return (
-                f"The licence of {self.repo_id} ({self.licence}) restricts commercial use. It holds for these weights "
+                f"The license of {self.repo_id} ({self.license}) restricts commercial use. It holds for these weights "
                 "too: read it before you publish them."
             )
         if terms is Terms.CONDITIONAL:
-            return f"The licence of {self.repo_id} ({self.licence}) sets conditions on use; they hold here too."
+            return f"The license of {self.repo_id} ({self.license}) sets conditions on use; they hold here too."
         if terms is Terms.UNKNOWN:
             reason = f" ({self.problem})" if self.problem else ""
             return (
-                f"The licence of {self.repo_id} is not known{reason}. Look it up before you publish weights that were "
+                f"The license of {self.repo_id} is not known{reason}. Look it up before you publish weights that were "
                 "made from it."
             )
         return None
 
 
 def read_base_card(repo_id: str, *, token: str | None = None) -> BaseCard:
-    """Reads the base model's card from the Hub; without one, licence and tag stay unknown.
+    """Reads the base model's card from the Hub; without one, license and tag stay unknown.
 
     Raises:
         ValueError: if `repo_id` is not a Hub id.
@@ -116,15 +116,15 @@ def read_base_card(repo_id: str, *, token: str | None = None) -> BaseCard:
     link = data.get("license_link")
     if isinstance(link, str) and "://" not in link:
         link = f"{HUB}/{repo_id}/blob/main/{link}"
-    licence = data.get("license")
-    if isinstance(licence, list):
-        licence = licence[0] if licence else None
+    license = data.get("license")
+    if isinstance(license, list):
+        license = license[0] if license else None
     return BaseCard(
         repo_id,
-        licence=Licence(licence, data.get("license_name"), link),
+        license=License(license, data.get("license_name"), link),
         pipeline_tag=data.get("pipeline_tag"),
         language=data.get("language"),
-        problem=None if licence else "its card names none",
+        problem=None if license else "its card names none",
     )
 
 

@@ -58,9 +58,9 @@ def _card_data(source: Source, repo_id: str, base: BaseCard, reports: Reports) -
         base_model_relation="quantized",
         library_name=source.library,
         pipeline_tag=base.pipeline_tag,
-        license=base.licence.id,
-        license_name=base.licence.name,
-        license_link=base.licence.link,
+        license=base.license.id,
+        license_name=base.license.name,
+        license_link=base.license.link,
         language=base.language,
         tags=["ternary" if source.ternary_layers else "int8", "quantized", "diffusers-ternary"],
         model_name=repo_id.rpartition("/")[2] if evaluation is not None else None,
@@ -107,8 +107,8 @@ def _merge(card: ModelCard, data: ModelCardData, base: BaseCard) -> ModelCard:
         told = _entry(card).get(key, value)
         if told != value:
             raise _contradiction(f"{_KEY}.{key}", told, f"the files give {value!r}")
-    if base.licence.terms is Terms.NON_COMMERCIAL and own.get("license") not in (None, base.licence.id):
-        raise _contradiction("license", own["license"], f"the base model has {base.licence}")
+    if base.license.terms is Terms.NON_COMMERCIAL and own.get("license") not in (None, base.license.id):
+        raise _contradiction("license", own["license"], f"the base model has {base.license}")
     for told in card.data.get("eval_results") or []:
         for measured in data.get("eval_results") or []:
             if told.is_equal_except_value(measured) and told.metric_value != measured.metric_value:

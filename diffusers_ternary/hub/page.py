@@ -51,7 +51,7 @@ def page(
         "kept": kept[:_KEPT_ROWS],
         "kept_rest": f"{_tensors(rest)} in smaller groups" if rest else None,
         "limits": list(_limits(reports)),
-        "licence": _licence(base),
+        "license": _license(base),
     }
 
 
@@ -142,18 +142,18 @@ def _limits(reports: Reports) -> Iterator[str]:
     yield "Limits and biases of the base model hold here too; see its card."
 
 
-def _licence(base: BaseCard) -> str:
-    licence, repo = base.licence, f"[{base.repo_id}]({HUB}/{base.repo_id})"
-    if licence.terms is Terms.UNKNOWN and not licence.name:
+def _license(base: BaseCard) -> str:
+    license, repo = base.license, f"[{base.repo_id}]({HUB}/{base.repo_id})"
+    if license.terms is Terms.UNKNOWN and not license.name:
         return (
-            f"These weights were made from {repo} and are under its licence, which could not be read when this card "
+            f"These weights were made from {repo} and are under its license, which could not be read when this card "
             "was written."
         )
-    shown = f"[{licence}]({licence.link})" if licence.link else str(licence)
-    text = f"The licence of the base model holds for these weights: {shown}, from {repo}."
-    if licence.terms is Terms.NON_COMMERCIAL:
+    shown = f"[{license}]({license.link})" if license.link else str(license)
+    text = f"The license of the base model holds for these weights: {shown}, from {repo}."
+    if license.terms is Terms.NON_COMMERCIAL:
         text += " **It restricts commercial use.**"
-    elif licence.terms is Terms.CONDITIONAL:
+    elif license.terms is Terms.CONDITIONAL:
         text += " It sets conditions on use."
     return text
 

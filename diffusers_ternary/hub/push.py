@@ -85,7 +85,7 @@ def push_to_hub(
             A quantized pipeline or model, or the folder that it was saved to. A README.md in the folder is taken as
             the card's text; its metadata are completed and checked.
         repo_id (`str`): `namespace/name`; made if it does not exist.
-        base_model (`str`): Hub id of the float model. Licence and pipeline tag come from its card.
+        base_model (`str`): Hub id of the float model. License and pipeline tag come from its card.
         report ([`EvaluationResult`], `dict` or path, *optional*):
             What `evaluate` found, or the folder of its report. Default: evaluation.json of the folder, if any.
         calibration ([`CalibrationReport`], `dict` or path, *optional*): default: calibration.json of the folder.
@@ -178,7 +178,7 @@ def prepare(
     generated.mkdir()
     reports = read_reports(source, generated, report=report, calibration=calibration, distillation=distillation)
     card = make_card(source, repo_id, base, reports, include_dequantized=include_dequantized)
-    warning = base.licence_warning()
+    warning = base.license_warning()
     if warning is not None:
         logger.warning("%s", warning)
     files = {**source.files, **dict(_report_files(source, reports, generated))}

@@ -33,7 +33,7 @@ from .open_foreign import open_foreign
 logger = logging.getLogger(__name__)
 # Rows that say how much of an ordinary weight is ternary; ternary ones are read completely.
 _SAMPLE_ROWS = 64
-# Written anew, or said of weights that are no longer there (gemlite).
+# Written anew, or about weights that are no longer there (gemlite).
 _CONFIG_FILES = ("config.json", "quantization_config.json")
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".gguf")
 
@@ -231,7 +231,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _copy_rest(root: pathlib.Path, folder: pathlib.Path, converted: set[str]) -> None:
-    """Everything that is not a weight of a converted model: other components, tokenizers, schedulers, licences."""
+    """Everything that is not a weight of a converted model: other components, tokenizers, schedulers, licenses."""
     if root.is_file():
         return
 

@@ -32,7 +32,7 @@ class _LoraMixin(PackedBaseMixin):
         variants: dict[tuple[str, ...], Any] = super().lora_variants  # type: ignore[misc] # of the PEFT layer
         return {key: variant for key, variant in variants.items() if key in _VARIANTS}
 
-    def check_initialisation(self, config: Any) -> None:
+    def check_initialization(self, config: Any) -> None:
         """Checks that a new adapter leaves the base weight as it is.
 
         Raises:
@@ -81,9 +81,9 @@ class TernaryLoraLinear(_LoraMixin, LoraLinear):
         """Adds an adapter.
 
         Raises:
-            ValueError: if its initialisation would change the base weight.
+            ValueError: if its initialization would change the base weight.
         """
-        self.check_initialisation(config)
+        self.check_initialization(config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         if config.use_dora:
             # PEFT takes the magnitudes from the dequantized weight, which is float32.
@@ -143,9 +143,9 @@ class TernaryLoraConv2d(_LoraMixin, LoraConv2d):
         """Adds an adapter.
 
         Raises:
-            ValueError: if its initialisation would change the base weight.
+            ValueError: if its initialization would change the base weight.
         """
-        self.check_initialisation(config)
+        self.check_initialization(config)
         with self.float_base(values=config.use_dora):
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 

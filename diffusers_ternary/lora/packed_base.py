@@ -47,7 +47,7 @@ class PackedBaseMixin(_TunerLayer):
 
     Merging ("fusing") forms the dense weight of base and adapters and hands it to the base layer, which multiplies by
     it from then on; the packed weight is not touched, so that unmerging is exact to the last bit. A weight is never
-    ternarised again behind the user's back. Where the base had a dense weight already, of adapters that were merged
+    ternarized again behind the user's back. Where the base had a dense weight already, of adapters that were merged
     and then unloaded, unmerging restores that.
 
     The base may stop being packed (`model.dequantize()`): everything is then left to PEFT.

@@ -51,7 +51,7 @@ class DenoiserCall:
 
 @contextlib.contextmanager
 def recorded_calls(denoiser: nn.Module) -> Iterator[list[DenoiserCall]]:
-    """Records the calls of a denoiser while its pipeline runs in this thread. The hook is gone afterwards.
+    """Records the calls of a denoiser while its pipeline runs in this thread. The hook is gone afterward.
 
     Consecutive calls with the same timestep are one step: the branches of classifier-free guidance.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diverse prompts made up offline: subjects, attributes, counts, colours, relations, settings, styles, light, text.
+"""Diverse prompts made up offline: subjects, attributes, counts, colors, relations, settings, styles, light, text.
 
-The forms follow what prompt-following benchmarks ask for (single objects, two objects, counting, colours, positions,
+The forms follow what prompt-following benchmarks ask for (single objects, two objects, counting, colors, positions,
 attribute binding), because that is what low-bit models lose first.
 """
 
@@ -59,7 +59,7 @@ _ANIMAL_ACTIONS = _phrases(
     "eating|yawning|sitting in a cardboard box|wearing a tiny hat|reflected in a puddle|"
     "peeking out of a bag|covered in snow"
 )
-_COLOURS = _phrases("red|blue|green|yellow|orange|purple|pink|black|white|brown|grey|turquoise|golden|silver")
+_COLORS = _phrases("red|blue|green|yellow|orange|purple|pink|black|white|brown|grey|turquoise|golden|silver")
 _MATERIALS = _phrases(
     "glass|wood|marble|rusty metal|porcelain|knitted wool|paper|ice|chocolate|moss|polished bronze|clay|velvet|jade"
 )
@@ -133,14 +133,14 @@ class _Words:
         return self._random.random() < probability
 
     def thing(self) -> str:
-        """An object or animal, described by a colour, a material or a look."""
+        """An object or animal, described by a color, a material or a look."""
         name = self.pick(_OBJECTS if self.chance(0.6) else _ANIMALS)
         return self.described(name)
 
     def described(self, name: str) -> str:
         parts = [name]
         if self.chance(0.6):
-            parts.insert(0, self.pick(_COLOURS))
+            parts.insert(0, self.pick(_COLORS))
         if self.chance(0.3):
             parts.insert(0, self.pick(_LOOKS))
         text = with_article(" ".join(parts))
@@ -204,7 +204,7 @@ def _position(words: _Words) -> str:
 def _count(words: _Words) -> str:
     parts = [words.pick(_NUMBERS)]
     if words.chance(0.5):
-        parts.append(words.pick(_COLOURS))
+        parts.append(words.pick(_COLORS))
     parts.append(plural(words.pick(_OBJECTS if words.chance(0.6) else _ANIMALS)))
     return words.finished(f"{' '.join(parts)} {words.pick(_SETTINGS)}")
 
@@ -216,7 +216,7 @@ def _two_counts(words: _Words) -> str:
 
 def _binding(words: _Words) -> str:
     first, second = words.pick(_OBJECTS), words.pick(_OBJECTS)
-    text = f"{with_article(f'{words.pick(_COLOURS)} {first}')} and {with_article(f'{words.pick(_COLOURS)} {second}')}"
+    text = f"{with_article(f'{words.pick(_COLORS)} {first}')} and {with_article(f'{words.pick(_COLORS)} {second}')}"
     return words.finished(f"{text} {words.pick(_SETTINGS)}")
 
 

@@ -29,7 +29,7 @@ def normalized_error(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> floa
 
 @dataclasses.dataclass(frozen=True)
 class VelocityError:
-    """Normalised mean squared error of the denoiser output: mean |v_s - v_t|^2 / mean |v_t|^2.
+    """Normalized mean squared error of the denoiser output: mean |v_s - v_t|^2 / mean |v_t|^2.
 
     Args:
         timesteps (`tuple[float, ...]`): of each step, as the denoiser receives it.

@@ -8,7 +8,7 @@ import torch
 from ..format import LOW_RANK_DTYPE
 
 
-# Of the randomised range finder (Halko et al., arXiv 0909.4061): the spectrum of a rounding error decays slowly.
+# Of the randomized range finder (Halko et al., arXiv 0909.4061): the spectrum of a rounding error decays slowly.
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 4
 # Below this many rows or columns the exact decomposition is cheap enough.
@@ -39,7 +39,7 @@ class LowRank:
 def low_rank_residual(residual: torch.Tensor, rank: int, *, whitening: torch.Tensor | None = None) -> LowRank:
     """Best rank-r approximation of a residual weight.
 
-    Without whitening it minimises |E - U V|; with S, a square root of H = E[x x^T] (S S^T = H), it minimises
+    Without whitening it minimizes |E - U V|; with S, a square root of H = E[x x^T] (S S^T = H), it minimizes
     |(E - U V) S|, the error of the layer's output over its inputs: truncate the SVD of E S and undo S.
 
     Args:

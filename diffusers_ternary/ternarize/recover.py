@@ -87,7 +87,7 @@ def find_group_size(weight: torch.Tensor) -> int | None:
 
 
 def ternary_fit(weight: torch.Tensor) -> TernaryFit:
-    """How much of a dense `[N, K]` weight is ternary: for reports, and to recognise what is almost ternary."""
+    """How much of a dense `[N, K]` weight is ternary: for reports, and to recognize what is almost ternary."""
     columns = weight.shape[1]
     sizes = [size for size in (columns, 256, 128, 64, MIN_GROUP_SIZE) if size <= columns]
     if weight.dtype not in RECOVERABLE_DTYPES:

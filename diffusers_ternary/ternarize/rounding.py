@@ -2,7 +2,7 @@
 """Rounding rules: from the groups of a float weight to codes and scales, without data.
 
 Every rule takes `[..., G, L]` groups (last groups padded with zeros) and the count of real columns per group, and is
-vectorised over all leading dimensions. Padding never changes a result: codes of zeros are zero in every rule.
+vectorized over all leading dimensions. Padding never changes a result: codes of zeros are zero in every rule.
 """
 
 import dataclasses

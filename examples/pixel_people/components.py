@@ -54,7 +54,7 @@ def build_identity_vae() -> AutoencoderTiny:
 
 
 def build_transformer(*, num_layers: int, num_single_layers: int, num_heads: int) -> FluxTransformer2DModel:
-    """A small Flux transformer over 2x2 patches of RGB pixels, with Flux's and DiT's initialisation."""
+    """A small Flux transformer over 2x2 patches of RGB pixels, with Flux's and DiT's initialization."""
     transformer = FluxTransformer2DModel(
         in_channels=12,
         num_layers=num_layers,

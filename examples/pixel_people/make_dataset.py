@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Render the pixel-people data set: exactly labelled 16x16 portraits, split by attribute combination.
+"""Render the pixel-people data set: exactly labeled 16x16 portraits, split by attribute combination.
 
 The drawings come from the avatar style ``@dicebear/pixel-art`` (design CC0-1.0, code MIT), asked for explicit parts
-and colours, so that every label is exact. Parts that look alike at 16 pixels are not used.
+and colors, so that every label is exact. Parts that look alike at 16 pixels are not used.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ SHIRT_COLORS = {
     "black": "202020",
 }
 BACKGROUNDS = {"white": "ffffff", "gray": "9a9a9a", "green": "a6e89a", "blue": "8cc4ff", "pink": "ffb0d0"}
-HAT_COLORS = ("d81b7a", "0a9a8f", "6d7fb8")  # not a hair colour, so that hat and hair stay apart; never in a prompt
+HAT_COLORS = ("d81b7a", "0a9a8f", "6d7fb8")  # not a hair color, so that hat and hair stay apart; never in a prompt
 EYES = ("variant02", "variant09", "variant12")
 
 
 def options(portrait: Portrait, rng: random.Random) -> dict[str, Any]:
-    """The avatar options that draw a portrait; what no attribute decides (eyes, hat colour) is drawn at random."""
+    """The avatar options that draw a portrait; what no attribute decides (eyes, hat color) is drawn at random."""
     drawn: dict[str, Any] = {
         "hair": [rng.choice(HAIR[portrait.hair_style])] if portrait.hair_color else [],
         "skinColor": [SKINS[portrait.skin]],

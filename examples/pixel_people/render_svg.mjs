@@ -10,7 +10,7 @@ const absent = {
 
 for await (const line of readline.createInterface({ input: process.stdin })) {
   const svg = createAvatar(pixelArt, { seed: '', ...absent, ...JSON.parse(line) }).toString();
-  // the licence metadata is the same in every picture (see README.md); without it, parsing is faster
+  // the license metadata is the same in every picture (see README.md); without it, parsing is faster
   const drawing = svg.replace(/<metadata.*?<\/metadata>/s, '').replaceAll('\n', ' ');
   if (!process.stdout.write(drawing + '\n')) {
     await new Promise((resolve) => process.stdout.once('drain', resolve));

@@ -24,7 +24,7 @@ TEST_IMAGES = 512  # shipped with the package
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Noise, colour shifts and smoothing: generated pictures are not as clean as rendered ones."""
+    """Noise, color shifts and smoothing: generated pictures are not as clean as rendered ones."""
     size = len(pixels)
     noise = torch.rand(size, 1, 1, 1, generator=generator) ** 2 * 0.3
     gain = 1.0 + 0.15 * torch.randn(size, 3, 1, 1, generator=generator).clamp(-2, 2)

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from diffusers_ternary.evaluation.scenes.vocabulary import CLASSES
 
 
-PACKAGE = "@iconify-json/fluent-emoji-high-contrast@1.2.6"  # licence MIT, Microsoft Corporation
+PACKAGE = "@iconify-json/fluent-emoji-high-contrast@1.2.6"  # license MIT, Microsoft Corporation
 SIZES = (16, 18, 20)  # pixels of the longer side
 RASTER = 192  # pixels; an icon has 32 units
 ICONS = {  # where the icon is not called like the class

@@ -38,7 +38,7 @@ def calibrate_student(
     """Calibrate a teacher in place for the benchmark's call.
 
     Args:
-        pipeline: The teacher; its transformer is packed afterwards.
+        pipeline: The teacher; its transformer is packed afterward.
         prompts: How many.
         config: How to pack; weights only, if not given.
         work_dir: Where finished layers are kept.

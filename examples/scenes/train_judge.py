@@ -31,7 +31,7 @@ from diffusers_ternary.evaluation.scenes.vocabulary import CLASSES
 
 
 logger = logging.getLogger("train_judge")
-SPOILT = 0.08  # share of objects drawn over by another silhouette: neither of both, so nothing is to be found there
+SPOILED = 0.08  # share of objects drawn over by another silhouette: neither of both, so nothing is to be found there
 _INSIDE, _OUTSIDE = 3.0, 6.0  # pixels from an object's center: up to the first a cell is it, from the second it is not
 
 
@@ -42,7 +42,7 @@ def spoil(layout: Layout, sprites: Sprites, rng: random.Random) -> tuple[Layout,
     wanted = objects.clone()
     slots = objects.shape[1]
     for scene, slot in (objects[..., 0] != NOTHING).nonzero().tolist():
-        if rng.random() < SPOILT:
+        if rng.random() < SPOILED:
             drawn[scene, slots + slot] = objects[scene, slot]
             kind = (int(objects[scene, slot, 0]) + rng.randrange(1, len(CLASSES))) % len(CLASSES)
             drawn[scene, slots + slot, 0] = kind

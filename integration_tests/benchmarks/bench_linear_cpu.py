@@ -4,7 +4,7 @@
     python integration_tests/benchmarks/bench_linear_cpu.py           # the best kernel of this machine
     python integration_tests/benchmarks/bench_linear_cpu.py --avx2    # everything limited to AVX2
 
-One thread, thread-CPU time, minimum of 9 interleaved rounds; quantisation of the activations and decoding included.
+One thread, thread-CPU time, minimum of 9 interleaved rounds; quantization of the activations and decoding included.
 Every output is checked before its figure is printed. bitsandbytes chooses its instructions by itself: --avx2 does not
 limit it. Results go to results/linear_cpu_<set>.csv and .png.
 """
@@ -229,9 +229,9 @@ def plot(rows: list[dict[str, object]], title: str, path: Path) -> None:
     for axis, tokens in zip(axes, (1, 1024), strict=True):
         for i, name in enumerate(names):
             values = [row["times float32"] for row in rows if row["layer"] == name and row["M"] == tokens]
-            colour = "tab:green" if name.startswith("ternary") else "tab:grey"
-            axis.plot([min(values), max(values)], [i, i], color=colour, linewidth=6, alpha=0.35)
-            axis.plot(values, [i] * len(values), "o", color=colour, markersize=4)
+            color = "tab:green" if name.startswith("ternary") else "tab:grey"
+            axis.plot([min(values), max(values)], [i, i], color=color, linewidth=6, alpha=0.35)
+            axis.plot(values, [i] * len(values), "o", color=color, markersize=4)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

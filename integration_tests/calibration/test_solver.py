@@ -349,7 +349,7 @@ def test_rotation_is_chosen_where_it_helps():
     assert kept.report.error < 1e-6
 
 
-def test_low_rank_beats_the_same_rank_added_afterwards():
+def test_low_rank_beats_the_same_rank_added_afterward():
     generator = torch.Generator().manual_seed(15)
     mix = torch.randn(256, 256, generator=generator) * torch.logspace(0, -1.5, 256)
     x = torch.randn(2000, 256, generator=generator) @ mix.T

@@ -61,8 +61,8 @@ def test_moments_are_those_of_the_inputs(name):
             tolerance = 1e-5 * np.abs(x).max() ** 2
             np.testing.assert_allclose(found.second.numpy(), x.T @ x / len(x), atol=tolerance)
             np.testing.assert_allclose(found.mean.numpy(), x.mean(axis=0), atol=1e-5 * np.abs(x).max())
-            centred = x - x.mean(axis=0)
-            np.testing.assert_allclose(found.covariance().numpy(), centred.T @ centred / len(x), atol=2 * tolerance)
+            centered = x - x.mean(axis=0)
+            np.testing.assert_allclose(found.covariance().numpy(), centered.T @ centered / len(x), atol=2 * tolerance)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 

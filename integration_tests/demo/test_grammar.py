@@ -122,7 +122,7 @@ def test_what_cannot_be_seen_is_never_asked_for() -> None:
     ("change", "message"),
     [
         ({"skin": "silver"}, "skin='silver'"),
-        ({"hair_style": "bald"}, "no hair colour"),
+        ({"hair_style": "bald"}, "no hair color"),
         ({"hair_color": None}, "every other style has one"),
         ({"hair_style": "mohawk"}, "would hide the hair"),
     ],

@@ -23,7 +23,7 @@ def score(judge: Judge) -> AttributeAccuracy:
     return judge.attribute_accuracy(real.images, real.prompts)
 
 
-def test_the_real_images_are_held_out_and_fully_labelled() -> None:
+def test_the_real_images_are_held_out_and_fully_labeled() -> None:
     real = real_images()
     assert real.images.shape == (512, 16, 16, 3)
     assert real.images.dtype == np.uint8

@@ -107,7 +107,7 @@ def test_held_out_inputs_are_states_of_the_teacher():
     assert made.timestep.tolist() == [0.125, 0.125]
 
 
-def test_generators_of_neighbours_differ():
+def test_generators_of_neighbors_differ():
     draws = {seeded(a, b, c, d).initial_seed() for a in range(3) for b in range(9) for c in range(2) for d in range(2)}
     assert len(draws) == 3 * 9 * 2 * 2
 

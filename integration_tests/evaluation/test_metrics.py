@@ -59,7 +59,7 @@ def ssim_by_hand(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.mean(values))
 
 
-def test_one_grey_level_everywhere_is_48_13_db() -> None:
+def test_one_gray_level_everywhere_is_48_13_db() -> None:
     dark, light = (Image.new("RGB", (16, 16), (value,) * 3) for value in (100, 101))
     assert image_distance([dark], [light]).psnr_db == pytest.approx(20 * math.log10(255), abs=TOLERANCE)
 

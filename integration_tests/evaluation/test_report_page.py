@@ -39,7 +39,7 @@ def test_the_page_needs_nothing_else(result: EvaluationResult, tmp_path) -> None
     page = write_report(result, tmp_path / "out", student_name="s", teacher_name="t").read_text(encoding="utf-8")
     parser = References()
     parser.feed(page)
-    assert len(parser.found) == 2 * 2 + 2  # two pairs, the plot in two colour schemes
+    assert len(parser.found) == 2 * 2 + 2  # two pairs, the plot in two color schemes
     assert all(reference.startswith("data:image/") for reference in parser.found)
     assert not parser.tags & {"script", "link", "iframe", "object"}
     style = page[page.index("<style>") : page.index("</style>")]

@@ -166,7 +166,7 @@ def test_export():
 
 
 @pytest.mark.usefixtures("cuda")
-def test_no_synchronisation_once_tuned():
+def test_no_synchronization_once_tuned():
     model = layer(1024, 1024)
     x = torch.randn(1024, 1024, device=DEVICE, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card: a golden page, what vanishes without data, licences, and what contradicts the weights."""
+"""The model card: a golden page, what vanishes without data, licenses, and what contradicts the weights."""
 
 import ast
 import copy
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from diffusers_ternary.evaluation.result import EvaluationResult, ScorePair
 from diffusers_ternary.format import FileLayout, Int8Spec, TernarySpec, crc32, pack_base3
-from diffusers_ternary.hub.base_card import BaseCard, Licence, Terms, read_base_card
+from diffusers_ternary.hub.base_card import BaseCard, License, Terms, read_base_card
 from diffusers_ternary.hub.push import check_target, prepare
 from diffusers_ternary.rollouts import prompts_sha256
 from diffusers_ternary.rollouts.velocity import VelocityError
@@ -22,7 +22,7 @@ from diffusers_ternary.rollouts.velocity import VelocityError
 
 GOLDEN = pathlib.Path(__file__).with_name("golden_model_card.md")
 BASE = BaseCard(
-    "org/base", Licence("other", "base-non-commercial", "https://example.org/licence"), "text-to-image", "en"
+    "org/base", License("other", "base-non-commercial", "https://example.org/license"), "text-to-image", "en"
 )
 CALIBRATION = {
     "layers": [
@@ -318,35 +318,35 @@ def test_a_generated_card_is_written_anew_until_somebody_edits_it(make, folder):
     assert "## Quality" not in card.text
 
 
-# --- licences ---------------------------------------------------------------------------------------------------
+# --- licenses ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("licence", "terms"),
+    ("license", "terms"),
     [
-        (Licence("apache-2.0"), Terms.FREE),
-        (Licence("mit"), Terms.FREE),
-        (Licence("cc-by-nc-4.0"), Terms.NON_COMMERCIAL),
-        (Licence("other", "flux-1-dev-non-commercial-license"), Terms.NON_COMMERCIAL),
-        (Licence("other", "stabilityai-ai-community"), Terms.NON_COMMERCIAL),
-        (Licence("openrail++"), Terms.CONDITIONAL),
-        (Licence("creativeml-openrail-m"), Terms.CONDITIONAL),
-        (Licence("other", "my-licence"), Terms.UNKNOWN),
-        (Licence("unknown"), Terms.UNKNOWN),
-        (Licence(), Terms.UNKNOWN),
+        (License("apache-2.0"), Terms.FREE),
+        (License("mit"), Terms.FREE),
+        (License("cc-by-nc-4.0"), Terms.NON_COMMERCIAL),
+        (License("other", "flux-1-dev-non-commercial-license"), Terms.NON_COMMERCIAL),
+        (License("other", "stabilityai-ai-community"), Terms.NON_COMMERCIAL),
+        (License("openrail++"), Terms.CONDITIONAL),
+        (License("creativeml-openrail-m"), Terms.CONDITIONAL),
+        (License("other", "my-license"), Terms.UNKNOWN),
+        (License("unknown"), Terms.UNKNOWN),
+        (License(), Terms.UNKNOWN),
     ],
 )
-def test_terms_of_licences(licence, terms):
-    assert licence.terms is terms
-    assert (BaseCard("org/base", licence).licence_warning() is None) is (terms is Terms.FREE)
+def test_terms_of_licenses(license, terms):
+    assert license.terms is terms
+    assert (BaseCard("org/base", license).license_warning() is None) is (terms is Terms.FREE)
 
 
-def test_a_base_that_cannot_be_read_leaves_the_licence_open():
+def test_a_base_that_cannot_be_read_leaves_the_license_open():
     """The test suite is offline."""
     base = read_base_card("org/base")
-    assert base.licence == Licence()
+    assert base.license == License()
     assert base.pipeline_tag is None
-    assert "is not known" in base.licence_warning()
+    assert "is not known" in base.license_warning()
     with pytest.raises(ValueError, match="not a Hub id"):
         read_base_card("./a/local/folder")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving models with adapters: refused with advice, or right; an adapter is never dropped or mislabelled."""
+"""Saving models with adapters: refused with advice, or right; an adapter is never dropped or mislabeled."""
 
 import copy
 

@@ -213,7 +213,7 @@ def change_header(data: bytes, draw: random.Random) -> bytes:
 
 
 def drop_tensor(data: bytes, draw: random.Random) -> bytes:
-    """Removes a tensor and its bytes; the file is in order afterwards."""
+    """Removes a tensor and its bytes; the file is in order afterward."""
     header, rest = split(data)
     name = draw.choice([name for name in header if name != "__metadata__"])
     start, stop = header.pop(name)["data_offsets"]

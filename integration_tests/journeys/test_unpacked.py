@@ -162,7 +162,7 @@ class TestReports:
         assert "x_embedder" in outside
         assert not outside & report.almost.keys()
 
-    def test_inspect_recognises_unpacked_models(self, tmp_path):
+    def test_inspect_recognizes_unpacked_models(self, tmp_path):
         self.damaged(tmp_path / "ternary")
         denoisers.flux().save_pretrained(tmp_path / "float")
         formats = {component.name: component.format for component in inspect_path(tmp_path)}

@@ -91,7 +91,7 @@ class TestPeft:
         assert "unload_and_optionally_merge_module(" in text, f"layers are not asked any more {VERSIONS}"
         assert "merge=merge, safe_merge=safe_merge, adapter_names=adapter_names" in text
 
-    def test_every_initialisation_is_known(self):
+    def test_every_initialization_is_known(self):
         """A new one may change the base weight: decide whether ours refuse it."""
         known = {"pissa", "corda", "olora", "mica", "loftq", "eva", "orthogonal", "lora_ga", "gaussian"}
         text = source(layer.LoraLayer.update_layer) + source(layer.LoraLayer.reset_lora_parameters)

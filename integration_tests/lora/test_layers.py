@@ -375,7 +375,7 @@ class TestDtypes:
 class TestRefusals:
     @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora", "corda", "lora_ga"])
     @pytest.mark.parametrize("target", [LINEAR, POINTWISE])
-    def test_initialisations_that_change_the_base_weight(self, init, target):
+    def test_initializations_that_change_the_base_weight(self, init, target):
         options = {}
         if init == "lora_ga":
             from peft import LoraGAConfig

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the host code would launch on a GPU that is not there, compiled for it and read.
 
-The host code runs on fake tensors, which have shapes and no values: reading a value (a hidden synchronisation) raises.
-Each launch goes through Triton's own specialisation of arguments and through its compiler, and not to a device.
+The host code runs on fake tensors, which have shapes and no values: reading a value (a hidden synchronization) raises.
+Each launch goes through Triton's own specialization of arguments and through its compiler, and not to a device.
 """
 
 import contextlib

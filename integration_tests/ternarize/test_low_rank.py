@@ -17,7 +17,7 @@ def test_plain_residual_is_the_truncated_svd():
         )  # float16 factors
 
 
-def test_whitened_residual_minimises_the_output_error():
+def test_whitened_residual_minimizes_the_output_error():
     generator = torch.Generator().manual_seed(1)
     residual = torch.randn(32, 48, dtype=torch.float64, generator=generator)
     x = torch.randn(500, 48, dtype=torch.float64, generator=generator) @ torch.diag(torch.logspace(-2, 2, 48).double())

@@ -84,7 +84,7 @@ class NativeLibrary:
     def linear(self, arguments: bytes, workers: int) -> int:
         """The layer by `workers` threads; returns how many tokens hold an infinity.
 
-        The call returns when all threads are done, also when a signal arrives meanwhile: Python handles it afterwards.
+        The call returns when all threads are done, also when a signal arrives meanwhile: Python handles it afterward.
         """
         return checked(self.functions.dt_linear(arguments, workers))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grids, arguments and buffers: from tensors to kernel launches, on the current stream, without synchronisation.
+"""Grids, arguments and buffers: from tensors to kernel launches, on the current stream, without synchronization.
 
 Buffers come from the caching allocator for each call and are freed on return: one layer's scratch at a time, safe
 with streams and CUDA graphs.

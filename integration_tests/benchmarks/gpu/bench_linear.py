@@ -4,7 +4,7 @@
     python integration_tests/benchmarks/gpu/bench_linear.py    # at most eight minutes, the most telling shapes first
     TRITON_INTERPRET=1 python integration_tests/benchmarks/gpu/bench_linear.py --dry-run    # no GPU: tiny shapes
 
-Whole layers: quantisation of activations, unpacking and epilogue included; compiling and tuning are not. Candidates
+Whole layers: quantization of activations, unpacking and epilogue included; compiling and tuning are not. Candidates
 are interleaved, caches are cold, each output is checked (on poisoned memory) before it is timed; the device sleeps
 while the host enqueues, whose microseconds have a column of their own. `compile_ahead.py` before saves the minutes in
 which one core compiles. Other libraries'
@@ -161,7 +161,7 @@ def ternary_candidates(
 
 
 def library_candidates(x: torch.Tensor, bias: torch.Tensor, shape: Shape) -> dict[str, Candidate]:
-    """cuBLAS in bfloat16, and its 8-bit products on weights that are dense in 8 bits, with our quantisation of x."""
+    """cuBLAS in bfloat16, and its 8-bit products on weights that are dense in 8 bits, with our quantization of x."""
     generator = torch.Generator(device=x.device).manual_seed(shape.n)
     dense = torch.randn(shape.n, shape.k, generator=generator, device=x.device) * 0.02
     half = dense.to(x.dtype)

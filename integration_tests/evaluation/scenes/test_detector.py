@@ -53,7 +53,7 @@ def test_boxes_are_within_a_pixel_or_two(judge, scenes):
     assert sum(overlaps) / len(overlaps) > 0.85
 
 
-def test_a_spoilt_object_is_none(judge):
+def test_a_spoiled_object_is_none(judge):
     """Two silhouettes on top of each other are neither: a malformed object must not count."""
     rng, sprites = random.Random(3), renderer.Sprites()
     tasks = [task for task in benchmark_tasks(600, 9) if task.tag == "single_object"]

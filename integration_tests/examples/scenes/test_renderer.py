@@ -56,7 +56,7 @@ def test_boxes_are_exactly_where_something_is_drawn(scenes, sprites):
 def test_objects_do_not_touch(scenes, sprites):
     _, layout = scenes
     covered = (renderer.Renderer(sprites).coverage(layout) > 0).float()
-    grown = torch.nn.functional.max_pool2d(covered, 3, stride=1, padding=1)  # 8-neighbourhood
+    grown = torch.nn.functional.max_pool2d(covered, 3, stride=1, padding=1)  # 8-neighborhood
     overlap = torch.einsum("bihw,bjhw->bij", grown, covered)
     overlap.diagonal(dim1=1, dim2=2).zero_()
     assert overlap.max() == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C code on its own: under the address and undefined-behaviour sanitizers, and as AArch64 under an emulator."""
+"""The C code on its own: under the address and undefined-behavior sanitizers, and as AArch64 under an emulator."""
 
 import shutil
 import subprocess

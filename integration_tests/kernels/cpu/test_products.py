@@ -183,7 +183,7 @@ def test_all_variants_round_alike(path):
 @variants
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("columns", [1, 7, 31, 33, 100])
-def test_quantised_rows_equal_torch(variant, dtype, columns):
+def test_quantized_rows_equal_torch(variant, dtype, columns):
     x = torch.randn(9, columns).to(dtype)
     x[3] = 0
     x[4] *= 1e-3

@@ -2,7 +2,7 @@
 """What is launched on GPUs, compiled for them without one: spills, matrix instruction, shared memory, loop length.
 
 The interpreter accepts what GPUs reject. Here the host code itself runs, on fake tensors, with the plans that dispatch
-trusts; every kernel it launches is specialised and compiled as on that GPU.
+trusts; every kernel it launches is specialized and compiled as on that GPU.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inlined PTX of the decoder, executed by a small emulator over every code, multiplier and neighbour.
+"""The inlined PTX of the decoder, executed by a small emulator over every code, multiplier and neighbor.
 
 The interpreter runs the plain twins only, and no GPU is needed to know what these instructions do.
 """
@@ -80,7 +80,7 @@ def signed(byte: int) -> int:
     return byte - 256 if byte & 0x80 else byte
 
 
-# Every packed byte, beside neighbours whose bits could cross over.
+# Every packed byte, beside neighbors whose bits could cross over.
 PACKED = [
     [sum(CODES[code] << 6 - 2 * j for j, code in enumerate(codes)), 0xFF, 0x00, 0x55]
     for codes in itertools.product(CODES, repeat=4)
@@ -110,8 +110,8 @@ def test_plane_halves(plane):
 
 def test_times_integers():
     text = assembly("times_integers")
-    for code, multiplier, neighbour in itertools.product(CODES, range(64), CODES):
-        codes = [neighbour, code, -code, neighbour]
+    for code, multiplier, neighbor in itertools.product(CODES, range(64), CODES):
+        codes = [neighbor, code, -code, neighbor]
         multipliers = [63, multiplier, 63 - multiplier, 0]
         bits = word_of([CODES[c] << 6 for c in codes])
         out = bytes_of(execute(text, {"$1": bits, "$2": word_of(multipliers)})["$0"])

@@ -112,7 +112,7 @@ AMX INLINE void decode_natural(const dt_panel *p, const int multiplied) {
     }
 }
 
-// Any plan: the segments are decoded one by one, as for the other variants, and made signed afterwards.
+// Any plan: the segments are decoded one by one, as for the other variants, and made signed afterward.
 AMX static void decode_padded(const dt_panel *p) {
     dt_decode_avx2(p->plan, 0, p->plan->steps, p->weight, p->weight_end, p->columns, COLUMNS, p->panel);
     for (int32_t s = 0; s < p->plan->steps; s++) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The layer: quantise rows of x, run the tiles (or the GEMV) over packed panels, scale and store.
+// The layer: quantize rows of x, run the tiles (or the GEMV) over packed panels, scale and store.
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,7 +13,7 @@ enum {
     LEAST_ROWS = 96,          // fewer would decode the weight too often
     MOST_ROWS = 1056,
     GEMV_LEAST_GROUP = 32,    // shorter groups would pad every vector of the GEMV
-    ROWS_PER_PART = 256,      // from here each part quantises its own rows and decodes the whole weight for them
+    ROWS_PER_PART = 256,      // from here each part quantizes its own rows and decodes the whole weight for them
     ROW_MULTIPLE = 96,        // a multiple of the tallest tiles, 12 and 32
     MOST_PARTS = 256,
     TILE_ROWS = 16,           // of x, where it is laid out in tiles
@@ -41,7 +41,7 @@ typedef struct {
     int tiled;   // the variant's `multiply` serves
     int folded;  // multipliers are part of the codes
     int64_t padded_rows;
-    ptrdiff_t x_stride;  // bytes between quantised rows
+    ptrdiff_t x_stride;  // bytes between quantized rows
     size_t scale_bytes, correction_bytes, x_bytes;
 } dt_shape;
 
@@ -83,7 +83,7 @@ static int shape_build(dt_shape *shape, const dt_args *args, int64_t rows) {
     return 0;
 }
 
-// Bytes of quantised rows: row scales, corrections, int8 values.
+// Bytes of quantized rows: row scales, corrections, int8 values.
 static size_t prepared_bytes(const dt_shape *shape) { return shape->scale_bytes + shape->correction_bytes + shape->x_bytes; }
 
 static void correct_runs(const dt_shape *shape, const int8_t *q, int32_t *correction) {
@@ -291,7 +291,7 @@ static dt_panel tiled_panel(const dt_shape *shape, const dt_args *args, const ch
     return panel;
 }
 
-// Output columns [n0, n1) of `rows` quantised rows that start at row `row` of out.
+// Output columns [n0, n1) of `rows` quantized rows that start at row `row` of out.
 static int apply(const dt_shape *shape, const dt_args *args, const char *prepared, int64_t row, int64_t rows,
                  int64_t n0, int64_t n1) {
     const dt_variant *v = shape->variant;
@@ -352,7 +352,7 @@ static const dt_variant *variant_of(const dt_args *args) {
     return VARIANTS[args->variant >= 0 && args->variant < VARIANT_COUNT ? args->variant : VARIANT_COUNT - 1];
 }
 
-// Rows that are quantised together: their int8 copy stays in the second-level cache.
+// Rows that are quantized together: their int8 copy stays in the second-level cache.
 static int64_t block_rows(const dt_args *args) {
     const int64_t bytes = variant_of(args)->block_bytes;
     if (!bytes) return ROW_BLOCK;
@@ -513,7 +513,7 @@ DT_EXPORT int64_t dt_accumulate(const dt_args *layer, const int8_t *x, int32_t *
     return error;
 }
 
-// Test hook: int8 rows as the layer quantises them, without padding, and their scales.
+// Test hook: int8 rows as the layer quantizes them, without padding, and their scales.
 DT_EXPORT int64_t dt_quantize_rows(const dt_args *args, int8_t *q, float *scales) {
     dt_shape shape;
     int64_t error = shape_build(&shape, args, args->rows);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A pool of threads that sleep between calls. dt_parallel returns when every part is done and nothing of a call outlives
-// it, so a signal that Python handles afterwards (Ctrl-C) finds no thread that still writes into the caller's memory.
+// it, so a signal that Python handles afterward (Ctrl-C) finds no thread that still writes into the caller's memory.
 // Threads are shared by all callers, and a caller works as well: it never waits for a thread that another call keeps
 // busy. There are as many as the widest call needed.
 #if defined(__linux__) && !defined(_GNU_SOURCE)
