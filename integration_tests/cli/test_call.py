@@ -27,9 +27,7 @@ def test_models_carry_their_call(tmp_path):
     assert known_call(str(tmp_path)) == {"height": 32}
 
 
-@pytest.mark.parametrize(
-    "report", [{"calibration": [1]}, {"calibration": {"call_kwargs": [1]}}, {"calibration": None}]
-)
+@pytest.mark.parametrize("section", [[1], {"call_kwargs": [1]}, None])
 def test_a_report_of_something_else_says_nothing_of_the_call(section, tmp_path):
     (tmp_path / "calibration.json").write_text(json.dumps({"calibration": section}))
     assert known_call(str(tmp_path)) == {}
