@@ -20,8 +20,8 @@ from ..calibration.statistics import InputGroup
 from ..distillation.config import MODES, DistillConfig
 from ..distillation.memory import FLOAT32, estimate_memory, forward_activations
 from ..format import LayerSpec, TernarySpec
+from ..format.scales import scale_layout
 from ..layers import FLOAT_TYPES
-from ..ternarize.weight import scale_layout
 from .parts import Part
 
 

@@ -9,8 +9,11 @@ the better of float32 and bfloat16 F.linear. Results go to results/choice_cpu.cs
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 import torch.nn.functional as F
 from cpu_timing import interleaved, processor

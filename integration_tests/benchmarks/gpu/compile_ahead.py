@@ -21,9 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[3]))
 import torch
 from bench_linear import DRY_SHAPES, GROUP, SHAPES, Shape
-from compile_every_plan import Job, compile_job, launched
 
 from diffusers_ternary.kernels.triton.dispatch import Request, candidates
+from integration_tests.compile_every_plan import Job, compile_job, launched
 from integration_tests.support.gpu_compiler import TARGETS
 
 
