@@ -19,8 +19,7 @@ from ..backend.sizes import file_bytes, memory_bytes
 from ..calibration.statistics import InputGroup
 from ..distillation.config import MODES, DistillConfig
 from ..distillation.memory import FLOAT32, estimate_memory, forward_activations
-from ..format import LayerSpec, TernarySpec
-from ..format.scales import scale_layout
+from ..format import LayerSpec
 from ..layers import FLOAT_TYPES
 from .parts import Part
 
@@ -63,7 +62,7 @@ class ModelEstimate:
         for name, kind in plan_conversion(self.part.model, self.config).kinds.items():
             module = self.part.model.get_submodule(name)
             assert isinstance(module, FLOAT_TYPES)
-            specs[name] = _settled(layer_spec(kind, module, self.config), self.config)
+            specs[name] = layer_spec(kind, module, self.config)
         return specs
 
     @property
@@ -142,11 +141,3 @@ class ModelEstimate:
     def _ternary(self) -> TernaryConfig:
         """What tells the blocks of a denoiser, whatever it becomes."""
         return self.config if self.config is not None and self.config.kind == "ternary" else TernaryConfig()
-
-
-def _settled(spec: LayerSpec, config: TernaryConfig) -> LayerSpec:
-    """The spec with what packing will decide."""
-    if not isinstance(spec, TernarySpec):
-        return spec
-    scales = scale_layout(config.scale_layout, spec.in_features, spec.group_size)
-    return dataclasses.replace(spec, scales=scales, hadamard=config.hadamard, rank=config.rank)
