@@ -10,8 +10,9 @@ what `diffusers-ternary plan` would.
 """
 
 import argparse
+import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import diffusers
@@ -19,9 +20,8 @@ import torch
 import transformers
 from torch import nn
 
-from diffusers_ternary.planning import Part, PipelinePlan, plan_parts
+from diffusers_ternary.planning import Part, plan_parts
 from diffusers_ternary.planning.picture import Picture
-from diffusers_ternary.planning.plan import table
 
 
 README = Path(__file__).with_name("README.md")
@@ -204,28 +204,94 @@ def _wan_2_2() -> dict[str, nn.Module]:
 
 
 SQUARE, CLIP = Picture(1024), Picture(632, frames=81)  # 832 x 480 pixels
-PIPELINES: dict[str, tuple[Callable[[], dict[str, nn.Module]], Picture]] = {
-    "FLUX.1-dev": (_flux_1, SQUARE),
-    "FLUX.2-klein-4B": (_flux_2_klein, SQUARE),
-    "Z-Image-Turbo": (_z_image, SQUARE),
-    "Qwen-Image": (_qwen_image, SQUARE),
-    "SANA-1.6B": (_sana, SQUARE),
-    "SD-3.5-large": (_sd_3_5_large, SQUARE),
-    "SDXL": (_sdxl, SQUARE),
-    "Wan2.2-T2V-A14B": (_wan_2_2, CLIP),
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published pipeline.
+
+    Args:
+        models (`Callable`): builds its models.
+        steps (`int`): denoising steps that it is drawn with.
+        forwards (`int`): of each: two with classifier-free guidance.
+        picture ([`Picture`]): what it draws.
+    """
+
+    models: Callable[[], dict[str, nn.Module]]
+    steps: int
+    forwards: int = 1
+    picture: Picture = SQUARE
+
+
+PIPELINES = {
+    "FLUX.1-dev": Published(_flux_1, 28),
+    "FLUX.2-klein-4B": Published(_flux_2_klein, 4),
+    "Z-Image-Turbo": Published(_z_image, 9),
+    "Qwen-Image": Published(_qwen_image, 50, 2),
+    "SANA-1.6B": Published(_sana, 20, 2),
+    "SD-3.5-large": Published(_sd_3_5_large, 28, 2),
+    "SDXL": Published(_sdxl, 30, 2),
+    "Wan2.2-T2V-A14B": Published(_wan_2_2, 40, 2, CLIP),
 }
+# What the hours stand for.
+CALIBRATION_PROMPTS, DISTILLATION_PROMPTS, UPDATES, ROWS = 128, 4000, 2000, 32
+_FLOPS = 200e12  # a second, of which an H100 has 990 in 16 bits
+_TRAINING = 5  # forwards of a row: teacher, student, the student's again, and two for its gradients
 
 
 def published(name: str) -> dict[str, Part]:
     """The models of a published pipeline, on the meta device."""
     with torch.device("meta"):
-        models = PIPELINES[name][0]()
+        models = PIPELINES[name].models()
     return {component: Part.of_model(component, model) for component, model in models.items()}
 
 
-def plan_published(name: str, vram: int | None = None) -> PipelinePlan:
-    """What becomes of a published pipeline."""
-    return plan_parts(published(name), source=name, vram=vram, picture=PIPELINES[name][1])
+def row(name: str) -> list[str]:
+    """The line of a pipeline."""
+    parts, entry = published(name), PIPELINES[name]
+    plan = plan_parts(parts, source=name, picture=entry.picture)
+    largest = max(plan.denoisers, key=lambda part: part.source)
+    sizes = [
+        sum(part.source for part in plan.denoisers),
+        sum(part.file for part in plan.denoisers),
+        sum(part.file for part in plan.components if part.name.startswith("text_encoder")),
+        plan.drawing,
+        dataclasses.replace(plan, offload=True).drawing,
+        max(part.quantizing for part in plan.components),
+        largest.calibrating or 0,
+        *(largest.distilling[mode] for mode in ("scales", "lora", "blockwise", "full")),
+    ]
+    return [
+        name,
+        *(f"{size / 1e9:.1f}" for size in sizes),
+        *(f"{float(f'{hours:.2g}'):g}" for hours in _hours(parts, entry)),
+    ]
+
+
+def _hours(parts: dict[str, Part], entry: Published) -> tuple[float, float]:
+    """Of one GPU, to gather the statistics of calibration in one pass, and to distill; two operations a weight."""
+    denoiser = next(part for part in parts.values() if part.denoises)
+    seconds = 2 * denoiser.weights * entry.picture.tokens(denoiser, parts.values()) / _FLOPS
+    drawing = seconds * entry.steps * entry.forwards
+    training = seconds * _TRAINING * UPDATES * ROWS
+    return CALIBRATION_PROMPTS * drawing / 3600, (DISTILLATION_PROMPTS * drawing + training) / 3600
+
+
+def table(names: Iterable[str]) -> str:
+    """Markdown; GB, and hours."""
+    sizes = [
+        "denoiser in 16 bits",
+        "ternary file",
+        "text encoders",
+        "draw",
+        "draw, offloaded",
+        "quantize",
+        "calibrate",
+    ]
+    modes = [f"distill `{mode}`" for mode in ("scales", "lora", "blockwise", "full")]
+    heading = ["", *sizes, *modes, "hours to calibrate", "hours to distill"]
+    rows = [heading, ["---", *["--:"] * (len(heading) - 1)], *map(row, names)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def main() -> None:
@@ -234,7 +300,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PIPELINES, default=list(PIPELINES))
     parser.add_argument("--write", action="store_true", help="write the table into README.md beside this file")
     options = parser.parse_args()
-    made = table([plan_published(name) for name in options.only])
+    made = table(options.only)
     print(made)
     if options.write:
         text = README.read_text(encoding="utf-8")

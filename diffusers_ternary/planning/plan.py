@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..backend.config import TernaryConfig
@@ -281,32 +281,3 @@ class _Choices:
 
 def _command(name: str, source: str, destination: str, *options: str) -> str:
     return " ".join(["diffusers-ternary", name, shlex.quote(source), shlex.quote(destination), *options])
-
-
-def table(plans: Iterable[PipelinePlan]) -> str:
-    """Sizes and memory of several pipelines as a table in Markdown, a line each, in GB."""
-    heading = [
-        "pipeline",
-        "denoiser, 16 bits",
-        "ternary file",
-        "text encoders in int8",
-        "drawing",
-        "drawing, offloaded",
-    ]
-    heading += ["quantize", "calibrate", *(f"distill `{mode}`" for mode in _MODES)]
-    rows = [heading, ["---", *["--:"] * (len(heading) - 1)]]
-    for each in plans:
-        largest = max(each.denoisers, key=lambda part: part.source)
-        encoders = [part for part in each.components if part.name.startswith("text_encoder")]
-        figures = [
-            sum(part.source for part in each.denoisers),
-            sum(part.file for part in each.denoisers),
-            sum(part.file for part in encoders),
-            each.drawing,
-            dataclasses.replace(each, offload=True).drawing,
-            max(part.quantizing for part in each.components),
-            largest.calibrating or 0,
-            *(largest.distilling[mode] for mode in _MODES),
-        ]
-        rows.append([each.source, *(f"{value / 1e9:.1f}" for value in figures)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

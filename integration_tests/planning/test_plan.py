@@ -4,22 +4,19 @@
 import csv
 import json
 import runpy
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
-from typer.main import get_command
 
 from diffusers_ternary import TernaryConfig
-from diffusers_ternary.cli import app
 from diffusers_ternary.demo import demo_folder
 from diffusers_ternary.planning import Part, plan, plan_parts
 from diffusers_ternary.planning.estimates import LIBRARIES, ModelEstimate
 from diffusers_ternary.planning.parts import pipeline_models
 from diffusers_ternary.planning.picture import Picture
-from integration_tests.support.command_line import run_command
+from integration_tests.support.command_line import parse_command, run_command
 from integration_tests.support.header_only import write_model, write_pipeline
 
 
@@ -40,7 +37,7 @@ def published() -> dict:
 def flux(published, tmp_path_factory) -> Path:
     """FLUX.1-dev, 34 GB, as headers and holes."""
     with torch.device("meta"):
-        models = published["PIPELINES"]["FLUX.1-dev"][0]()
+        models = published["PIPELINES"]["FLUX.1-dev"].models()
     folder = write_pipeline(tmp_path_factory.mktemp("pipelines") / "FLUX.1-dev", "FluxPipeline", models)
     assert sum(file.stat().st_blocks * 512 for file in folder.rglob("*.safetensors")) < 10e6
     return folder
@@ -107,7 +104,7 @@ def test_the_peak_of_a_denoising_step(measured):
 )
 def test_published_models_have_their_published_sizes(published, name, parameters, image_tokens):
     parts = published["published"](name)
-    picture = published["PIPELINES"][name][1]
+    picture = published["PIPELINES"][name].picture
     denoisers = [part for part in parts.values() if part.denoises]
     assert sum(part.weights for part in denoisers) == pytest.approx(parameters, rel=0.02)
     assert picture.tokens(denoisers[0], parts.values()) == image_tokens + 512
@@ -146,14 +143,7 @@ def test_what_it_says_can_be_run(flux):
     assert code[-1] == "pipe.enable_model_cpu_offload()"
     assert [command.split()[1] for command in found.commands] == ["quantize", "calibrate", "distill"]
     for command in found.commands:
-        parse(command)
-
-
-def parse(command: str) -> None:
-    """Fails if the command line does not know an option, or what it is given."""
-    program, name, *arguments = shlex.split(command)
-    assert program == "diffusers-ternary"
-    get_command(app).commands[name].make_context(name, arguments)
+        parse_command(command)
 
 
 def test_the_command(flux):
@@ -205,4 +195,4 @@ def test_several_denoisers_are_distilled_one_by_one(published):
     assert [command.split()[1] for command in found.commands] == ["quantize", "calibrate", "distill", "distill"]
     assert found.commands[-1].endswith("--component transformer_2")
     for command in found.commands:
-        parse(command)
+        parse_command(command)
