@@ -11,6 +11,7 @@ import torch
 
 from ..backend.folder import explained_loading, quant_method, weight_files, weights_name
 from ..backend.foreign import refuse_quantized_headers
+from ..backend.method import QUANT_METHOD
 from ..files import read_json
 from .clark import is_clark, read_clark
 from .foreign_model import ForeignModel, Item
@@ -108,6 +109,8 @@ def _open_folder(folder: pathlib.Path, given: dict[str, Any] | None, variant: st
         )
     # "hqq" and "gemlite" configs name the backend of the state dict that is about to be read.
     method = quant_method(config, source=folder)
+    if method == QUANT_METHOD:
+        raise ValueError(f"{folder} is packed already. To export it, say to what: to='gguf' or to='mflux'.")
     if method not in (None, "hqq", "gemlite"):
         raise ValueError(f"{folder} is quantized already ({method}). convert reads unpacked weights and 2-bit packs.")
     config = {name: value for name, value in config.items() if name != "quantization_config"}

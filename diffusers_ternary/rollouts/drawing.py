@@ -104,6 +104,8 @@ def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts={prompts!r} is one string. Give a list: prompts=[...].")
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts={prompts!r} is not a list. Give one: prompts=[...].")
     prompts = tuple(prompts)
     if not prompts:
         raise ValueError(
