@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..files import parse_json_object
 from ..format import (
     DTYPES,
+    FLOAT_NAMES,
     LOW_RANK_DTYPE,
     LOW_RANK_NAMES,
     METADATA_KEY,
@@ -367,7 +368,7 @@ def to_memory(name: str, suffix: str, tensor: torch.Tensor, spec: LayerSpec, *, 
     parameter holds.
     """
     check_tensor(name, suffix, tensor, spec, source=source)
-    if suffix == "weight_scale" or suffix in LOW_RANK_NAMES:
+    if suffix in FLOAT_NAMES:
         return scale_to_bits(tensor)
     if suffix == "weight" and isinstance(spec, TernarySpec):
         return base3_to_planes(tensor, spec.out_features, spec.in_features)
@@ -376,10 +377,8 @@ def to_memory(name: str, suffix: str, tensor: torch.Tensor, spec: LayerSpec, *, 
 
 def to_file(suffix: str, tensor: torch.Tensor, spec: LayerSpec, scale_dtype: torch.dtype) -> torch.Tensor:
     """Inverse of [`to_memory`]."""
-    if suffix == "weight_scale":
-        return bits_to_scale(tensor, scale_dtype)
-    if suffix in LOW_RANK_NAMES:
-        return bits_to_scale(tensor, LOW_RANK_DTYPE)
+    if suffix in FLOAT_NAMES:
+        return bits_to_scale(tensor, scale_dtype if suffix == "weight_scale" else LOW_RANK_DTYPE)
     if suffix == "weight" and isinstance(spec, TernarySpec):
         return planes_to_base3(tensor, spec.in_features)
     return tensor

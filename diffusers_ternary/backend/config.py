@@ -148,6 +148,16 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         return None if self.components is None else list(self.components)
 
     @property
+    def spec_options(self) -> dict[str, Any]:
+        """What it asks for every ternary weight: arguments of [`TernarySpec.for_matrix`] and [`ternarize`]."""
+        return {
+            "group_size": self.group_size,
+            "scales": self.scale_layout,
+            "hadamard": self.hadamard,
+            "rank": self.rank,
+        }
+
+    @property
     def torch_compute_dtype(self) -> torch.dtype | None:
         """`compute_dtype` as a `torch.dtype`."""
         return None if self.compute_dtype is None else COMPUTE_DTYPES[self.compute_dtype]

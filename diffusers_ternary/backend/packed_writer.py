@@ -61,7 +61,7 @@ class PackedFolderWriter:
         stored = {**weight.tensors(), "weight": planes_to_base3(weight.packed, weight.spec.in_features)}
         for suffix, tensor in stored.items():
             self.add_tensor(f"{name}.{suffix}", tensor)
-            self.layer_bytes += tensor.numel() * tensor.element_size()
+            self.layer_bytes += tensor.nbytes
 
     def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Stores a tensor as it is.
@@ -73,7 +73,7 @@ class PackedFolderWriter:
             raise ValueError(f"The source holds {name} twice. Delete one of them.")
         header = TensorHeader(dtype_name(tensor, name), tuple(tensor.shape))
         data = tensor.detach().cpu().contiguous()
-        size = data.numel() * data.element_size()
+        size = data.nbytes
         shard = self._shard_for(size)
         shard.file.write(data.reshape(-1).view(torch.uint8).numpy().data)
         shard.tensors.append(_Stored(name, data.dtype, shard.size, size))

@@ -108,11 +108,4 @@ def layer_spec(kind: str, module: FloatLayer, config: TernaryConfig) -> LayerSpe
     rows, columns = matrix_shape(module)
     if kind == "int8":
         return Int8Spec(rows, columns)
-    return TernarySpec.for_matrix(
-        rows,
-        columns,
-        group_size=config.group_size,
-        scales=config.scale_layout,
-        hadamard=config.hadamard,
-        rank=config.rank,
-    )
+    return TernarySpec.for_matrix(rows, columns, **config.spec_options)

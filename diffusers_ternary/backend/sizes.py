@@ -43,7 +43,7 @@ def planned_bytes(layer: QuantizedLayer, config: TernaryConfig) -> int:
     if layer.is_packed:
         return layer.stored_bytes()
     if config.rounding == RECOVER:
-        return layer.weight.numel() * layer.weight.element_size()
+        return layer.weight.nbytes
     return memory_bytes(layer.spec)
 
 
@@ -58,7 +58,7 @@ def model_bytes(model: nn.Module, config: TernaryConfig) -> int:
     placeholders = {f"{name}.weight": layer for name, layer in layers if not layer.is_packed}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return sum(
-        planned_bytes(placeholders[name], config) if name in placeholders else tensor.numel() * tensor.element_size()
+        planned_bytes(placeholders[name], config) if name in placeholders else tensor.nbytes
         for name, tensor in tensors.items()
     )
 

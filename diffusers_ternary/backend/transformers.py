@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..format import FLOAT_NAMES
 from ..layers import QuantizedLayer, TernaryLinear, read_records
 from .checkpoint import check_values
 from .compat import (
@@ -26,7 +27,6 @@ from .summary import packed_layers
 
 
 _STORED = TernaryLinear.packed_names
-_STORED_FLOATS = tuple(name for name in _STORED if name not in ("weight", "weight_multiplier"))
 
 
 class QuantizerOperation(ConversionOps):
@@ -164,7 +164,7 @@ class TernaryTransformersQuantizer(ModelLoading, HfQuantizer):
         is_float = (
             param.get_dtype().startswith(("F", "BF")) if hasattr(param, "get_dtype") else param.is_floating_point()
         )
-        stored = any(name in _STORED_FLOATS for name in getattr(converter, "source_patterns", ()))
+        stored = any(name in FLOAT_NAMES for name in getattr(converter, "source_patterns", ()))
         return dtype if is_float and not stored else None
 
     def read_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

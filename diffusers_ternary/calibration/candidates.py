@@ -40,14 +40,8 @@ class Candidate:
             return None
         if self.kind == "int8":
             return Int8Spec(rows, columns)
-        return TernarySpec.for_matrix(
-            rows,
-            columns,
-            group_size=self.group_size,
-            scales=config.scale_layout,
-            hadamard=config.hadamard,
-            rank=self.rank,
-        )
+        own = {"group_size": self.group_size, "rank": self.rank}
+        return TernarySpec.for_matrix(rows, columns, **{**config.spec_options, **own})
 
 
 def base_candidate(config: TernaryConfig) -> Candidate:

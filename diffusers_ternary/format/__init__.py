@@ -15,12 +15,22 @@ from .scales import (
     scale_layout,
     storage_dtype,
 )
-from .spec import LOW_RANK_DTYPE, LOW_RANK_NAMES, Int8Spec, LayerSpec, TensorSpec, TernarySpec, layer_spec_from_json
+from .spec import (
+    FLOAT_NAMES,
+    LOW_RANK_DTYPE,
+    LOW_RANK_NAMES,
+    Int8Spec,
+    LayerSpec,
+    TensorSpec,
+    TernarySpec,
+    layer_spec_from_json,
+)
 
 
 __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
+    "FLOAT_NAMES",
     "FORMAT_VERSION",
     "LOW_RANK_DTYPE",
     "LOW_RANK_NAMES",

@@ -16,6 +16,7 @@ SCALE_LAYOUTS = ("group", "double")
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOW_RANK_DTYPE = torch.float16
 LOW_RANK_NAMES = ("low_rank_up", "low_rank_down")
+FLOAT_NAMES = ("weight_scale", *LOW_RANK_NAMES)  # which layers hold as bit patterns
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from ..format import LOW_RANK_NAMES, LayerSpec, layer_spec_from_json
+from ..format import FLOAT_NAMES, LayerSpec, layer_spec_from_json
 from ..kernels.compat import is_autocast
 from ..kernels.ops import ResidentWeight, check_float
 from ..ternarize import Int8Weight, TernaryWeight
@@ -149,9 +149,8 @@ class QuantizedLayer(nn.Module):
             if name not in tensors:
                 setattr(self, name, None)  # of a layout that was installed before
         for name, tensor in tensors.items():
-            if name == "weight_scale" or name in LOW_RANK_NAMES:
-                tensor = scale_to_bits(tensor)
-            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+            stored = scale_to_bits(tensor) if name in FLOAT_NAMES else tensor
+            setattr(self, name, nn.Parameter(stored, requires_grad=False))
         self.fused_weight = self.fused_bias = self._resident = None
 
     def install_weight(self, weight: TernaryWeight | Int8Weight) -> None:
@@ -256,7 +255,7 @@ class QuantizedLayer(nn.Module):
     def stored_bytes(self) -> int:
         """Bytes of the packed tensors as they are in memory (bias not counted)."""
         parameters = (getattr(self, name) for name in self.packed_names)
-        return sum(p.numel() * p.element_size() for p in parameters if p is not None)
+        return sum(p.nbytes for p in parameters if p is not None)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """What the float module computes, in the dtype that it would return.

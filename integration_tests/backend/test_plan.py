@@ -138,14 +138,7 @@ def test_a_layer_is_packed_as_it_was_planned(module, options):
     layer = placeholder_for(module, layer_spec("ternary", module, config), config)
     planned, nbytes = layer.spec, planned_bytes(layer, config)
     assert pack_layer(layer, module.weight.detach(), name="layer", config=config, record=PackingRecord())
-    expected = ternarize(
-        module.weight.detach().flatten(1),
-        group_size=config.group_size,
-        rounding=config.rounding,
-        scales=config.scale_layout,
-        hadamard=config.hadamard,
-        rank=config.rank,
-    )
+    expected = ternarize(module.weight.detach().flatten(1), rounding=config.rounding, **config.spec_options)
     assert layer.spec == planned == expected.spec
     assert layer.stored_bytes() == nbytes
     assert torch.equal(layer.weight, expected.packed)
