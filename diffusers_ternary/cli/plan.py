@@ -2,6 +2,7 @@
 """`diffusers-ternary plan`."""
 
 import json
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,12 +10,15 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from . import options
+from .call import known_call
 from .console import console, escape, explained_errors, format_bytes
 from .quiet import quiet_hosts
 
 
 if TYPE_CHECKING:
     from ..planning import PipelinePlan
+
+_SIDE = 1024  # pixels
 
 
 def plan_command(
@@ -27,7 +31,14 @@ def plan_command(
             metavar="SIZE",
         ),
     ] = None,
-    pixels: Annotated[int, typer.Option(help="Pixels of a side that are drawn.", min=1)] = 1024,
+    pixels: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels of a side that are drawn. Default: what the model was calibrated at, if its folder says it, "
+            "else 1024.",
+            min=1,
+        ),
+    ] = None,
     frames: Annotated[int, typer.Option(help="Frames of a clip that is drawn.", min=1)] = 1,
     as_json: options.AsJson = False,
 ) -> None:
@@ -42,11 +53,17 @@ def plan_command(
     with explained_errors():
         from ..planning import plan
 
-        found = plan(options.place_of(source), vram=vram, pixels=pixels, frames=frames)
+        place = options.place_of(source)
+        found = plan(place, vram=vram, pixels=pixels or _known_side(place), frames=frames)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
         return
     _show(found)
+
+
+def _known_side(place: str) -> int:
+    call = known_call(place)
+    return math.isqrt(int(call.get("height", _SIDE)) * int(call.get("width", _SIDE)))
 
 
 def _show(found: "PipelinePlan") -> None:
