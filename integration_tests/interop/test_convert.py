@@ -118,7 +118,7 @@ def test_wrong_option_values_exit_with_2_whatever_the_source(tmp_path, options, 
         (["{published}/text_encoder", "out"], "has no ternary layer"),
         (["{published}", "out", "--component", "unet"], "no component unet"),
         (["{published}/transformer", "out.gguf"], "is not a packed model"),
-        (["{converted}/transformer", "out"], "quantized already"),
+        (["{converted}/transformer", "out"], "is packed already"),
     ],
 )
 def test_bad_input_has_exit_code_3_and_writes_nothing(published, converted, tmp_path, arguments, message):

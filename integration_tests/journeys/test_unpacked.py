@@ -254,7 +254,7 @@ class TestBadInput:
 
     def test_packed_already(self, tmp_path):
         quantize(denoisers.flux()).save_pretrained(tmp_path / "in")
-        self.refused(tmp_path, "quantized already")
+        self.refused(tmp_path, "is packed already")
 
     def test_a_pipeline_without_such_a_component(self, tmp_path):
         (tmp_path / "in").mkdir()

@@ -25,6 +25,7 @@ import torch
 from diffusers_ternary.kernels import cpu
 from diffusers_ternary.kernels.operands import PackedWeight
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 torch.manual_seed(0)
 torch.set_num_threads(8)
 
