@@ -75,7 +75,7 @@ def ternary(model: nn.Module, group_size: int | None, *, convolutions: bool) -> 
     """A ternary copy, with or without its 1x1 convolutions."""
     keep = {} if convolutions else {"*.conv_inverted": "keep", "*.conv_point": "keep"}
     config = TernaryConfig(
-        group_size, overrides=keep, rounding="twn", activation_dtype="int8", compute_dtype=torch.float32
+        group_size=group_size, overrides=keep, rounding="twn", activation_dtype="int8", compute_dtype=torch.float32
     )
     return quantize(copy.deepcopy(model), config)
 
