@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from datetime import date
@@ -31,6 +32,8 @@ _BEGIN, _END = "<!-- versions -->\n", "<!-- /versions -->"
 
 def install(which: str, folder: Path, python: str) -> Path:
     """Makes the environment of a set of versions, and returns its interpreter."""
+    if shutil.which("uv") is None:
+        sys.exit("uv resolves the versions, and is not installed. Install it with: pip install uv")
     uv = ["uv", "pip", "install", "--quiet"]
     interpreter = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not interpreter.exists():
