@@ -102,15 +102,15 @@ def test_imports_point_to_the_left():
 
 def test_no_files_import_each_other_in_a_circle():
     """Lazy imports count; a package's own `__init__` may gather what is below it."""
-    imports = {file: {found for found in imported_files(file) if found.name != "__init__.py"} for file in FILES}
-    while free := [file for file, needed in imports.items() if not needed & imports.keys()]:
+    waiting = {file: {found for found in imported_files(file) if found.name != "__init__.py"} for file in FILES}
+    while free := [file for file, needed in waiting.items() if not needed & waiting.keys()]:
         for file in free:
-            del imports[file]
+            del waiting[file]
     # What is left imports something that is left: of these, only files that are also imported are in a circle.
-    while tops := [file for file in imports if not any(file in needed for needed in imports.values())]:
+    while tops := [file for file in waiting if not any(file in needed for needed in waiting.values())]:
         for file in tops:
-            del imports[file]
-    circle = [str(file.relative_to(ROOT)) for file in imports]
+            del waiting[file]
+    circle = [str(file.relative_to(ROOT)) for file in waiting]
     assert not circle, f"these import each other in a circle: {circle}"
 
 
