@@ -36,7 +36,7 @@ def export_mflux(
     max_shard_size: int = _MAX_SHARD,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Writes a packed FLUX.1, FLUX.2, Z-Image or Qwen-Image for mflux, reads it again and compares every weight.
+    """Writes a packed FLUX.1, 2 or 3, Z-Image or Qwen-Image for mflux, reads it again and compares every weight.
 
     Ternary layers become MLX's 2-bit affine weights, int8 layers its 8-bit ones, both exact; everything else stays as
     it is. Of a pipeline, the other components are copied, so that the result is what `mflux-generate --model` takes.

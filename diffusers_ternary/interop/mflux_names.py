@@ -15,6 +15,7 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"time_guidance_embed\.guidance_embedder\.(linear_\d)", r"time_guidance_embed.guidance_\1"),
         (r"(transformer_blocks\.\d+\.attn)\.to_out\.0", r"\1.to_out"),
     ),
+    "Flux3Transformer2DModel": ((r"(.*\.attn)\.to_out\.0", r"\1.to_out"),),
     "ZImageTransformer2DModel": (
         (r"t_embedder\.mlp\.0", "t_embedder.linear1"),
         (r"t_embedder\.mlp\.2", "t_embedder.linear2"),

@@ -15,7 +15,6 @@ from diffusers import (
     FluxTransformer2DModel,
     GGUFQuantizationConfig,
     SD3Transformer2DModel,
-    ZImageTransformer2DModel,
 )
 from diffusers.loaders.single_file_utils import (
     convert_flux2_transformer_checkpoint_to_diffusers,
@@ -39,29 +38,14 @@ gguf = pytest.importorskip("gguf")
 TYPES = gguf.GGMLQuantizationType
 
 
+# 1024 channels in the feed-forward layers.
+wide_z_image = functools.partial(denoisers.z_image, 6, (16, 24, 24))
+
+
 def flux_like_the_real_one() -> FluxTransformer2DModel:
     """One block of each kind and 128 channels a head; the sizes that diffusers' converter takes for granted."""
     with torch.device("meta"):
         return FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
-
-
-def sd35_medium() -> SD3Transformer2DModel:
-    """Two blocks, the first with a second attention; RMS norms of queries and keys."""
-    return SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=64,
-        num_attention_heads=4,
-        caption_projection_dim=256,
-        joint_attention_dim=32,
-        pooled_projection_dim=64,
-        out_channels=4,
-        pos_embed_max_size=16,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
 
 
 def packed(folder: Path, make: Any = denoisers.flux, *, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
@@ -115,43 +99,13 @@ def flux2_like_the_real_one() -> Flux2Transformer2DModel:
         return Flux2Transformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
 
 
-def flux2() -> Flux2Transformer2DModel:
-    return Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=64,
-        num_attention_heads=4,
-        joint_attention_dim=128,
-        timestep_guidance_channels=32,
-        axes_dims_rope=(16, 16, 16, 16),
-        guidance_embeds=False,
-    )
-
-
-def z_image() -> ZImageTransformer2DModel:
-    return ZImageTransformer2DModel(
-        all_patch_size=(2,),
-        all_f_patch_size=(1,),
-        in_channels=16,
-        dim=384,  # 1024 in the feed-forward layers
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=6,
-        n_kv_heads=6,
-        cap_feat_dim=32,
-        axes_dims=[16, 24, 24],
-        axes_lens=[256, 32, 32],
-    )
-
-
 class TestNames:
     @pytest.mark.parametrize(
         ("make", "convert_names"),
         [
             (flux_like_the_real_one, convert_flux_transformer_checkpoint_to_diffusers),
             (flux2_like_the_real_one, convert_flux2_transformer_checkpoint_to_diffusers),
-            (z_image, convert_z_image_transformer_checkpoint_to_diffusers),
+            (wide_z_image, convert_z_image_transformer_checkpoint_to_diffusers),
         ],
     )
     def test_against_the_converters_of_diffusers(self, make, convert_names):
@@ -166,7 +120,7 @@ class TestNames:
         }
         assert_equal_state(convert_names(dict(theirs)), rows)
 
-    @pytest.mark.parametrize("make", [denoisers.sd3, sd35_medium])
+    @pytest.mark.parametrize("make", [denoisers.sd3, denoisers.sd35_medium])
     def test_sd3_against_diffusers(self, tmp_path, make):
         model = packed(tmp_path / "in", make, group_size=None, dtype=torch.float32)
         export_gguf(tmp_path / "in", tmp_path / "model.gguf")
@@ -311,9 +265,9 @@ class TestRoundTrip:
             (denoisers.flux, 256, torch.bfloat16),
             (denoisers.flux, 32, torch.float16),
             (denoisers.sd3, 32, torch.bfloat16),
-            (sd35_medium, None, torch.float32),
-            (flux2, 64, torch.bfloat16),
-            (z_image, 128, torch.bfloat16),
+            (denoisers.sd35_medium, None, torch.float32),
+            (denoisers.flux2, 64, torch.bfloat16),
+            (wide_z_image, 128, torch.bfloat16),
             (denoisers.qwen_image, 32, torch.float32),
         ],
     )
@@ -405,7 +359,7 @@ class TestImport:
         assert_equal_state(model.state_dict(), expected)
 
     def test_the_config_follows_from_the_shapes(self, tmp_path):
-        model = packed(tmp_path / "in", sd35_medium, group_size=None)
+        model = packed(tmp_path / "in", denoisers.sd35_medium, group_size=None)
         export_gguf(tmp_path / "in", tmp_path / "own.gguf")
         source = open_reader(tmp_path / "own.gguf")
         writer = gguf.GGUFWriter(path=tmp_path / "model.gguf", arch="sd3")

@@ -80,6 +80,8 @@ def test_every_name_is_one_of_mflux(class_name) -> None:
     options = {"guidance_embeds": True} if class_name == "FluxTransformer2DModel" else {}
     if class_name == "Flux2Transformer2DModel":
         options = {"guidance_embeds": False, "num_layers": 2, "num_single_layers": 2}
+    if class_name == "Flux3Transformer2DModel":
+        options = {"flow_map": True}
     with torch.device("meta"):
         model = getattr(diffusers, class_name)(**options)
     ours = set()

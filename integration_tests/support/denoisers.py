@@ -3,6 +3,8 @@
 
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
+    Flux3Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -45,6 +47,36 @@ def large_flux(blocks: int, single_blocks: int) -> FluxTransformer2DModel:
     return model
 
 
+def flux2() -> Flux2Transformer2DModel:
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(16, 16, 16, 16),
+        guidance_embeds=False,
+    )
+
+
+def flux3() -> Flux3Transformer2DModel:
+    """As the distilled checkpoints, which embed the timestep that a step leads to."""
+    return Flux3Transformer2DModel(
+        in_channels=16,
+        cond_in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        timestep_channels=32,
+        axes_dims_rope=(16, 16, 16, 16),
+        flow_map=True,
+    )
+
+
 def sd3() -> SD3Transformer2DModel:
     return SD3Transformer2DModel(
         sample_size=8,
@@ -58,6 +90,25 @@ def sd3() -> SD3Transformer2DModel:
         pooled_projection_dim=64,
         out_channels=4,
         pos_embed_max_size=16,
+    )
+
+
+def sd35_medium() -> SD3Transformer2DModel:
+    """Two blocks, the first with a second attention; RMS norms of queries and keys."""
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        caption_projection_dim=256,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+        out_channels=4,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
     )
 
 
@@ -93,31 +144,33 @@ def pixart() -> PixArtTransformer2DModel:
     )
 
 
-def qwen_image() -> QwenImageTransformer2DModel:
+def qwen_image(heads: int = 4, axes: tuple[int, int, int] = (4, 6, 6)) -> QwenImageTransformer2DModel:
+    """A head has the channels of the three axes."""
     return QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
         out_channels=4,
         num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=4,
+        attention_head_dim=sum(axes),
+        num_attention_heads=heads,
         joint_attention_dim=32,
-        axes_dims_rope=(4, 6, 6),
+        axes_dims_rope=axes,
     )
 
 
-def z_image() -> ZImageTransformer2DModel:
+def z_image(heads: int = 4, axes: tuple[int, int, int] = (4, 6, 6), layers: int = 2) -> ZImageTransformer2DModel:
+    """A head has the channels of the three axes; the feed-forward layers are 8/3 times as wide as the model."""
     return ZImageTransformer2DModel(
         all_patch_size=(2,),
         all_f_patch_size=(1,),
         in_channels=16,
-        dim=64,
-        n_layers=2,
+        dim=heads * sum(axes),
+        n_layers=layers,
         n_refiner_layers=1,
-        n_heads=4,
-        n_kv_heads=4,
+        n_heads=heads,
+        n_kv_heads=heads,
         cap_feat_dim=32,
-        axes_dims=[4, 6, 6],
+        axes_dims=list(axes),
         axes_lens=[256, 32, 32],
     )
 
