@@ -139,6 +139,46 @@ static int layer_agrees(const problem *p, const buffers *b) {
     return agree;
 }
 
+static int64_t last_variant(void) {
+    int64_t variant = 0;
+    while (dt_variant_name(variant + 1)) variant++;
+    return variant;
+}
+
+// Rows of tiny values, with an infinity, with NaN and of zeros are quantized as plain C quantizes them, and a row
+// without a scale is NaN in the output.
+static int rows_agree(const problem *p, const buffers *b) {
+    static const float SPECIAL[] = {1e-7f, INFINITY, NAN, 0.0f};
+    const int64_t size = p->rows * p->in_features;
+    int8_t *q[2] = {memory(size), memory(size)};
+    float *scales[2] = {memory(p->rows * 4), memory(p->rows * 4)};
+    char *x = memory(size * bytes_of(p->x_dtype));
+    memcpy(x, b->x, (size_t)(size * bytes_of(p->x_dtype)));
+    for (int64_t m = 0; m < p->rows && m < 4; m++) {
+        const int all = SPECIAL[m] < 1.0f;
+        for (int64_t k = 0; all && k < p->in_features; k++) {
+            dt_store(x, p->x_dtype, m * p->in_features + k, SPECIAL[m] * draw_float());
+        }
+        if (!all) dt_store(x, p->x_dtype, m * p->in_features + (int64_t)draw((uint32_t)p->in_features), SPECIAL[m]);
+    }
+    dt_args ours = b->args, plain = b->args;
+    ours.x = plain.x = (intptr_t)x;
+    plain.variant = last_variant();
+    const int64_t infinite = dt_quantize_rows(&plain, q[1], scales[1]);
+    int agree = dt_quantize_rows(&ours, q[0], scales[0]) == infinite && dt_linear(&ours, 1) == infinite;
+    agree = agree && memcmp(q[0], q[1], (size_t)size) == 0 && infinite == (p->rows > 1);
+    for (int64_t m = 0; agree && m < p->rows; m++) {
+        const int none = isnan(scales[1][m]) != 0;
+        agree = none ? isnan(scales[0][m]) != 0 : scales[0][m] == scales[1][m];
+        for (int64_t n = 0; agree && n < p->columns; n++) {
+            agree = (isnan(dt_load(b->out, p->x_dtype, m * p->columns + n)) != 0) == none;
+        }
+    }
+    void *all[] = {q[0], q[1], scales[0], scales[1], x};
+    for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++) free(all[i]);
+    return agree;
+}
+
 int main(int count, char **values) {
     static const int64_t ROWS[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 23, 25, 31, 37, 64, 97};
     static const int64_t COLUMNS[] = {1, 2, 3, 5, 7, 8, 13, 15, 16, 17, 31, 32, 33, 47, 64, 65};
@@ -165,11 +205,11 @@ int main(int count, char **values) {
             p.double_scales = draw(2) == 0;
             p.bias = draw(2) == 0;
             buffers b = build(&p, variant);
-            const int sums = sums_agree(&p, &b), layer = layer_agrees(&p, &b);
-            if (!sums || !layer) {
+            const int sums = sums_agree(&p, &b), layer = layer_agrees(&p, &b), rows = rows_agree(&p, &b);
+            if (!sums || !layer || !rows) {
                 failures++;
                 printf("%s: %s differ at rows=%lld columns=%lld in_features=%lld group_size=%lld dtypes=%lld,%lld,%lld\n",
-                       dt_variant_name(variant), sums ? "outputs" : "sums", (long long)p.rows, (long long)p.columns,
+                       dt_variant_name(variant), !sums ? "sums" : layer ? "int8 rows" : "outputs", (long long)p.rows, (long long)p.columns,
                        (long long)p.in_features, (long long)p.group_size, (long long)p.x_dtype,
                        (long long)p.scale_dtype, (long long)p.bias_dtype);
             }

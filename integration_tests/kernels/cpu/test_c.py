@@ -44,8 +44,13 @@ def test_neon_under_emulation(tmp_path):
     assert "warning" not in built.stderr, built.stderr
     result = subprocess.run([emulator, "-cpu", "max", tmp_path / "driver", "60", "7"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "neon-i8mm: 60 problems" in result.stdout
     assert "neon-dotprod: 60 problems" in result.stdout
-    # a processor without the dot-product instructions falls back to plain C
+    # a processor without the instructions falls back
+    result = subprocess.run([emulator, "-cpu", "cortex-a76", tmp_path / "driver", "5"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "neon-i8mm: not on this CPU" in result.stdout
+    assert "neon-dotprod: 5 problems" in result.stdout
     result = subprocess.run([emulator, "-cpu", "cortex-a53", tmp_path / "driver", "5"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "neon-dotprod: not on this CPU" in result.stdout

@@ -16,7 +16,6 @@ enum {
     ROWS_PER_PART = 256,      // from here each part quantizes its own rows and decodes the whole weight for them
     ROW_MULTIPLE = 96,        // a multiple of the tallest tiles, 12 and 32
     MOST_PARTS = 256,
-    TILE_ROWS = 16,           // of x, where it is laid out in tiles
 };
 
 static const dt_variant *const VARIANTS[] = {
@@ -27,7 +26,7 @@ static const dt_variant *const VARIANTS[] = {
     &dt_avx512_vnni, &dt_avx_vnni, &dt_avx2,
 #endif
 #ifdef DT_NEON
-    &dt_neon_dotprod,
+    &dt_neon_i8mm, &dt_neon_dotprod,
 #endif
     &dt_scalar,
 };
@@ -40,6 +39,8 @@ typedef struct {
     int use_gemv;
     int tiled;   // the variant's `multiply` serves
     int folded;  // multipliers are part of the codes
+    int corrected;  // codes are unsigned, their surplus is taken off
+    int32_t x_rows;  // of the variant, or 1
     int64_t padded_rows;
     ptrdiff_t x_stride;  // bytes between quantized rows
     size_t scale_bytes, correction_bytes, x_bytes;
@@ -68,6 +69,8 @@ static int shape_build(dt_shape *shape, const dt_args *args, int64_t rows) {
         args->rows <= v->gemv_max_rows && (args->group_size >= GEMV_LEAST_GROUP || args->group_size >= args->in_features);
     shape->tiled = !shape->use_gemv && v->multiply;
     shape->folded = shape->tiled && args->multiplier;
+    shape->corrected = !shape->tiled && v->correction;
+    shape->x_rows = shape->use_gemv || !v->x_rows ? 1 : v->x_rows;
     dt_plan_options options = {4, v->run_steps, v->block_steps, 1, shape->folded, v->group_steps ? v->group_steps : 1};
     if (shape->use_gemv) options = (dt_plan_options){v->gemv_align, v->gemv_run_steps, v->gemv_run_steps, 0, 0, 1};
     const int error = dt_plan_build(&shape->plan, args->in_features, args->group_size, options);
@@ -78,7 +81,7 @@ static int shape_build(dt_shape *shape, const dt_args *args, int64_t rows) {
     if (!shape->tiled && shape->x_stride / CACHE_LINE % 2 == 0) shape->x_stride += CACHE_LINE;
     shape->scale_bytes = (size_t)round_up(shape->padded_rows * 4, CACHE_LINE);
     shape->correction_bytes =
-        shape->tiled ? 0 : (size_t)round_up(shape->padded_rows * shape->plan.run_count * 4, CACHE_LINE);
+        shape->corrected ? (size_t)round_up(shape->padded_rows * shape->plan.run_count * 4, CACHE_LINE) : 0;
     shape->x_bytes = (size_t)(shape->padded_rows * shape->x_stride);
     return 0;
 }
@@ -94,15 +97,24 @@ static void correct_runs(const dt_shape *shape, const int8_t *q, int32_t *correc
     }
 }
 
-// Rows of x lie one after the other, or as tiles of 16 rows x 64 columns.
+// Where byte 0 of a row lies among `x_rows` rows.
+static int8_t *row_start(const dt_shape *shape, const int8_t *q, int64_t m) {
+    return (int8_t *)q + m / shape->x_rows * shape->x_rows * shape->x_stride + m % shape->x_rows * shape->variant->x_bytes;
+}
+
 static void put_row(const dt_shape *shape, const int8_t *row, int64_t m, int8_t *q) {
-    int8_t *tile = q + m / TILE_ROWS * TILE_ROWS * shape->x_stride + m % TILE_ROWS * CACHE_LINE;
-    for (ptrdiff_t k = 0; k < shape->x_stride; k += CACHE_LINE) memcpy(tile + k * TILE_ROWS, row + k, CACHE_LINE);
+    int8_t *target = row_start(shape, q, m);
+    const ptrdiff_t bytes = shape->variant->x_bytes;
+    for (ptrdiff_t k = 0; k < shape->x_stride; k += bytes) {
+        if (bytes == CACHE_LINE) memcpy(target + k * shape->x_rows, row + k, CACHE_LINE);
+        else memcpy(target + k * shape->x_rows, row + k, 8);
+    }
 }
 
 static void get_row(const dt_shape *shape, const int8_t *q, int64_t m, int8_t *row) {
-    const int8_t *tile = q + m / TILE_ROWS * TILE_ROWS * shape->x_stride + m % TILE_ROWS * CACHE_LINE;
-    for (ptrdiff_t k = 0; k < shape->x_stride; k += CACHE_LINE) memcpy(row + k, tile + k * TILE_ROWS, CACHE_LINE);
+    const int8_t *source = row_start(shape, q, m);
+    const ptrdiff_t bytes = shape->variant->x_bytes;
+    for (ptrdiff_t k = 0; k < shape->x_stride; k += bytes) memcpy(row + k, source + k * shape->x_rows, (size_t)bytes);
 }
 
 static void quantize_row(const dt_shape *shape, const void *x, int64_t dtype, float *scale, int32_t *correction,
@@ -112,7 +124,7 @@ static void quantize_row(const dt_shape *shape, const void *x, int64_t dtype, fl
     // 2^100 lifts subnormal rows, whose 127 / absmax would overflow
     const float prescale = largest < 0x10000000u ? 0x1p100f : 1.0f;
     const float absmax = dt_float(largest) * prescale;
-    if (!shape->tiled) memset(correction, 0, (size_t)plan->run_count * 4);
+    if (shape->corrected) memset(correction, 0, (size_t)plan->run_count * 4);
     if (largest >= 0x7f800000u || !(absmax > 0.0f)) {
         if (largest == 0x7f800000u) ++*infinite_rows;
         *scale = largest >= 0x7f800000u ? NAN : 0.0f;
@@ -123,7 +135,7 @@ static void quantize_row(const dt_shape *shape, const void *x, int64_t dtype, fl
     const int padded = 4 * (int64_t)plan->steps != plan->in_features;
     int8_t *dense = padded ? plain : q;
     shape->variant->quantize(x, dtype, plan->in_features, prescale, 127.0f / absmax, dense);
-    if (padded && shape->tiled) memset(q, 0, (size_t)shape->x_stride);  // groups begin at a tile
+    if (padded && shape->x_rows > 1) memset(q, 0, (size_t)shape->x_stride);  // there are gaps between groups
     for (int32_t i = 0; padded && i < plan->segment_count; i++) {
         const dt_segment *segment = &plan->segments[i];
         int8_t *target = q + 4 * (ptrdiff_t)segment->step;
@@ -131,7 +143,7 @@ static void quantize_row(const dt_shape *shape, const void *x, int64_t dtype, fl
         memset(target + segment->length, 0, (size_t)(4 * segment->steps - segment->length));
     }
     memset(q + 4 * (ptrdiff_t)plan->steps, 0, (size_t)(shape->x_stride - 4 * (ptrdiff_t)plan->steps));
-    if (!shape->tiled) correct_runs(shape, q, correction);
+    if (shape->corrected) correct_runs(shape, q, correction);
 }
 
 // Returns the number of rows that hold an infinity (and no NaN), or an error.
@@ -146,15 +158,15 @@ static int64_t prepare(const dt_shape *shape, const dt_args *args, int64_t row, 
     for (int64_t m = 0; m < rows; m++) {
         const char *x = (const char *)pointer(args->x) + (row + m) * args->x_stride * element_bytes(args->x_dtype);
         quantize_row(shape, x, args->x_dtype, scales + m, corrections + m * shape->plan.run_count,
-                     shape->tiled ? line : q + m * shape->x_stride, plain, &infinite_rows);
-        if (shape->tiled) put_row(shape, line, m, q);
+                     shape->x_rows > 1 ? line : q + m * shape->x_stride, plain, &infinite_rows);
+        if (shape->x_rows > 1) put_row(shape, line, m, q);
     }
     const int64_t rest = shape->padded_rows - rows;
-    if (shape->tiled) {
+    if (shape->corrected) memset(corrections + rows * shape->plan.run_count, 0, (size_t)(rest * shape->plan.run_count) * 4);
+    if (shape->x_rows > 1) {
         memset(line, 0, (size_t)shape->x_stride);
         for (int64_t m = rows; m < shape->padded_rows; m++) put_row(shape, line, m, q);
     } else {
-        memset(corrections + rows * shape->plan.run_count, 0, (size_t)(rest * shape->plan.run_count) * 4);
         memset(q + rows * shape->x_stride, 0, (size_t)(rest * shape->x_stride));
     }
     free(plain);
@@ -257,7 +269,7 @@ static void multiply_panel(const dt_shape *shape, const dt_args *args, const cha
         for (int64_t m = 0; m < shape->padded_rows; m += v->tile_rows) {
             const int64_t rows = shape->padded_rows - m < v->tile_rows ? shape->padded_rows - m : v->tile_rows;
             const dt_tile tile = {scratch->panel,
-                                  q + m * shape->x_stride + 4 * (ptrdiff_t)block->step,
+                                  q + m * shape->x_stride + 4 * (ptrdiff_t)block->step * shape->x_rows,
                                   shape->x_stride,
                                   plan->runs + block->run,
                                   block->runs,
@@ -479,7 +491,7 @@ DT_EXPORT int64_t dt_accumulate(const dt_args *layer, const int8_t *x, int32_t *
         int32_t *corrections = (int32_t *)(prepared + shape.scale_bytes);
         int8_t *q = (int8_t *)(prepared + shape.scale_bytes + shape.correction_bytes);
         for (int64_t m = 0; m < args->rows; m++) {
-            int8_t *line = shape.tiled ? (int8_t *)sums + shape.padded_rows * width * 4 : q + m * shape.x_stride;
+            int8_t *line = shape.x_rows > 1 ? (int8_t *)sums + shape.padded_rows * width * 4 : q + m * shape.x_stride;
             memset(line, 0, (size_t)shape.x_stride);
             for (int32_t i = 0; i < plan->segment_count; i++) {
                 const dt_segment *segment = &plan->segments[i];
@@ -487,8 +499,8 @@ DT_EXPORT int64_t dt_accumulate(const dt_args *layer, const int8_t *x, int32_t *
                 memcpy(line + 4 * (ptrdiff_t)segment->step, x + m * args->in_features + segment->column,
                        (size_t)segment->length);
             }
-            if (shape.tiled) put_row(&shape, line, m, q);
-            else correct_runs(&shape, line, corrections + m * plan->run_count);
+            if (shape.x_rows > 1) put_row(&shape, line, m, q);
+            if (shape.corrected) correct_runs(&shape, line, corrections + m * plan->run_count);
         }
         for (int64_t n = 0; n < args->out_features; n += width) {
             const int32_t columns = (int32_t)(args->out_features - n < width ? args->out_features - n : width);
@@ -525,8 +537,8 @@ DT_EXPORT int64_t dt_quantize_rows(const dt_args *args, int8_t *q, float *scales
     if (!line) error = DT_ERROR_MEMORY;
     for (int64_t m = 0; error >= 0 && m < args->rows; m++) {
         const int8_t *rows = (const int8_t *)(prepared + shape.scale_bytes + shape.correction_bytes);
-        const int8_t *row = shape.tiled ? line : rows + m * shape.x_stride;
-        if (shape.tiled) get_row(&shape, rows, m, line);
+        const int8_t *row = shape.x_rows > 1 ? line : rows + m * shape.x_stride;
+        if (shape.x_rows > 1) get_row(&shape, rows, m, line);
         for (int32_t i = 0; i < shape.plan.segment_count; i++) {
             const dt_segment *segment = &shape.plan.segments[i];
             memcpy(q + m * args->in_features + segment->column, row + 4 * (ptrdiff_t)segment->step, (size_t)segment->length);

@@ -1,202 +1,58 @@
 // SPDX-License-Identifier: Apache-2.0
-// NEON with dot products (ARMv8.2 FEAT_DotProd): sdot sums four byte products into int32; 4 rows x 16 columns.
-#include "ternary.h"
+// AArch64: what surrounds the products, for every variant: quantization, scales, the dense weight, the output.
+#include "neon.h"
 
 #ifdef DT_NEON
-#include <arm_neon.h>
-#include <string.h>
-#if defined(__linux__)
-#include <sys/auxv.h>
-#endif
-
 #include "convert.h"
 
-#define DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
-#define INLINE static inline __attribute__((always_inline))
-
-enum { TILE_ROWS = 4, TILE_COLUMNS = 16, GEMV_ROWS = 4, DOTPROD_HWCAP = 1 << 20 };
-
-// Codes of 16 packed bytes at one bit position, as u = t + 1.
-INLINE uint8x16_t codes(uint8x16_t bytes, int8x16_t down) {
-    return vandq_u8(vaddq_u8(vshlq_u8(bytes, down), vdupq_n_u8(1)), vdupq_n_u8(3));
+INLINE float32x4_t load4(const void *x, const int64_t dtype, int64_t i) {
+    if (dtype == DT_FLOAT32) return vld1q_f32((const float *)x + i);
+    const uint16x4_t half = vld1_u16((const uint16_t *)x + i);
+    return dtype == DT_BFLOAT16 ? vreinterpretq_f32_u32(vshll_n_u16(half, 16)) : vcvt_f32_f16(vreinterpret_f16_u16(half));
 }
 
-static void decode(const dt_plan *plan, int32_t step, int32_t steps, const uint8_t *weight, const uint8_t *weight_end,
-                   int32_t columns, int32_t tile_columns, uint8_t *panel) {
-    for (int32_t i = 0; i < plan->segment_count; i++) {
-        const dt_segment *segment = &plan->segments[i];
-        const int8x16_t down = vdupq_n_s8((int8_t)-segment->shift);
-        const int32_t first = segment->step > step ? segment->step : step;
-        int32_t last = segment->step + segment->steps;
-        if (last > step + steps) last = step + steps;
-        for (int32_t s = first; s < last; s += 4) {
-            const int32_t kept = last - s < 4 ? last - s : 4;
-            for (int32_t n = 0; n < tile_columns; n += 4) {
-                uint32x4_t r[4], o[4];
-                for (int32_t k = 0; k < 4; k++) {
-                    // columns past the end repeat the last row: never stored, but they must be readable
-                    const int32_t row = n + k < columns ? n + k : columns - 1;
-                    const uint8_t *source = weight + row * plan->plane_bytes + segment->byte + 4 * (s - segment->step);
-                    uint8_t copy[16];
-                    r[k] = vreinterpretq_u32_u8(codes(vld1q_u8(dt_readable(source, weight_end, 16, copy)), down));
-                }
-                const uint64x2_t a = vreinterpretq_u64_u32(vtrn1q_u32(r[0], r[1]));
-                const uint64x2_t b = vreinterpretq_u64_u32(vtrn2q_u32(r[0], r[1]));
-                const uint64x2_t c = vreinterpretq_u64_u32(vtrn1q_u32(r[2], r[3]));
-                const uint64x2_t d = vreinterpretq_u64_u32(vtrn2q_u32(r[2], r[3]));
-                o[0] = vreinterpretq_u32_u64(vtrn1q_u64(a, c));
-                o[1] = vreinterpretq_u32_u64(vtrn1q_u64(b, d));
-                o[2] = vreinterpretq_u32_u64(vtrn2q_u64(a, c));
-                o[3] = vreinterpretq_u32_u64(vtrn2q_u64(b, d));
-                for (int32_t k = 0; k < kept; k++) {
-                    uint8_t *target = panel + ((ptrdiff_t)(s - step + k) * tile_columns + n) * 4;
-                    vst1q_u8(target, vreinterpretq_u8_u32(o[k]));
-                }
-            }
-        }
-    }
-}
-
-INLINE void finish(int32x4_t sum, const float *scale, void *c) {
-    if (scale) {
-        vst1q_f32(c, vfmaq_f32(vld1q_f32(c), vcvtq_f32_s32(sum), vld1q_f32(scale)));
+INLINE void store4(void *out, const int64_t dtype, int64_t i, float32x4_t value) {
+    if (dtype == DT_FLOAT32) {
+        vst1q_f32((float *)out + i, value);
+    } else if (dtype == DT_FLOAT16) {
+        vst1_u16((uint16_t *)out + i, vreinterpret_u16_f16(vcvt_f16_f32(value)));
     } else {
-        vst1q_s32(c, vaddq_s32(sum, vld1q_s32(c)));
+        const uint32x4_t bits = vreinterpretq_u32_f32(value);
+        const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+        const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+        const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+        vst1_u16((uint16_t *)out + i, vshrn_n_u32(vbslq_u32(vceqq_f32(value, value), rounded, quiet), 16));
     }
 }
 
-DOTPROD INLINE void run_tile(const dt_tile *t, const dt_run *run, const int32_t *correction, const float *scale,
-                             const int rows) {
-    const int8_t *w = (const int8_t *)t->panel + (ptrdiff_t)(run->step - t->step) * TILE_COLUMNS * 4;
-    const int8_t *x = t->x + 4 * (ptrdiff_t)(run->step - t->step);
-    int32x4_t sums[TILE_ROWS][4];
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++) {
-#pragma GCC unroll 4
-        for (int n = 0; n < 4; n++) sums[m][n] = vdupq_n_s32(correction[m * t->correction_stride]);
-    }
-    int32_t s = 0;
-#define STEP(lane)                                                                             \
-    do {                                                                                       \
-        _Pragma("GCC unroll 4") for (int n = 0; n < 4; n++) {                                  \
-            const int8x16_t u = vld1q_s8(w + 64 * (ptrdiff_t)(s + (lane)) + 16 * n);           \
-            _Pragma("GCC unroll 4") for (int m = 0; m < rows; m++) {                           \
-                sums[m][n] = vdotq_laneq_s32(sums[m][n], u, q[m], lane);                       \
-            }                                                                                  \
-        }                                                                                      \
-    } while (0)
-    for (; s + 4 <= run->steps; s += 4) {
-        int8x16_t q[TILE_ROWS];
-#pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) q[m] = vld1q_s8(x + m * t->x_stride + 4 * (ptrdiff_t)s);
-        STEP(0);
-        STEP(1);
-        STEP(2);
-        STEP(3);
-    }
-    for (; s < run->steps; s++) {
-        int8x16_t q[TILE_ROWS];
-#pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) {
-            int32_t four;
-            memcpy(&four, x + m * t->x_stride + 4 * (ptrdiff_t)s, 4);
-            q[m] = vreinterpretq_s8_s32(vdupq_n_s32(four));
-        }
-        STEP(0);
-    }
-#undef STEP
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++) {
-#pragma GCC unroll 4
-        for (int n = 0; n < 4; n++) {
-            finish(sums[m][n], scale ? scale + 4 * n : NULL, (float *)t->c + m * TILE_COLUMNS + 4 * n);
-        }
-    }
-}
-
-DOTPROD static void tile(const dt_tile *t, int32_t rows) {
-    for (int32_t i = 0; i < t->run_count; i++) {
-        const dt_run *run = &t->runs[i];
-        const float *scale = t->group_scale ? t->group_scale + (ptrdiff_t)run->group * TILE_COLUMNS : NULL;
-        if (rows == TILE_ROWS) {
-            run_tile(t, run, t->correction + i, scale, 4);
-        } else {
-            run_tile(t, run, t->correction + i, scale, 2);
-        }
-    }
-}
-
-// One weight row times up to four rows of x.
-DOTPROD INLINE void gemv_row(const dt_gemv *g, int32_t row, int32_t column, const int rows) {
-    const uint8_t *w = g->weight + column * g->plane_bytes;
-    w = dt_readable(w, g->weight_end, (size_t)g->plane_bytes + 64, g->row_copy);
-    int32_t sums[GEMV_ROWS] = {0};
-    float32x4_t values[GEMV_ROWS];
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++) values[m] = vdupq_n_f32(0.0f);
-    for (int32_t i = 0; i < g->run_count; i++) {
-        const dt_run *run = &g->runs[i];
-        const int8_t *x = g->x + row * g->x_stride + 4 * (ptrdiff_t)run->step;
-        const int8x16_t down = vdupq_n_s8((int8_t)-run->shift);
-        int32x4_t lanes[GEMV_ROWS];
-#pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) {
-            // the surplus joins one lane, so every lane stays an exact integer
-            const int32_t surplus = g->correction[(row + m) * g->correction_stride + i];
-            lanes[m] = vsetq_lane_s32(surplus, vdupq_n_s32(0), 0);
-        }
-        for (ptrdiff_t k = 0; k < 4 * run->steps; k += 16) {
-            const int8x16_t u = vreinterpretq_s8_u8(codes(vld1q_u8(w + run->byte + k), down));
-#pragma GCC unroll 4
-            for (int m = 0; m < rows; m++) lanes[m] = vdotq_s32(lanes[m], u, vld1q_s8(x + m * g->x_stride + k));
-        }
-#pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) {
-            if (g->group_scale) {
-                const float scale = g->group_scale[column * g->groups + run->group];
-                values[m] = vfmaq_n_f32(values[m], vcvtq_f32_s32(lanes[m]), scale);
-            } else {
-                sums[m] += vaddvq_s32(lanes[m]);
-            }
-        }
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++) {
-        const ptrdiff_t at = (ptrdiff_t)(row + m) * g->tile_columns + column;
-        if (g->group_scale) {
-            ((float *)g->c)[at] = vaddvq_f32(values[m]);
-        } else {
-            ((int32_t *)g->c)[at] = sums[m];
-        }
-    }
-}
-
-DOTPROD static void gemv(const dt_gemv *g) {
-    for (int32_t n = 0; n < g->columns; n++) {
-        int32_t row = 0;
-        for (; row + 4 <= g->rows; row += 4) gemv_row(g, row, n, 4);
-        for (; row < g->rows; row++) gemv_row(g, row, n, 1);
-    }
-}
-
-static uint32_t absmax(const void *x, int64_t dtype, int64_t n) {
-    if (dtype != DT_FLOAT32) return dt_absmax_scalar(x, dtype, n);
-    uint32x4_t largest = vdupq_n_u32(0);
+uint32_t dt_absmax_neon(const void *x, int64_t dtype, int64_t n) {
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4) {
-        const uint32x4_t bits = vreinterpretq_u32_f32(vld1q_f32((const float *)x + i));
-        largest = vmaxq_u32(largest, vandq_u32(bits, vdupq_n_u32(0x7fffffffu)));
+    if (dtype == DT_FLOAT32) {
+        uint32x4_t largest = vdupq_n_u32(0);
+        for (; i + 4 <= n; i += 4) {
+            const uint32x4_t bits = vreinterpretq_u32_f32(vld1q_f32((const float *)x + i));
+            largest = vmaxq_u32(largest, vandq_u32(bits, vdupq_n_u32(0x7fffffffu)));
+        }
+        const uint32_t tail = dt_absmax_scalar((const float *)x + i, dtype, n - i);
+        return vmaxvq_u32(largest) > tail ? vmaxvq_u32(largest) : tail;
     }
-    const uint32_t tail = dt_absmax_scalar((const float *)x + i, dtype, n - i);
-    return vmaxvq_u32(largest) > tail ? vmaxvq_u32(largest) : tail;
+    uint16x8_t largest = vdupq_n_u16(0);  // halves order like their bits as well
+    for (; i + 8 <= n; i += 8) {
+        largest = vmaxq_u16(largest, vandq_u16(vld1q_u16((const uint16_t *)x + i), vdupq_n_u16(0x7fff)));
+    }
+    const uint16_t half = vmaxvq_u16(largest);
+    const uint32_t bits = dt_absmax_scalar(&half, dtype, 1);
+    const uint32_t tail = dt_absmax_scalar((const uint16_t *)x + i, dtype, n - i);
+    return bits > tail ? bits : tail;
 }
 
-static void quantize(const void *x, int64_t dtype, int64_t n, float prescale, float inverse, int8_t *q) {
+INLINE void quantize(const int64_t dtype, const void *x, int64_t n, float prescale, float inverse, int8_t *q) {
     int64_t i = 0;
-    for (; dtype == DT_FLOAT32 && i + 16 <= n; i += 16) {
+    for (; i + 16 <= n; i += 16) {
         int16x4_t part[4];
+#pragma GCC unroll 4
         for (int k = 0; k < 4; k++) {
-            const float32x4_t value = vmulq_n_f32(vmulq_n_f32(vld1q_f32((const float *)x + i + 4 * k), prescale), inverse);
+            const float32x4_t value = vmulq_n_f32(vmulq_n_f32(load4(x, dtype, i + 4 * k), prescale), inverse);
             part[k] = vmovn_s32(vcvtnq_s32_f32(value));
         }
         const int8x8_t low = vmovn_s16(vcombine_s16(part[0], part[1]));
@@ -206,45 +62,70 @@ static void quantize(const void *x, int64_t dtype, int64_t n, float prescale, fl
     dt_quantize_scalar(rest, dtype, n - i, prescale, inverse, q + i);
 }
 
-static int32_t sum(const int8_t *q, int64_t n) {
-    int32x4_t total = vdupq_n_s32(0);
+// Calls an inline function with its dtype as a constant.
+#define WITH_DTYPE(function, ...)                                     \
+    do {                                                              \
+        if (dtype == DT_FLOAT32) function(DT_FLOAT32, __VA_ARGS__);   \
+        else if (dtype == DT_BFLOAT16) function(DT_BFLOAT16, __VA_ARGS__); \
+        else function(DT_FLOAT16, __VA_ARGS__);                       \
+    } while (0)
+
+void dt_quantize_neon(const void *x, int64_t dtype, int64_t n, float prescale, float inverse, int8_t *q) {
+    WITH_DTYPE(quantize, x, n, prescale, inverse, q);
+}
+
+// (scale * multiplier) / 63 of each group, where there is a multiplier.
+INLINE void scales(const int64_t dtype, const void *scale, const uint8_t *multiplier, int64_t rows, int64_t groups, float *out) {
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) total = vpadalq_s16(total, vpaddlq_s8(vld1q_s8(q + i)));
-    return vaddvq_s32(total) + dt_sum_scalar(q + i, n - i);
+    for (; !multiplier && i + 4 <= rows * groups; i += 4) vst1q_f32(out + i, load4(scale, dtype, i));
+    if (!multiplier) dt_scales_scalar((const char *)scale + i * (dtype == DT_FLOAT32 ? 4 : 2), dtype, NULL, 1, rows * groups - i, out + i);
+    for (int64_t row = 0; multiplier && row < rows; row++) {
+        const float row_scale = dt_load(scale, dtype, row);
+        const uint8_t *m = multiplier + row * groups;
+        int64_t g = 0;
+        for (; g + 8 <= groups; g += 8) {
+            const uint16x8_t wide = vmovl_u8(vld1_u8(m + g));
+            const float32x4_t low = vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide)));
+            const float32x4_t high = vcvtq_f32_u32(vmovl_u16(vget_high_u16(wide)));
+            vst1q_f32(out + row * groups + g, vdivq_f32(vmulq_n_f32(low, row_scale), vdupq_n_f32(63.0f)));
+            vst1q_f32(out + row * groups + g + 4, vdivq_f32(vmulq_n_f32(high, row_scale), vdupq_n_f32(63.0f)));
+        }
+        dt_scales_scalar(&row_scale, DT_FLOAT32, m + g, 1, groups - g, out + row * groups + g);
+    }
 }
 
-static int32_t correction(const int8_t *q, int64_t n) { return -sum(q, n); }
-
-static int supported(void) {
-#if defined(__linux__)
-    return (getauxval(AT_HWCAP) & DOTPROD_HWCAP) != 0;
-#elif defined(__APPLE__)
-    return 1;  // every Apple processor with macOS has it
-#else
-    return 0;
-#endif
+void dt_scales_neon(const void *scale, int64_t dtype, const uint8_t *multiplier, int64_t rows, int64_t groups, float *out) {
+    WITH_DTYPE(scales, scale, multiplier, rows, groups, out);
 }
 
-const dt_variant dt_neon_dotprod = {
-    .name = "neon-dotprod",
-    .supported = supported,
-    .tile_rows = TILE_ROWS,
-    .row_multiple = 2,
-    .tile_columns = TILE_COLUMNS,
-    .run_steps = 256,
-    .block_steps = 256,
-    .gemv_align = 16,
-    .gemv_run_steps = 4096,
-    .gemv_max_rows = 8,
-    .absmax = absmax,
-    .quantize = quantize,
-    .sum = sum,
-    .correction = correction,
-    .decode = decode,
-    .tile = tile,
-    .gemv = gemv,
-    .scales = dt_scales_scalar,
-    .expand = dt_expand_scalar,
-    .store = dt_store_scalar,
-};
+void dt_expand_neon(const uint8_t *bytes, int64_t n, int32_t shift, float scale, float *out) {
+    const int8x16_t up = dt_up(shift);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const int8x16_t code = dt_codes(vld1q_u8(bytes + i), up);
+        const int16x8_t low = vmovl_s8(vget_low_s8(code)), high = vmovl_s8(vget_high_s8(code));
+        vst1q_f32(out + i, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), scale));
+        vst1q_f32(out + i + 4, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))), scale));
+        vst1q_f32(out + i + 8, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), scale));
+        vst1q_f32(out + i + 12, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_high_s16(high))), scale));
+    }
+    dt_expand_scalar(bytes + i, n - i, shift, scale, out + i);
+}
+
+INLINE void store(const int64_t dtype, const void *c, const float *column_scale, float row_scale, const float *bias,
+                  void *out, int32_t columns) {
+    for (int32_t n = 0; n + 4 <= columns; n += 4) {
+        const float32x4_t value = column_scale ? vmulq_f32(vcvtq_f32_s32(vld1q_s32((const int32_t *)c + n)), vld1q_f32(column_scale + n))
+                                               : vld1q_f32((const float *)c + n);
+        store4(out, dtype, n, vfmaq_n_f32(bias ? vld1q_f32(bias + n) : vdupq_n_f32(0.0f), value, row_scale));
+    }
+    const int32_t n = columns / 4 * 4;
+    dt_store_scalar((const float *)c + n, column_scale ? column_scale + n : NULL, row_scale, bias ? bias + n : NULL,
+                    (char *)out + n * (dtype == DT_FLOAT32 ? 4 : 2), dtype, columns - n);
+}
+
+void dt_store_neon(const void *c, const float *column_scale, float row_scale, const float *bias, void *out, int64_t dtype,
+                   int32_t columns) {
+    WITH_DTYPE(store, c, column_scale, row_scale, bias, out, columns);
+}
 #endif

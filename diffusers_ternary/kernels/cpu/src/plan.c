@@ -60,14 +60,14 @@ static void add_blocks(dt_plan *plan, dt_plan_options options) {
     for (int32_t i = 0; i < plan->run_count; i++) {
         const dt_run *run = &plan->runs[i];
         dt_block *block = plan->block_count ? &plan->blocks[plan->block_count - 1] : NULL;
-        if (!block || block->steps >= even || block->steps + run->steps > options.block_steps) {
+        if (!block || block->steps >= even || run->step + run->steps - block->step > options.block_steps) {
             block = &plan->blocks[plan->block_count++];
             block->step = run->step;
             block->steps = 0;
             block->run = i;
             block->runs = 0;
         }
-        block->steps += run->steps;
+        block->steps = run->step + run->steps - block->step;  // with the gaps between groups
         block->runs++;
     }
 }

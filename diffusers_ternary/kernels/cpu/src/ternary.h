@@ -6,7 +6,8 @@
 // bit position, so a block of rows becomes a panel by a 32-bit transpose, a shift and a mask.
 //
 // Panels hold the unsigned code u = t + 1 in {0, 1, 2} because x86 multiplies unsigned by signed bytes;
-// the surplus sum(x) of each run is taken off again as an integer, so the accumulators stay exact.
+// the surplus sum(x) of each run is taken off again as an integer, so the accumulators stay exact. Where signed bytes
+// are multiplied (AMX, NEON), panels hold t.
 #ifndef DIFFUSERS_TERNARY_H
 #define DIFFUSERS_TERNARY_H
 
@@ -85,7 +86,7 @@ typedef struct {
     ptrdiff_t x_stride;
     const dt_run *runs;
     int32_t run_count, step;       // step: the block's first step
-    const int32_t *correction;     // per [row][run], at the block's first run
+    const int32_t *correction;     // per [row][run], at the block's first run; unused with signed codes
     ptrdiff_t correction_stride;
     const float *group_scale;      // [groups][columns], or NULL: c is int32 and unscaled
     void *c;                       // [rows][columns] int32 or float, added to
@@ -133,18 +134,21 @@ typedef struct {
     int32_t tile_rows, row_multiple, tile_columns, run_steps, block_steps, gemv_align, gemv_run_steps, gemv_max_rows;
     int32_t group_steps;  // 0 stands for 1
     int32_t block_bytes;  // int8 bytes of the rows that are multiplied together, 0 for a fixed number of rows
+    // Tiles want x_rows rows of x beside each other, x_bytes of each in turn; 0: one row after the other.
+    int32_t x_rows, x_bytes;
     // Largest magnitude of a row as float bits: > 0x7f800000 NaN, == 0x7f800000 infinite.
     uint32_t (*absmax)(const void *x, int64_t dtype, int64_t n);
     // q = round_half_even((x * prescale) * inverse)
     void (*quantize)(const void *x, int64_t dtype, int64_t n, float prescale, float inverse, int8_t *q);
     int32_t (*sum)(const int8_t *q, int64_t n);
-    // Start of an accumulator of `tile` that takes the surplus sum(x) of a run off; n is a multiple of 4.
+    // Start of an accumulator of `tile` that takes the surplus sum(x) of a run off; n is a multiple of 4. This and `sum`
+    // are NULL where panels hold signed codes.
     int32_t (*correction)(const int8_t *q, int64_t n);
     void (*decode)(const dt_plan *plan, int32_t step, int32_t steps, const uint8_t *weight, const uint8_t *weight_end,
                    int32_t columns, int32_t tile_columns, uint8_t *panel);
     void (*tile)(const dt_tile *tile, int32_t rows);
     void (*gemv)(const dt_gemv *gemv);
-    // Instead of correction, decode and tile; rows of x are then laid out in tiles. begin and end enclose the panels of
+    // Instead of correction, decode and tile. begin and end enclose the panels of
     // a call on one thread.
     void (*multiply)(const dt_panel *panel);
     void (*begin)(void);
@@ -185,6 +189,7 @@ void dt_store_avx2(const void *c, const float *column_scale, float row_scale, co
 #endif
 #if defined(__aarch64__) && defined(__GNUC__)
 #define DT_NEON 1
+extern const dt_variant dt_neon_i8mm;
 extern const dt_variant dt_neon_dotprod;
 #endif
 
