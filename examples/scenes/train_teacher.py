@@ -22,7 +22,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from components import LATENT_CHANNELS, LATENT_SIDE, FluxTrainee, SanaTrainee, build_flux, build_sana, token_ids
+from components import (
+    LATENT_CHANNELS,
+    LATENT_SIDE,
+    UNNAMED,
+    FluxTrainee,
+    SanaTrainee,
+    build_flux,
+    build_sana,
+    noun_labels,
+    token_ids,
+)
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from renderer import CANVAS, Layout, Renderer, Sprites, close_up_of, layout_of
@@ -38,7 +48,7 @@ from diffusers_ternary.evaluation.scenes.prompts import COMPOSED, training_task
 
 logger = logging.getLogger("train_teacher")
 CLOSE_UP_TASKS = ("single_object", "colors", "colors")
-MIXTURE = dict(zip((*TASKS, COMPOSED), (8, 12, 22, 10, 20, 16, 12), strict=True))  # percent of the pictures
+MIXTURE = dict(zip((*TASKS, COMPOSED), (6, 14, 16, 6, 24, 22, 12), strict=True))  # percent of the pictures
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,9 @@ class Recipe:
     weight_decay: float = 0.02
     ema_decay: float = 0.999
     no_caption: float = 0.1
-    timestep_mean: float = 0.4
+    timestep_mean: float = 0.6
     content_weight: float = 1.0
+    language_weight: float = 0.5
     close_ups: float = 0.6  # of the steps, as long as there are any
     close_up_steps: int = 4_000
     seed: int = 0
@@ -102,10 +113,12 @@ class Batches(Dataset):
             layout = layout_of(tasks, self.sprites, rng, training=True)
         side = layout.canvas * LATENT_SIDE // CANVAS
         captions = ["" if rng.random() < self.recipe.no_caption else task.prompt for task in tasks]
+        ids = token_ids(self.tokenizers, captions)
         return {
             "objects": layout.objects,
             "background": layout.background,
-            "ids": token_ids(self.tokenizers, captions),
+            "ids": ids,
+            "nouns": noun_labels(ids[:, -1], tasks, self.tokenizers[-1]),
             "noise": torch.randn(size, LATENT_CHANNELS, side, side, generator=generator),
             "timestep": (torch.randn(size, generator=generator) + self.recipe.timestep_mean).sigmoid(),
         }
@@ -166,6 +179,16 @@ def content_loss(
         for named, truth in zip((classes, colors), content, strict=True)
     )
     return torch.stack(tuple(terms)).sum()
+
+
+def language_loss(fields: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of ``LanguageHead``'s logits against ``noun_labels``, mean over nouns; 0 where there are none."""
+    nouns = (labels[..., 0] != UNNAMED).sum().clamp(min=1)
+    terms = (
+        nn.functional.cross_entropy(logits.float().flatten(0, 1), label.flatten(), reduction="sum")
+        for logits, label in zip(fields, labels.unbind(-1), strict=True)
+    )
+    return torch.stack(tuple(terms)).sum() / nouns
 
 
 def export(pipeline: DiffusionPipeline, trainee: nn.Module, ema: EMAModel, folder: Path, *, float8: bool) -> None:
@@ -299,10 +322,11 @@ def train(
                 clean = encoder.encode(layout)
                 noisy = (1.0 - t) * clean + t * batch["noise"]
                 velocity = model(noisy, batch["timestep"], batch["ids"])
-                named = trainee.content()
+                named, said = trainee.content(), trainee.language()
             loss = nn.functional.mse_loss(velocity.float(), batch["noise"] - clean)
             shown = content_loss(*named, encoder.renderer.content(layout, side // 2))
-            accelerator.backward(loss + recipe.content_weight * shown)
+            read = language_loss(said, batch["nouns"])
+            accelerator.backward(loss + recipe.content_weight * shown + recipe.language_weight * read)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             for part in (*optimizers, *schedules):
                 part.step()

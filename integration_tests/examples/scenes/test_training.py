@@ -12,6 +12,9 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, FluxPipeline, SanaPipeline
 from safetensors.torch import load_file
 
+from diffusers_ternary.evaluation.geneval import RELATIONS
+from diffusers_ternary.evaluation.scenes.prompts import read_task
+from diffusers_ternary.evaluation.scenes.vocabulary import COLORS
 from integration_tests.support.scenes import examples, tiny_teacher
 
 
@@ -113,6 +116,40 @@ def test_batches_are_made_in_worker_processes_as_well(vae_folder):
     for name, value in batches[1].items():
         assert torch.equal(restored[1][name], value), name
     assert not torch.equal(batches[0]["noise"], batches[1]["noise"])
+
+
+@pytest.mark.parametrize("architecture", ["flux", "sana"])
+def test_nouns_are_labeled_with_what_the_caption_says_of_them(architecture):
+    _, trainee = train_teacher.build(train_vae.build_vae(), dataclasses.replace(TINY, architecture=architecture))
+    tokenizer = trainee.tokenizers[-1]
+    prompts = {
+        "a photo of a red bell and a blue bus": [("bell", "red", None, 1), ("bus", "blue", None, 1)],
+        "a dog to the left of two pink keys": [("dog", None, "left of", 1), ("keys", "pink", "right of", 2)],
+        "three cacti": [("cacti", None, None, 3)],
+    }
+    ids = components.token_ids(trainee.tokenizers, list(prompts))[:, -1]
+    tasks = [read_task(prompt) for prompt in prompts]
+    labels = components.noun_labels(ids, tasks, tokenizer)
+    for row, said in enumerate(prompts.values()):
+        nouns = (labels[row, :, 0] != components.UNNAMED).nonzero().flatten().tolist()
+        words = [tokenizer.decode(ids[row, noun]).strip() for noun in nouns]
+        assert words == [noun for noun, *_ in said]
+        for noun, (_, color, relation, count) in zip(nouns, said, strict=True):
+            assert labels[row, noun].tolist() == [
+                (*COLORS, None).index(color),
+                (*RELATIONS, None).index(relation),
+                count,
+            ]
+
+
+def test_the_t5_encoder_starts_with_an_eye_for_neighbors():
+    """Softmax of the biases alone: heads that attend the word before, the word after and the two before that."""
+    torch.manual_seed(0)
+    pipeline, _ = train_teacher.build(train_vae.build_vae(), TINY)
+    attention = pipeline.text_encoder_2.encoder.block[0].layer[0].SelfAttention
+    weights = attention.compute_bias(9, 9)[0].softmax(-1)[:3, 4]  # of the fifth word
+    for head, places in enumerate(([3], [5], [1, 2])):
+        assert weights[head, places].sum() > 0.8
 
 
 @pytest.mark.parametrize("architecture", ["flux", "sana"])
