@@ -107,7 +107,7 @@ def _calibrate(
     ]
     allocation = None
     if calibration.size_budget is not None:
-        allocation = Allocation(runs, SizeBudget.parse(calibration.size_budget))
+        allocation = Allocation(runs, SizeBudget.parse(calibration.size_budget), calibration.allocation)
     for run in runs:
         run.solve()
     states: dict[str, TeacherStates] = {}
@@ -149,7 +149,7 @@ def _fingerprint(
     rollouts: Rollouts,
 ) -> str:
     settings = calibration.to_dict()
-    for name in ("memory_limit", "size_budget", "sensitivity"):
+    for name in ("memory_limit", "size_budget", "allocation", "sensitivity"):
         settings.pop(name)  # change the order and the choice of the work, not its results
     return fingerprint(
         pipeline=type(pipeline).__name__,

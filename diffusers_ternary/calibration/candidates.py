@@ -8,7 +8,7 @@ import torch
 from ..backend import file_bytes
 from ..backend.config import TernaryConfig
 from ..format import Int8Spec, LayerSpec, TernarySpec
-from .config import CalibrationConfig
+from .config import PROTECTED_ENDS, CalibrationConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,9 @@ def candidates_for(
     base = base_candidate(config)
     settings = calibration.sensitivity
     found = [base]
-    if calibration.size_budget is not None and settings is not None:
+    if calibration.allocation == PROTECTED_ENDS:
+        found += [Candidate("int8")]
+    elif calibration.size_budget is not None and settings is not None:
         found += [dataclasses.replace(base, group_size=size) for size in settings.group_sizes]
         found += [dataclasses.replace(base, rank=base.rank + rank) for rank in settings.ranks]
         found += [Candidate("int8")] if settings.int8 else []

@@ -13,6 +13,7 @@ from ..ternarize import ROUNDINGS
 from .budget import SizeBudget
 
 
+LEAST_ERROR, PROTECTED_ENDS = ALLOCATIONS = ("least_error", "protected_ends")
 # Below and above, no row of the embedded pipeline finds its best codes.
 _STRETCHES = (0.75, 1.65)
 
@@ -119,10 +120,14 @@ class CalibrationConfig:
             device; what does not fit is gathered in further passes over the prompts. `None` = all in one pass.
         size_budget (`int` or `str`, *optional*): `"2.0 bits"` per weight of the layers that may be converted, or the
             size of all weights of the denoisers (`"400MB"`, or bytes). Each layer then gets ternary codes, smaller
-            groups, a low-rank correction, int8 or its float weight, so that together they leave the least error of
-            the denoiser's output. `None` = every layer as the [`TernaryConfig`] says.
-        sensitivity ([`SensitivityConfig`], *optional*): measure the effect of every layer; a size budget does it in
-            any case, by default as `SensitivityConfig()` says.
+            groups, a low-rank correction, int8 or its float weight, as `allocation` says. `None` = every layer as the
+            [`TernaryConfig`] says.
+        allocation (`str`, *optional*, defaults to `"least_error"`): how a size budget is spent: `"least_error"`, so
+            that the layers together leave the least error of the denoiser's output, which is measured; or
+            `"protected_ends"`, int8 for the blocks that are called first and last, and inward from there as far as
+            the budget reaches, without a measurement.
+        sensitivity ([`SensitivityConfig`], *optional*): measure the effect of every layer; an allocation of the least
+            error does it in any case, by default as `SensitivityConfig()` says.
 
     Raises:
         TypeError, ValueError: for a value that is impossible.
@@ -137,6 +142,7 @@ class CalibrationConfig:
     sequential: bool = False
     memory_limit: int | str | None = None
     size_budget: int | str | None = None
+    allocation: str = "least_error"
     sensitivity: SensitivityConfig | None = None
 
     def __post_init__(self) -> None:
@@ -149,9 +155,13 @@ class CalibrationConfig:
         if self.accumulate not in ACCUMULATION_DTYPES:
             raise ValueError(f"accumulate={self.accumulate!r} is not one of {', '.join(ACCUMULATION_DTYPES)}.")
         _ = self.memory_limit_bytes  # raises if it is not a size
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation={self.allocation!r} is not one of {', '.join(ALLOCATIONS)}.")
+        if self.allocation != LEAST_ERROR and self.size_budget is None:
+            raise ValueError(f"allocation={self.allocation!r} spends a size_budget, and there is none. Set one too.")
         if self.size_budget is not None:
             SizeBudget.parse(self.size_budget)
-            if self.sensitivity is None:
+            if self.sensitivity is None and self.allocation == LEAST_ERROR:
                 object.__setattr__(self, "sensitivity", SensitivityConfig())
 
     @property

@@ -119,6 +119,11 @@ class CalibrationRun:
             yield [group for group in stage if any(name in missing for name in group.layers)], before
             before = before + [name for group in stage for name in group.layers]
 
+    def blocks(self) -> list[list[str]]:
+        """The layers of each block, in the order of their calls."""
+        groups = find_groups(self.pipeline, self.model, list(self.candidates), self.rollouts)
+        return [[name for group in stage for name in group.layers] for stage in split_stages(groups)]
+
     def _collect(self, groups: Sequence[InputGroup], prefix: Sequence[str]) -> dict[str, InputMoments]:
         start = time.perf_counter()
         # The prefix is what the config alone would store, whatever a size budget will choose.
