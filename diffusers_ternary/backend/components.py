@@ -33,6 +33,11 @@ def modules_of(pipeline: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
+def encodes_text(component: str) -> bool:
+    """Whether a component of this name reads the prompt."""
+    return component.startswith("text_encoder")
+
+
 def denoiser_name(pipeline: Any, component: str | None = None) -> str:
     """The name of the component that a pipeline calls at every step; of several, of the one it calls first.
 

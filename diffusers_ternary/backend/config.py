@@ -65,7 +65,7 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         components (`list[str]` or `dict[str, str]`, *optional*):
             Components of a pipeline to quantize, or a dictionary that gives each its own kind. `None` = its
             denoisers. Text encoders are safe in `"int8"`, which hardly changes their output; rounding one to ternary
-            spoils the prompt.
+            spoils the prompt, calibrating it less so.
         rounding (`str`, *optional*, defaults to `"twn"`):
             Rule for on-the-fly quantization: `"twn"`, `"optimum"` (least squares), `"absmean"` (comparison only), or
             `"recover"`: no rounding; packs the layers whose weights are ternary already and keeps the others. Such

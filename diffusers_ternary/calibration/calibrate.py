@@ -17,6 +17,7 @@ from ..rollouts import Rollouts, fingerprint, make_rollouts, weights_sha256
 from .allocation import Allocation
 from .budget import SizeBudget
 from .config import CalibrationConfig
+from .encoders import EncoderStates, rollouts_for
 from .memory import explained_memory
 from .report import CalibrationReport
 from .run import CalibrationRun
@@ -39,6 +40,9 @@ def calibrate(
     return_report: bool = False,
 ) -> DiffusionPipeline | tuple[DiffusionPipeline, CalibrationReport]:
     """Ternarizes the denoisers of a pipeline in place, with codes chosen on its own rollouts.
+
+    Text encoders too, where the config's `components` name them: their layers are solved for the prompts, without any
+    denoising, and what a size budget weighs is the error of the embeddings that the denoiser is given.
 
     The float pipeline draws the prompts with its own scheduler; the inputs of every layer to convert are summed up
     as H = E[x xᵀ] over all steps, guidance branches and tokens. Codes and scales of each layer then minimize the
@@ -102,7 +106,7 @@ def _calibrate(
     weights = weights_sha256({name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)})
     store = LayerStore(work_dir, _fingerprint(pipeline, config, calibration, weights, rollouts))
     runs = [
-        CalibrationRun(pipeline, component, plan, config, calibration, rollouts, store)
+        CalibrationRun(pipeline, component, plan, config, calibration, rollouts_for(component, rollouts), store)
         for component, plan in plans.items()
     ]
     allocation = None
@@ -110,10 +114,10 @@ def _calibrate(
         allocation = Allocation(runs, SizeBudget.parse(calibration.size_budget), calibration.allocation)
     for run in runs:
         run.solve()
-    states: dict[str, TeacherStates] = {}
+    states: dict[str, TeacherStates | EncoderStates] = {}
     if calibration.sensitivity is not None:
         for run in runs:
-            states[run.component] = record_states(pipeline, run.component, rollouts, calibration.sensitivity)
+            states[run.component] = record_states(pipeline, run.component, run.rollouts, calibration.sensitivity)
             measure_sensitivities(run, states[run.component])
     if allocation is not None:
         allocation.spend()

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..backend.components import encodes_text
 from ..extras import import_extra
 from ..files import new_file, write_json
 from ..lora import FoldedAdapter
@@ -109,7 +110,7 @@ class CalibrationReport:
         versions (`Mapping[str, str]`): of the libraries, and the device.
         sensitivity (`tuple[LayerSensitivity, ...]`): the most sensitive layer first; empty if it was not measured.
         velocity_nmse (`Mapping[str, float]`): component → error of the whole calibrated denoiser on the states that
-            the sensitivity was measured on; empty if it was not measured.
+            the sensitivity was measured on (of a text encoder: of the embeddings); empty if it was not measured.
         adapters (`tuple[FoldedAdapter, ...]`): that were folded into the float pipeline before.
     """
 
@@ -159,7 +160,8 @@ class CalibrationReport:
         """The layers that matter most: by the denoiser's output if that was measured, else by their own error."""
         total = len(self.sensitivity or self.layers)
         caption = [f"{self.bits_per_weight:.3f} bits per weight"]
-        caption += [f"velocity NMSE of {name} {error:.3g}" for name, error in self.velocity_nmse.items()]
+        for name, error in self.velocity_nmse.items():
+            caption.append(f"{'embedding' if encodes_text(name) else 'velocity'} NMSE of {name} {error:.3g}")
         if total > _TABLE_ROWS:
             caption.append(f"{total - _TABLE_ROWS} more layers in the report")
         table = Table(caption="; ".join(caption), caption_justify="left")

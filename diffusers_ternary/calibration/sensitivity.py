@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each layer's candidates do to the denoiser's output, one layer at a time, on recorded calls of the teacher."""
+"""What each layer's candidates do to the denoiser's output, one layer at a time, on recorded calls of the teacher.
+
+Of a text encoder: to the embeddings that the denoiser is given.
+"""
 
 import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,6 +19,7 @@ from ..rollouts import DenoiserCall, Rollouts, normalized_error, prepared, recor
 from ..ternarize import quantize_int8
 from .candidates import Candidate
 from .config import SensitivityConfig
+from .encoders import EncoderRollouts, EncoderStates
 from .run import CalibrationRun
 from .solver import SolvedLayer
 
@@ -29,6 +33,8 @@ class TeacherStates:
         calls (`tuple[DenoiserCall, ...]`): on the CPU.
     """
 
+    measured: ClassVar[str] = "the denoiser's output"
+
     name: str
     calls: tuple[DenoiserCall, ...]
 
@@ -40,7 +46,7 @@ class TeacherStates:
 
 def record_states(
     pipeline: DiffusionPipeline, component: str, rollouts: Rollouts, settings: SensitivityConfig
-) -> TeacherStates:
+) -> TeacherStates | EncoderStates:
     """Runs the first prompts of the calibration with other noise, and keeps a few steps of each.
 
     Raises:
@@ -51,8 +57,11 @@ def record_states(
         prompts=rollouts.prompts[: settings.prompts],
         seeds=tuple(seed + len(rollouts.prompts) for seed in rollouts.seeds[: settings.prompts]),
     )
+    name = f"{settings.prompts}x{settings.steps}"
     kept: list[DenoiserCall] = []
     with prepared(pipeline):
+        if isinstance(held, EncoderRollouts):
+            return EncoderStates.record(name, pipeline, held)
         for batch in held.batches():
             with recorded_calls(pipeline.components[component]) as calls:
                 held.draw(pipeline, batch)
@@ -65,17 +74,17 @@ def record_states(
                 f"{component}: its own output holds NaN or Inf at step {call.step} (timestep {call.timestep:g}). Load "
                 "the pipeline in bfloat16 or float32 instead of float16, and check that it draws images."
             )
-    return TeacherStates(f"{settings.prompts}x{settings.steps}", tuple(kept))
+    return TeacherStates(name, tuple(kept))
 
 
-def measure_sensitivities(run: CalibrationRun, states: TeacherStates) -> None:
-    """Puts every candidate of every layer into the float denoiser alone, and replays the calls.
+def measure_sensitivities(run: CalibrationRun, states: TeacherStates | EncoderStates) -> None:
+    """Puts every candidate of every layer into the float model alone, and replays the calls.
 
     Nothing is changed afterward. Finished layers are stored, and taken from there by a rerun.
 
     Args:
         run ([`CalibrationRun`]): with its candidates solved; gets the `sensitivities`.
-        states ([`TeacherStates`]): of its denoiser.
+        states ([`TeacherStates`] or [`EncoderStates`]): of its model.
 
     Raises:
         ValueError: if an output is not finite.
@@ -92,7 +101,7 @@ def measure_sensitivities(run: CalibrationRun, states: TeacherStates) -> None:
                     error = 0.0 if candidate.kind == "keep" else states.error(run.model)
                 if not math.isfinite(error):
                     raise ValueError(
-                        f"{run.component}.{name}: with {candidate.label} weights the denoiser's output holds NaN or "
+                        f"{run.component}.{name}: with {candidate.label} weights {states.measured} holds NaN or "
                         "Inf. Load the pipeline in bfloat16 or float32 instead of float16, or keep the layer."
                     )
                 known[candidate.label] = error
@@ -101,8 +110,8 @@ def measure_sensitivities(run: CalibrationRun, states: TeacherStates) -> None:
     run.pipeline.maybe_free_model_hooks()  # an offloaded denoiser goes back to where it was
 
 
-def whole_errors(pipeline: DiffusionPipeline, states: Mapping[str, TeacherStates]) -> dict[str, float]:
-    """The error of each denoiser as it is now, all its layers together."""
+def whole_errors(pipeline: DiffusionPipeline, states: Mapping[str, TeacherStates | EncoderStates]) -> dict[str, float]:
+    """The error of each model as it is now, all its layers together."""
     with prepared(pipeline):
         errors = {component: held.error(pipeline.components[component]) for component, held in states.items()}
     pipeline.maybe_free_model_hooks()

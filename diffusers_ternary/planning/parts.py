@@ -12,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, NotASafet
 from torch import nn
 
 from ..backend import StoredTensor, read_headers
+from ..backend.components import encodes_text
 from ..backend.config import DENOISER_COMPONENTS
 from ..backend.folder import check_pipeline, default_files, pipeline_parts, quant_method, shard_names, weights_name
 from ..backend.sources import read_source_json, source_error
@@ -53,7 +54,7 @@ class Part:
     @property
     def encodes_text(self) -> bool:
         """Whether it reads the prompt."""
-        return self.name.startswith("text_encoder")
+        return encodes_text(self.name)
 
     @property
     def decodes(self) -> bool:
