@@ -17,7 +17,7 @@ PACKAGE = ROOT / "diffusers_ternary"
 
 # A room may import from rooms on the floors above it in this list, and from itself.
 FLOORS = (
-    {"extras", "files", "format", "lazy"},
+    {"extras", "files", "format", "lazy", "progress"},
     {"rollouts", "ternarize"},
     {"kernels"},
     {"layers"},

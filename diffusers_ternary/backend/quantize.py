@@ -5,10 +5,10 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffusers.utils.logging import tqdm
 from torch import nn
 
 from ..layers import FLOAT_TYPES, FloatLayer, QuantizedLayer
+from ..progress import Bar
 from ..ternarize import check_finite, find_group_size, ternary_fit
 from .compat_offload import casting_hook, is_group_offloaded
 from .components import below_compiled_wrappers, is_pipeline, modules_of
@@ -123,7 +123,7 @@ def replace_layers(
     """
     record = PackingRecord()
     fill = fill or _rounding_filler(config, record)
-    for name, kind in tqdm(plan.kinds.items(), desc="Packing layers", leave=False):
+    for name, kind in Bar(plan.kinds.items(), "Packing layers"):
         module = model.get_submodule(name)
         assert isinstance(module, FLOAT_TYPES)
         layer = placeholder_for(module, layer_spec(kind, module, config), config)

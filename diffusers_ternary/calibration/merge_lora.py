@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.logging import tqdm
 from torch import nn
 
 from ..backend import below_compiled_wrappers, bits_per_weight, with_separate_projections
@@ -17,6 +16,7 @@ from ..backend.reports import attach_report
 from ..layers import TernaryLayer
 from ..lora.compat import BaseTunerLayer, ModulesToSaveWrapper, PeftModel, check_adapters_to_merge
 from ..lora.packed_base import PackedBaseMixin
+from ..progress import Bar
 from ..rollouts import make_rollouts
 from ..ternarize import TernaryWeight, ternarize
 from ..ternarize.weight import with_low_rank
@@ -132,7 +132,7 @@ def merge_lora(
     packed: dict[str, tuple[TernaryWeight, torch.Tensor | None]] = {}
     rows = []
     every = [(f"{component}.{name}", layer) for component, layers in adapted.items() for name, layer in layers.items()]
-    for key, layer in tqdm(every, desc="Merging adapters", leave=False):
+    for key, layer in Bar(every, "Merging adapters"):
         if any(name in layer._get_available_adapters() for name in names):
             weight, bias, row = merger.merge(key, layer)
             packed[key] = weight, bias

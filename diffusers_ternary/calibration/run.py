@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from diffusers.utils.logging import tqdm
 from torch import nn
 
 from ..backend import ConversionPlan, file_bytes, replace_layers
 from ..backend.config import TernaryConfig
 from ..format import Int8Spec, TernarySpec
 from ..layers import TernaryLayer
+from ..progress import Bar
 from ..rollouts import Rollouts
 from .candidates import Candidate, base_candidate, candidates_for
 from .config import CalibrationConfig
@@ -103,7 +103,7 @@ class CalibrationRun:
         for groups, prefix in self._stages(missing):
             for part in split_passes(groups, limit=self.calibration.memory_limit_bytes, dtype=self.calibration.dtype):
                 moments = self._collect(part, prefix)
-                for group in tqdm(part, desc=f"Solving {self.component}", leave=False):
+                for group in Bar(part, f"Solving {self.component}"):
                     inputs = moments.pop(group.layers[0])
                     for name in group.layers:
                         for candidate in missing.get(name, ()):

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.logging import tqdm
 from torch import nn
 
+from ..progress import Bar
 from ..rollouts import DenoiserCall, Rollouts, normalized_error, prepared, recorded_calls
 from ..ternarize import quantize_int8
 from .candidates import Candidate
@@ -90,7 +90,7 @@ def measure_sensitivities(run: CalibrationRun, states: TeacherStates | EncoderSt
         ValueError: if an output is not finite.
     """
     with prepared(run.pipeline):
-        for name, candidates in tqdm(run.candidates.items(), desc=f"Sensitivity of {run.component}", leave=False):
+        for name, candidates in Bar(run.candidates.items(), f"Sensitivity of {run.component}"):
             key = f"{run.component}.{name}@sensitivity-{states.name}"
             known = run.store.load_numbers(key)
             for candidate in candidates:

@@ -6,7 +6,7 @@ import warnings
 
 
 def quiet_hosts() -> None:
-    """Hides loading bars of diffusers and transformers, and warnings that nobody can do anything about.
+    """Hides loading bars of diffusers and transformers, not ours, and warnings that nobody can do anything about.
 
     For the rest of the process; called before the hosts' models are imported, which is when transformers tells
     everyone to install torchvision.
@@ -14,6 +14,9 @@ def quiet_hosts() -> None:
     import diffusers
     import transformers
 
+    from ..progress import Bar
+
+    Bar.always = True
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.utils.logging import tqdm
 from safetensors import safe_open
 
 from ..files import lock, recover_folder
+from ..progress import Bar
 from ..rollouts import prepared
 from .identity import differences
 from .layout import InputLayout, TeacherBatch, TeacherRow, keys_by_name
@@ -170,7 +170,7 @@ class TeacherCache:
         if missing and done:
             logger.info("%s: %d prompts were cached already.", self.folder, done)
         batches, batch_size = list(recorder.rollouts.batches()), recorder.rollouts.batch_size
-        with tqdm(total=total, desc="Caching the teacher", leave=False, disable=not total) as progress:
+        with Bar(None, "Caching the teacher", total=total, visible=bool(total)) as progress:
             for number in missing:
                 path, indices = self.shard_path(number), self.shard_rows(number)
                 for file in (path, hash_path(path)):  # of this process alone: others may be writing theirs

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.utils.logging import tqdm
 from torch import nn
 
+from ..progress import Bar
 from ..rollouts import float_dtype
 from .blocks import block_names
 from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -67,8 +67,8 @@ class Trainer:
         self.folder = folder
         self.blocks = block_names(ternary_layers(student))
         self.progress = Progress()
-        total = config.updates
-        self._bar = tqdm(total=total, desc="Distilling", disable=not (show_progress and accelerator.is_main_process))
+        visible = show_progress and accelerator.is_main_process
+        self._bar = Bar(None, "Distilling", total=config.updates, visible=visible, leave=True)
 
     def run(self) -> Progress:
         """Trains; the student is then the best one that the held-out evaluation saw."""

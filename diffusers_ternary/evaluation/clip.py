@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from .progress import bar
+from ..progress import Bar
 
 
 class ClipScore:
@@ -55,7 +55,7 @@ class ClipScore:
         """Scores images against their prompts."""
         length = self.model.config.text_config.max_position_embeddings
         total = 0.0
-        for start in bar(range(0, len(images), self.batch_size), "CLIP score", visible=self.progress):
+        for start in Bar(range(0, len(images), self.batch_size), "CLIP score", visible=self.progress):
             part = slice(start, start + self.batch_size)
             text = self.tokenizer(
                 list(prompts[part]), padding=True, truncation=True, max_length=length, return_tensors="pt"

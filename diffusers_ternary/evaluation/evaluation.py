@@ -15,6 +15,7 @@ from PIL import Image
 from ..backend import below_compiled_wrappers
 from ..backend.components import denoiser_of
 from ..extras import check_extra
+from ..progress import Bar
 from ..rollouts import (
     DenoiserCall,
     Rollouts,
@@ -31,7 +32,6 @@ from .benchmarks import make_benchmark
 from .comparable import check_comparable
 from .judgement import Benchmark, BenchmarkScores, check_image_size, judge_all
 from .metrics import COMPARISON, check_same_size, image_distance
-from .progress import bar
 from .result import BenchmarkPair, EvaluationResult, ScorePair
 
 
@@ -171,7 +171,7 @@ def observe_teacher(
     recorded = 0
     seconds = 0.0
     with prepared(teacher):
-        for batch in bar(list(rollouts.batches()), "teacher draws", visible=progress):
+        for batch in Bar(list(rollouts.batches()), "teacher draws", visible=progress):
             start = time.perf_counter()
             if recorded < velocity_prompts:
                 with recorded_calls(denoiser) as new_calls:
@@ -198,13 +198,13 @@ def compare(student: DiffusionPipeline, run: TeacherRun, *, progress: bool = Tru
     images: list[Image.Image] = []
     seconds = 0.0
     with prepared(student):
-        for batch in bar(list(rollouts.batches()), "student draws", visible=progress):
+        for batch in Bar(list(rollouts.batches()), "student draws", visible=progress):
             start = time.perf_counter()
             images += draw_images(student, batch, rollouts.call_kwargs)
             seconds += time.perf_counter() - start
             check_same_size(images[-1], run.images[len(images) - 1])
     distance = image_distance(
-        images, run.images, wrap=lambda pairs: bar(pairs, "distances of the images", visible=progress)
+        images, run.images, wrap=lambda pairs: Bar(pairs, "distances of the images", visible=progress)
     )
     scores = _score(run.scorers, images, rollouts.prompts)
     return EvaluationResult(
@@ -262,7 +262,7 @@ def _judge(
     if benchmark is None:
         return None
     return judge_all(
-        benchmark, images, wrap=lambda each: bar(each, f"{benchmark.name} judges the {role}", visible=visible)
+        benchmark, images, wrap=lambda each: Bar(each, f"{benchmark.name} judges the {role}", visible=visible)
     )
 
 
@@ -277,7 +277,7 @@ def _velocity(student: DiffusionPipeline, run: TeacherRun, visible: bool) -> Vel
         return None
     teacher_dtype = getattr(denoiser_of(run.teacher), "dtype", torch.float32)
     with prepared(student):
-        calls = bar(run.calls, "student's velocity error", visible=visible)
+        calls = Bar(run.calls, "student's velocity error", visible=visible)
         error = velocity_error(denoiser_of(student), calls, teacher_dtype=teacher_dtype, prompts=run.recorded_prompts)
     student.maybe_free_model_hooks()  # an offloaded denoiser goes back to where it was
     return error

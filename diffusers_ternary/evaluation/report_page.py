@@ -15,8 +15,8 @@ from typing import Any
 from PIL import Image
 
 from ..files.destinations import output_folder
+from ..progress import Bar
 from .judgement import BenchmarkScores
-from .progress import bar
 from .result import EvaluationResult
 from .velocity_plot import plot_velocity_error
 
@@ -86,7 +86,7 @@ def fill_report(
         result.plot_velocity_error(folder / "velocity_error.png")
     digits = len(str(len(result.prompts) - 1))
     pairs = list(zip(result.student_images, result.teacher_images, strict=True))
-    for index, (student, teacher) in enumerate(bar(pairs, "writing images")):
+    for index, (student, teacher) in enumerate(Bar(pairs, "writing images")):
         student.save(images / f"{index:0{digits}}_student.png")
         teacher.save(images / f"{index:0{digits}}_teacher.png")
     (folder / "index.html").write_text(page, encoding="utf-8")

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers.utils.logging import tqdm
 
 from ..backend.config import TernaryConfig
 from ..backend.packed_folder import PackedFolder
 from ..backend.sources import selected_components
 from ..files import read_json
 from ..format import LayerSpec, TernarySpec
+from ..progress import Bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ def export(
         form.check(model)
         types = form.write(model, place)
         inexact, weights, differing, largest = [], 0, 0, 0.0
-        for tensor in tqdm(form.read_back(model, place), desc="Comparing", leave=False):
+        for tensor in Bar(form.read_back(model, place), "Comparing"):
             stored = tensor.stored.reshape(tensor.exact.shape)
             weights += tensor.exact.size
             if not np.array_equal(stored, tensor.exact):

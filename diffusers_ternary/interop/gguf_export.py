@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils.logging import tqdm
 
 from ..backend.packed_folder import PackedFolder
 from ..extras import import_extra
 from ..files.destinations import output_file
 from ..format import LayerSpec
 from ..format.dtypes import dtype_name
+from ..progress import Bar
 from .compat import TwoBitType, open_reader, writable_type
 from .export import ExportReport, ReadBack, block_scales, export
 from .gguf_blocks import BLOCK, ENCODERS, FALLBACKS, RUNTIMES, TERNARY_TYPES, choose_type
@@ -156,7 +156,7 @@ class _Gguf:
         writer.add_quantization_version(self.gguf.GGML_QUANT_VERSION)
         writer.add_string(CONFIG_KEY, json.dumps(model.config, sort_keys=True))
         types: collections.Counter[str] = collections.Counter()
-        for tensor in tqdm(gguf_tensors(model.class_name, model.names()), desc="Exporting", leave=False):
+        for tensor in Bar(gguf_tensors(model.class_name, model.names()), "Exporting"):
             kind, data = self._encode(model, tensor)
             writer.add_tensor(tensor.name, data, raw_dtype=writable_type(kind.upper()))
             types[kind] += 1

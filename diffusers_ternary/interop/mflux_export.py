@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator
 
 import torch
-from diffusers.utils.logging import tqdm
 from safetensors.torch import save_file
 
 from ..backend.folder import refuse_links
@@ -18,6 +17,7 @@ from ..backend.packed_folder import PackedFolder
 from ..files import write_json
 from ..files.destinations import output_folder
 from ..format import Int8Spec, LayerSpec
+from ..progress import Bar
 from .export import ExportReport, ReadBack, block_scales, export, more_than_codes
 from .mflux_import import INDEX, MfluxFiles
 from .mflux_names import mflux_module, mflux_name
@@ -146,7 +146,7 @@ def _kind(spec: LayerSpec | None) -> str:
 
 
 def _tensors(model: PackedFolder) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in tqdm(sorted(model.names()), desc="Exporting", leave=False):
+    for name in Bar(sorted(model.names()), "Exporting"):
         spec, renamed = model.spec(name), mflux_name(model.class_name, name)
         size = None if spec is None else affine_group_size(spec)
         if spec is None or size is None:

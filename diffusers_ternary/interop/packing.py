@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.utils.logging import tqdm
 from torch import nn
 
 from ..backend.config import RECOVER, TernaryConfig
@@ -24,6 +23,7 @@ from ..files import read_json
 from ..files.destinations import output_folder
 from ..format import LayerSpec, TernarySpec
 from ..layers import reason_not_to_pack
+from ..progress import Bar
 from ..ternarize import TernaryFit, TernaryWeight, recover, ternary_fit
 from .empty_model import empty_model
 from .foreign_model import ForeignModel, check_names
@@ -162,7 +162,7 @@ def _convert_part(part: _Part, folder: pathlib.Path, max_shard_size: int, verify
     writer = PackedFolderWriter(folder, weights_name=part.model.weights_name, max_shard_size=max_shard_size)
     misfits: dict[str, TernaryFit] = {}
     source_bytes = 0
-    for name, tensor in tqdm(part.model.items(), total=len(part.model.shapes), desc="Packing", leave=False):
+    for name, tensor in Bar(part.model.items(), "Packing", total=len(part.model.shapes)):
         source_bytes += tensor.numel() * tensor.element_size()
         module = part.layers.get(name)
         matrix = tensor.flatten(1) if module is not None else tensor
@@ -215,7 +215,7 @@ def _prove(model: ForeignModel, folder: pathlib.Path) -> None:
         RuntimeError: if one differs, which would be a bug.
     """
     written = PackedFolder.open(folder)
-    for name, tensor in tqdm(model.items(), total=len(model.shapes), desc="Comparing", leave=False):
+    for name, tensor in Bar(model.items(), "Comparing", total=len(model.shapes)):
         if written.spec(name) is None:
             equal = _same_bits(written.read(name), tensor)
         else:

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..progress import Bar
+
 
 def weights_sha256(modules: dict[str, nn.Module]) -> str:
     """Hash of all parameters and buffers of a pipeline's modules: names, dtypes, shapes and values."""
     digest = hashlib.sha256()
-    for component, module in sorted(modules.items()):
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{component}.{name} {tensor.dtype} {list(tensor.shape)};".encode())
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(data.numpy().data)
+    states = ((component, module.state_dict()) for component, module in sorted(modules.items()))
+    tensors = [(f"{component}.{name}", tensor) for component, state in states for name, tensor in state.items()]
+    for name, tensor in Bar(tensors, "Hashing the weights"):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().data)
     return digest.hexdigest()
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from diffusers.utils.logging import tqdm
 
+from ..progress import Bar
 from .drawing import RolloutBatch, check_call, check_prompts, draw, prepared
 from .fingerprint import prompts_sha256
 
@@ -75,7 +75,7 @@ class Rollouts:
     def run(self, pipeline: DiffusionPipeline, *, description: str) -> None:
         """Runs all trajectories. What happens inside is observed by hooks."""
         with prepared(pipeline):
-            for batch in tqdm(list(self.batches()), desc=description, leave=False):
+            for batch in Bar(list(self.batches()), description):
                 self.draw(pipeline, batch)
 
     def draw(self, pipeline: DiffusionPipeline, batch: RolloutBatch) -> Any:
