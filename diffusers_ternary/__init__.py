@@ -81,7 +81,7 @@ def __getattr__(name: str) -> Any:
         place = __name__ + _MOVED[name]
         old = "The old place goes with the next minor version."
         message = f"diffusers_ternary.{name} has moved: from {place} import {name}. {old}"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        warnings.warn(message, FutureWarning, stacklevel=2)
         value = getattr(importlib.import_module(place), name)
     elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
         return importlib.import_module(f"{__name__}.{name}")  # rooms, without an import of their own

@@ -21,6 +21,7 @@ import transformers
 from torch import nn
 
 from diffusers_ternary.planning import Part, plan_parts
+from diffusers_ternary.planning.durations import Durations
 from diffusers_ternary.planning.picture import Picture
 
 
@@ -236,7 +237,6 @@ PIPELINES = {
 # What the hours stand for.
 CALIBRATION_PROMPTS, DISTILLATION_PROMPTS, UPDATES, ROWS = 128, 4000, 2000, 32
 _FLOPS = 200e12  # a second, of which an H100 has 990 in 16 bits
-_TRAINING = 5  # forwards of a row: teacher, student, the student's again, and two for its gradients
 
 
 def published(name: str) -> dict[str, Part]:
@@ -269,12 +269,12 @@ def row(name: str) -> list[str]:
 
 
 def _hours(parts: dict[str, Part], entry: Published) -> tuple[float, float]:
-    """Of one GPU, to gather the statistics of calibration in one pass, and to distill; two operations a weight."""
+    """Of one GPU, to gather the statistics of calibration in one pass, and to distill."""
     denoiser = next(part for part in parts.values() if part.denoises)
-    seconds = 2 * denoiser.weights * entry.picture.tokens(denoiser, parts.values()) / _FLOPS
-    drawing = seconds * entry.steps * entry.forwards
-    training = seconds * _TRAINING * UPDATES * ROWS
-    return CALIBRATION_PROMPTS * drawing / 3600, (DISTILLATION_PROMPTS * drawing + training) / 3600
+    calls = entry.steps * entry.forwards
+    durations = Durations(denoiser, parts.values(), entry.picture, calls=calls, rate=_FLOPS)
+    distilling = durations.drawing(DISTILLATION_PROMPTS) + durations.training(UPDATES, ROWS)
+    return durations.gathering(CALIBRATION_PROMPTS) / 3600, distilling / 3600
 
 
 def table(names: Iterable[str]) -> str:

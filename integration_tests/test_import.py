@@ -132,7 +132,7 @@ def test_a_name_that_moved_works_and_says_so_once(name, monkeypatch):
         exec(f"from diffusers_ternary import {name} as first")
         exec(f"from diffusers_ternary import {name} as again")
     (warning,) = caught
-    assert warning.category is DeprecationWarning
+    assert warning.category is FutureWarning
     namespace = {}
     exec(re.search(r"from \S+ import \w+", str(warning.message))[0], namespace)
     assert namespace[name] is getattr(diffusers_ternary, name)

@@ -243,7 +243,7 @@ def given_or_default(name: str, config: ConfigT | None, cls: type[ConfigT]) -> C
 
 def _warn_scales() -> None:
     message = "TernaryConfig's scales is scale_layout now; the old name goes with the next minor version."
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    warnings.warn(message, FutureWarning, stacklevel=3)
 
 
 def _unknown_arguments(unknown: Mapping[str, Any]) -> str:

@@ -67,7 +67,16 @@ def calibrate_command(
         with output_folder(destination, sources=[source, *adapters], work=[work_dir], overwrite=overwrite) as folder:
             pipeline = options.load_pipeline(source, torch_dtype)
             folded = options.fold_adapters(pipeline, adapters)
-            show_plan(pipeline, lines, calibration.call_kwargs, *folded, f"finished layers are kept in {kept}")
+            show_plan(
+                pipeline,
+                lines,
+                calibration.call_kwargs,
+                *folded,
+                f"finished layers are kept in {kept}",
+                device=place,
+                batch_size=calibration.batch_size,
+                predict=lambda forecast: forecast.calibrating(config, calibration),
+            )
             if dry_run:
                 raise typer.Exit
             pipeline = options.place_pipeline(pipeline, place, offload=offload)

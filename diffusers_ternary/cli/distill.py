@@ -114,7 +114,17 @@ def distill_command(
             each = f"{distill_config.batch_size} rows"
             training = f"mode {distill_config.mode}: {distill_config.updates} updates of {each}"
             folded = options.fold_adapters(pipeline, adapters)
-            show_plan(pipeline, lines, settings, *folded, training, f"checkpoints are kept in {run}")
+            show_plan(
+                pipeline,
+                lines,
+                settings,
+                *folded,
+                training,
+                f"checkpoints are kept in {run}",
+                device=state.device,
+                batch_size=distill_config.batch_size,
+                predict=lambda forecast: forecast.distilling(config, distill_config),
+            )
             if dry_run:
                 raise typer.Exit
             trained = distill(

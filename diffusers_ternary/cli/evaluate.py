@@ -57,6 +57,14 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="Images per pipeline call.", min=1)] = 1,
     velocity_prompts: Annotated[int, typer.Option(help="Prompts for the velocity error; 0 = none.", min=0)] = 8,
     clip: Annotated[str | None, typer.Option(help="Local CLIP checkpoint for a CLIP score.", metavar="PATH")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora",
+            help="LoRA file to fold into the teacher first, as it was for calibrate or distill (repeatable).",
+            metavar="PATH[=SCALE]",
+        ),
+    ] = None,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
@@ -78,6 +86,7 @@ def evaluate_command(
         call_kwargs = options.CALL.given(values, teacher, student)
         place = options.parse_device(device)
         torch_dtype = options.parse_dtype(dtype, place)
+        adapters = options.parse_adapters(lora)
     with explained_errors(), contextlib.ExitStack() as stack:
         check_extra("torchmetrics", "evaluate")  # before a model is loaded
         from ..evaluation import ClipScore, evaluate
@@ -89,7 +98,7 @@ def evaluate_command(
         if report is not None:
             if velocity_prompts:
                 check_extra("matplotlib", "The report's plot of the velocity error")
-            sources = [student, teacher, clip, detector, color_model, vqa, judge]
+            sources = [student, teacher, clip, detector, color_model, vqa, judge, *adapters]
             folder = stack.enter_context(output_folder(report, sources=sources, overwrite=overwrite))
         scorers: dict[str, Scorer] = {} if clip is None else {"clip_score": ClipScore(clip, device=place)}
         task = None
@@ -101,10 +110,20 @@ def evaluate_command(
                 device=None if benchmark == "scenes" else place,
                 **models,
             )
-        teacher_pipeline = options.load_pipeline(teacher, torch_dtype).to(place)
+        teacher_pipeline = options.load_pipeline(teacher, torch_dtype)
+        folded = options.fold_adapters(teacher_pipeline, adapters)
+        teacher_pipeline = teacher_pipeline.to(place)
         student_pipeline = load_student(student, teacher_pipeline, torch_dtype).to(place)
         if lines is not None:
-            show_plan(teacher_pipeline, lines, call_kwargs)
+            show_plan(
+                teacher_pipeline,
+                lines,
+                call_kwargs,
+                *folded,
+                device=place,
+                batch_size=batch_size,
+                predict=lambda forecast: forecast.drawing([teacher_pipeline, student_pipeline]),
+            )
         if options.is_demo(teacher) and lines is not None:
             scorers.update(options.demo_scorers(lines))
         result = evaluate(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .call import EMBEDDED, known_call
-from .console import console, escape, format_bytes
+from .console import console, errors, escape, format_bytes
 from .fields import ConfigOptions
 
 
@@ -168,7 +168,7 @@ def load_pipeline(source: str, dtype: "torch.dtype") -> Any:
     local = pathlib.Path(source).is_dir()
     if local:
         check_weights(source, pipeline_parts(index, source=source))
-    with explained_loading(source):
+    with explained_loading(source), errors.status(f"Loading {escape(source)}"):
         pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype)
     if not local:  # the files are in the cache now
         check_weights(source, pipeline_parts(index, source=source))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`diffusers-ternary plan`."""
 
+import dataclasses
 import json
 import math
 from typing import TYPE_CHECKING, Annotated
@@ -55,6 +56,8 @@ def plan_command(
 
         place = options.place_of(source)
         found = plan(place, vram=vram, pixels=pixels or _known_side(place), frames=frames)
+    if place != source:  # the embedded model has a name, and its folder is nobody's business
+        found = dataclasses.replace(found, source=source)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
         return

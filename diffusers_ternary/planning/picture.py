@@ -22,10 +22,12 @@ class Picture:
     Args:
         pixels (`int`): of a side; of another shape, the square root of all.
         frames (`int`, *optional*, defaults to 1): of a clip.
+        text_tokens (`int`, *optional*, defaults to 512): of the prompt.
     """
 
     pixels: int
     frames: int = 1
+    text_tokens: int = TEXT_TOKENS
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -37,7 +39,7 @@ class Picture:
         """Tokens of a row inside the blocks, image and text together."""
         vae = next((_settings(part) for part in parts if part.decodes), {})
         side = max(1, self.pixels // _downsampling(vae) // _patch(_settings(denoiser), vae))
-        return side**2 * self._latent_frames(vae) + TEXT_TOKENS
+        return side**2 * self._latent_frames(vae) + self.text_tokens
 
     def decoding(self, part: Part, itemsize: int) -> int:
         """Bytes of activations while the autoencoder decodes without tiles."""

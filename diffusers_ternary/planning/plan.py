@@ -111,7 +111,11 @@ class PipelinePlan:
         """Lines of Python that draw with it."""
         config = self.config
         lines = ["import torch, diffusers_ternary", "from diffusers import DiffusionPipeline", ""]
-        arguments = [repr(self.source), "dtype=torch.bfloat16"]
+        place = repr(self.source)
+        if self.source == "demo":  # what the commands call the embedded model
+            place = "demo_folder()"
+            lines.insert(2, "from diffusers_ternary.demo import demo_folder")
+        arguments = [place, "dtype=torch.bfloat16"]
         if config is not None:
             named = "" if config.components is None else f"components={config.components!r}"
             lines.insert(2, "from diffusers_ternary import TernaryConfig")

@@ -111,10 +111,10 @@ class TestScaleLayout:
         assert TernaryConfig.from_dict({"quant_method": "diffusers_ternary", "scales": "group"}) == config
 
     def test_the_old_name_works_and_warns(self):
-        with pytest.warns(DeprecationWarning, match="scales is scale_layout now"):
+        with pytest.warns(FutureWarning, match="scales is scale_layout now"):
             config = TernaryConfig(scales="group")
         assert config == TernaryConfig(scale_layout="group")
-        with pytest.warns(DeprecationWarning, match="scales is scale_layout now"):
+        with pytest.warns(FutureWarning, match="scales is scale_layout now"):
             assert config.scales == "group"
 
 
