@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--python", help="interpreter or version (default: 3.11 for oldest, 3.13 for newest)")
     parser.add_argument("--folder", type=Path, help="of the environment")
     parser.add_argument("pytest", nargs="*", help="arguments of pytest; with some, nothing is recorded")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # options may stand before "--"
     folder = arguments.folder or ROOT / "runs" / "versions" / arguments.which
     folder.parent.mkdir(parents=True, exist_ok=True)
     interpreter = install(arguments.which, folder, arguments.python or PYTHON[arguments.which])

@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from diffusers.utils.logging import tqdm
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..layers import Int8Layer, QuantizedLayer, read_records
+from ..progress import Bar
 from .checkpoint import check_crc
 from .compat import DiffusersQuantizer, update_config
 from .config import RECOVER, TernaryConfig, TernaryMethod
@@ -50,11 +50,10 @@ class TernaryDiffusersQuantizer(ModelLoading, DiffusersQuantizer):
 
     # --- before the weights -------------------------------------------------------------------------------------
 
-    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-        """Without `torch_dtype`, the model is loaded in the config's compute dtype."""
-        dtype = torch_dtype if torch_dtype is not None else self.quantization_config.torch_compute_dtype
-        self.dtype = dtype or self.dtype
-        return dtype
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """Without `torch_dtype`, the model is loaded in the config's compute dtype, or in float32 as ever."""
+        self.dtype = torch_dtype or self.quantization_config.torch_compute_dtype or self.dtype
+        return self.dtype
 
     def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, Any]:
         """What the weights of placeholders take in `device_map="auto"`: 2-bit codes, int8, or float.
@@ -100,7 +99,7 @@ class TernaryDiffusersQuantizer(ModelLoading, DiffusersQuantizer):
         self.to_pack = {f"{name}.weight" for name in placeholders}
         self.warm_up_factor = warm_up_factor(model, self.quantization_config, self.dtype)
         if placeholders:
-            self.progress = tqdm(total=len(placeholders), desc="Packing layers", leave=False)
+            self.progress = Bar(None, "Packing layers", total=len(placeholders))
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """A packed or to-be-packed layer without its tensors is an error, not a warning."""
