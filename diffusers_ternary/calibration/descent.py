@@ -5,7 +5,8 @@ import dataclasses
 
 import torch
 
-from .gptq import BLOCK_COLUMNS, Coding, group_slices, nearest_codes
+from ..kernels.cpu import coding as compiled
+from .gptq import BLOCK_COLUMNS, PANEL_COLUMNS, Coding, group_slices, nearest_codes
 
 
 def coordinate_descent(weight: torch.Tensor, hessian: torch.Tensor, coding: Coding) -> tuple[Coding, int]:
@@ -22,16 +23,41 @@ def coordinate_descent(weight: torch.Tensor, hessian: torch.Tensor, coding: Codi
     Returns:
         `tuple[Coding, int]`: the improved codes with the same scales, and how many codes changed.
     """
-    codes = coding.codes.clone()
-    residual = weight - coding.dense()
+    codes = coding.codes.clone(memory_format=torch.contiguous_format)
+    residual = (weight - coding.dense()).contiguous()
+    coding = dataclasses.replace(coding, codes=codes)
+    descend = _descend_compiled if compiled.serves(residual) and compiled.serves(hessian) else _descend
+    return coding, descend(residual, hessian, coding)
+
+
+def _descend_compiled(residual: torch.Tensor, hessian: torch.Tensor, coding: Coding) -> int:
+    diagonal = hessian.diagonal()
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
+    changed = 0
+    for start in range(0, len(residual), PANEL_COLUMNS):
+        panel = slice(start, start + PANEL_COLUMNS)
+        changed += compiled.code_columns(
+            hessian[panel] @ residual,
+            hessian[panel, panel],
+            coding.scales[start // coding.group_size :],
+            coding.codes[panel],
+            group_size=coding.group_size,
+            first=start % coding.group_size,
+            inverse=inverse[panel],
+            residual=residual[panel],
+        )
+    return changed
+
+
+def _descend(residual: torch.Tensor, hessian: torch.Tensor, coding: Coding) -> int:
     diagonal = hessian.diagonal().tolist()
     changed = 0
-    for index, group in enumerate(group_slices(weight.shape[0], coding.group_size)):
+    for index, group in enumerate(group_slices(len(residual), coding.group_size)):
         scale = coding.scales[index]  # [N]
         for start in range(group.start, group.stop, BLOCK_COLUMNS):
             block = slice(start, min(start + BLOCK_COLUMNS, group.stop))
-            changed += _descend_block(residual, hessian, diagonal, codes, scale, block)
-    return dataclasses.replace(coding, codes=codes), changed
+            changed += _descend_block(residual, hessian, diagonal, coding.codes, scale, block)
+    return changed
 
 
 def _descend_block(

@@ -9,11 +9,14 @@ import dataclasses
 
 import torch
 
+from ..kernels.cpu import coding as compiled
 from ..ternarize import ROUNDINGS
 
 
 # Columns that are rounded between two matrix products; the work inside a block stays in the cache.
 BLOCK_COLUMNS = 128
+# Columns for which the product with all others is taken at once: with fewer, a CPU reads more than it multiplies.
+PANEL_COLUMNS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +71,10 @@ def gptq(
     columns, rows = weight.shape
     residual = torch.zeros_like(weight)
     codes = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
+    pushes = _Pushes(residual, upper)
     scales = []
     for group in group_slices(columns, group_size):
-        target = _compensated(weight, residual, upper, group)  # [L, N]
+        target = _compensated(weight, pushes, group)  # [L, N]
         count = torch.tensor([float(target.shape[0])], device=weight.device)
         rounded = ROUNDINGS[rounding](target.T.float().unsqueeze(1).contiguous(), count)
         scale = stretch * rounded.scales[:, 0].to(weight.dtype)  # [N]
@@ -78,26 +82,53 @@ def gptq(
         for start in range(group.start, group.stop, BLOCK_COLUMNS):
             block = slice(start, min(start + BLOCK_COLUMNS, group.stop))
             if start > group.start:
-                target = _compensated(weight, residual, upper, block)
-            _round_block(target[: block.stop - block.start], block, scale, upper, codes)
+                target = _compensated(weight, pushes, block)
+            _round_block(target[: block.stop - block.start], scale, upper[block, block], codes[block])
             residual[block] = weight[block] - codes[block] * scale
     return Coding(codes, torch.stack(scales), group_size)
 
 
-def _compensated(weight: torch.Tensor, residual: torch.Tensor, upper: torch.Tensor, part: slice) -> torch.Tensor:
-    pushed = upper[: part.start, part].T @ residual[: part.start]  # [L, N]
+class _Pushes:
+    """E R[:a, a:b] of parts a..b, which come from left to right.
+
+    What lies before a panel of parts is multiplied once for all of them.
+    """
+
+    def __init__(self, residual: torch.Tensor, upper: torch.Tensor) -> None:
+        self.upper = upper
+        self._residual = residual
+        self._panel = slice(0, 0)
+        self._before = residual[:0]
+
+    def of(self, part: slice) -> torch.Tensor:
+        """`[L, N]`, transposed."""
+        if part.stop - part.start > PANEL_COLUMNS:
+            return self._product(slice(0, part.start), part)
+        if part.stop > self._panel.stop:
+            self._panel = slice(part.start, min(part.start + PANEL_COLUMNS, len(self.upper)))
+            self._before = self._product(slice(0, part.start), self._panel)
+        start = self._panel.start
+        return self._before[part.start - start : part.stop - start] + self._product(slice(start, part.start), part)
+
+    def _product(self, before: slice, part: slice) -> torch.Tensor:
+        return self.upper[before, part].T @ self._residual[before]
+
+
+def _compensated(weight: torch.Tensor, pushes: _Pushes, part: slice) -> torch.Tensor:
     # (E R) R_bb⁻¹, transposed: solves R_bbᵀ X = (E R)ᵀ.
-    return weight[part] + torch.linalg.solve_triangular(upper[part, part].T, pushed, upper=False)
+    block = pushes.upper[part, part]
+    return weight[part] + torch.linalg.solve_triangular(block.T, pushes.of(part), upper=False)
 
 
-def _round_block(
-    target: torch.Tensor, block: slice, scale: torch.Tensor, upper: torch.Tensor, codes: torch.Tensor
-) -> None:
-    size = block.stop - block.start
-    identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
-    inverse = torch.linalg.solve_triangular(upper[block, block], identity, upper=True)
-    for j in range(size):
+def _round_block(target: torch.Tensor, scale: torch.Tensor, upper: torch.Tensor, codes: torch.Tensor) -> None:
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+    # What the error of a column moves those after it by.
+    moves = inverse / -inverse.diagonal()[:, None]
+    if compiled.serves(target) and compiled.serves(upper):
+        compiled.code_columns(target, moves.contiguous(), scale[None], codes, group_size=len(upper))
+        return
+    for j in range(len(upper)):
         code = nearest_codes(target[j], scale)
-        codes[block.start + j] = code
-        error = (target[j] - code * scale) / inverse[j, j]
-        target[j + 1 :].addr_(inverse[j, j + 1 :], error, alpha=-1)
+        codes[j] = code
+        target[j + 1 :].addr_(moves[j, j + 1 :], code * scale - target[j], alpha=-1)

@@ -13,6 +13,8 @@ _ESCALATION = 10.0
 # From the smallest sensible damping, 1e-6 of the mean diagonal, this many steps reach 1e6 times the diagonal, where
 # every finite symmetric matrix with a positive mean diagonal is positive definite in float32.
 _ATTEMPTS = 14
+# Columns of an error that are multiplied at a time: bounds the temporary memory.
+_PANEL = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +51,22 @@ class DampedHessian:
     damping: float
 
     def row_errors(self, error: torch.Tensor) -> torch.Tensor:
-        """e H eᵀ of each row e of the error: `[N]` from E `[K, N]`."""
-        return _terms(error, self.matrix).sum(dim=0)
+        """e H eᵀ of each row e of the error: float64 `[N]` from E `[K, N]`."""
+        return _row_errors(error, self.matrix)
 
 
 def quadratic(error: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr(E H Eᵀ) of an error E `[K, N]`."""
-    # float64 only for the sum: K * N products of float32 are exact enough, their sum is not.
-    return float(_terms(error, hessian).sum(dtype=torch.float64))
+    return float(_row_errors(error, hessian).sum())
 
 
-def _terms(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    return (hessian @ error) * error
+def _row_errors(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    sums = torch.zeros(error.shape[1], dtype=torch.float64, device=error.device)
+    for start in range(0, len(hessian), _PANEL):
+        panel = slice(start, start + _PANEL)
+        # float64 only for the sum: products of float32 are exact enough, their sum is not.
+        sums += (hessian[panel] @ error).mul_(error[panel]).sum(dim=0, dtype=torch.float64)
+    return sums
 
 
 def damp(hessian: torch.Tensor, damping: float, *, name: str = "layer") -> DampedHessian:

@@ -5,6 +5,7 @@ import dataclasses
 
 import torch
 
+from ..kernels.cpu import coding as compiled
 from .gptq import Coding, group_slices
 
 
@@ -12,6 +13,8 @@ from .gptq import Coding, group_slices
 _RIDGE = 1e-7
 # Bounds the temporary T_aᵀ H of a slice of rows.
 _CHUNK_ELEMENTS = 1 << 24
+# On CPUs it is to stay in the cache.
+_COMPILED_ROWS = 256
 
 
 def refit_scales(target: torch.Tensor, hessian: torch.Tensor, coding: Coding) -> Coding:
@@ -30,7 +33,7 @@ def refit_scales(target: torch.Tensor, hessian: torch.Tensor, coding: Coding) ->
     """
     codes, group_size = coding.codes, coding.group_size
     columns, rows = codes.shape
-    step = max(1, _CHUNK_ELEMENTS // columns)
+    step = _COMPILED_ROWS if compiled.serves(hessian) else max(1, _CHUNK_ELEMENTS // columns)
     parts = [
         _refit_rows(target[:, start : start + step], hessian, codes[:, start : start + step], group_size)
         for start in range(0, rows, step)
@@ -48,10 +51,10 @@ def _refit_rows(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor
     system = torch.zeros(rows, len(groups), len(groups), dtype=torch.float64, device=codes.device)
     for a, group in enumerate(groups):
         product = hessian[group.start :, group] @ values[group]  # [K - start, n]; the rest follows by symmetry
-        system[:, a, a:] = _sum_groups(product * values[group.start :], group_size).T
+        system[:, a, a:] = _sum_groups(product, codes[group.start :], group_size).T
     upper = system.triu(1)
     system = system + upper.mT
-    wanted = _sum_groups(target * values, group_size).T.double()  # [n, G]
+    wanted = _sum_groups(target, codes, group_size).T.double()  # [n, G]
     diagonal = system.diagonal(dim1=1, dim2=2)
     empty = diagonal <= 0
     diagonal += torch.where(empty, torch.ones_like(diagonal), _RIDGE * diagonal)
@@ -69,10 +72,12 @@ def _solve(system: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return solution
 
 
-def _sum_groups(values: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Sums `[K, n]` over the columns of each group: `[G, n]`."""
-    rows = values.shape[1]
-    missing = -values.shape[0] % group_size
+def _sum_groups(product: torch.Tensor, codes: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Sums product · codes, both `[K, n]`, over the columns of each group: `[G, n]`."""
+    if compiled.serves(product):
+        return compiled.group_sums(product, codes, group_size)
+    values = product * codes
+    missing = -len(values) % group_size
     if missing:
         values = torch.nn.functional.pad(values, (0, 0, 0, missing))
-    return values.view(-1, group_size, rows).sum(dim=1)
+    return values.view(-1, group_size, values.shape[1]).sum(dim=1)

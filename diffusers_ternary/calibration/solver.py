@@ -150,7 +150,7 @@ def _tried(
             correction = low_rank.dense().to(target).T
             packed, dense = dataclasses.replace(packed, spec=spec, low_rank=low_rank), dense + correction
             remaining = target - correction
-        error = float(damped.row_errors(target - dense).sum(dtype=torch.float64))
+        error = float(damped.row_errors(target - dense).sum())
         yield error, packed, dense, first
 
 

@@ -18,7 +18,7 @@ from ..operands import PackedWeight
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ERRORS = {-1: "out of memory", -2: "this CPU lacks the instructions of the chosen kernel"}
 # Dtype in which a whole model is fastest beside a variant. The layers take every dtype; what lies between them
@@ -35,6 +35,8 @@ _SIGNATURES = {
     "dt_quantize_rows": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p],
     "dt_dequantize": [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64],
     "dt_twn": [ctypes.c_void_p, *[ctypes.c_int64] * 5, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64],
+    "dt_code_columns": [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 5],
+    "dt_group_sums": [*[ctypes.c_void_p, ctypes.c_int64] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p],
     "dt_base3_to_planes": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
     "dt_planes_to_base3": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
 }

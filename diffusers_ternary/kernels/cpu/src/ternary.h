@@ -20,7 +20,7 @@
 #define DT_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define DT_ABI_VERSION 3
+#define DT_ABI_VERSION 4
 #define DT_MAX_TILE_COLUMNS 32
 
 enum { DT_FLOAT32 = 0, DT_BFLOAT16 = 1, DT_FLOAT16 = 2 };
