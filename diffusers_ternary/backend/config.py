@@ -14,7 +14,7 @@ import torch
 from diffusers import PipelineQuantizationConfig
 
 from ..format import FORMAT_VERSION, check_format_version
-from ..format.spec import SCALE_LAYOUTS, check_hadamard, check_rank
+from ..format.spec import REQUESTED_LAYOUTS, check_hadamard, check_rank
 from ..kernels.ops import ACTIVATION_DTYPES
 from ..ternarize import ROUNDINGS
 from .compat import DiffusersConfigMixin, TransformersConfigMixin, refuse_unknown_components
@@ -72,7 +72,8 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
             layers are packed exactly under every rule.
         scale_layout (`str`, *optional*, defaults to `"auto"`):
             How scales are stored: `"group"` (one 16-bit scale per group), `"double"` (an 8-bit multiplier per group
-            and a 16-bit scale per row) or `"auto"`, the smaller of the two for each layer.
+            and a 16-bit scale per row), `"auto"`, the smaller of the two for each layer, or `"portable"`, one per
+            group that float16 and bfloat16 both hold, so that exports to other programs round nothing.
         hadamard (`int`, *optional*, defaults to 0):
             Rotate the inputs of ternary layers by Hadamard matrices of this size (a power of two, e.g. 128) and make
             the codes for the rotated weight: no bits, one fast transform per layer. Helps heavy-tailed weights and
@@ -126,7 +127,7 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         if components is not None:
             refuse_unknown_components(TernaryConfig)
         self.rounding = _check_choice("rounding", rounding, (*ROUNDINGS, RECOVER))
-        self.scale_layout = _check_choice("scale_layout", scale_layout, ("auto", *SCALE_LAYOUTS))
+        self.scale_layout = _check_choice("scale_layout", scale_layout, REQUESTED_LAYOUTS)
         check_hadamard(hadamard)
         self.hadamard = hadamard
         check_rank(rank)

@@ -5,7 +5,7 @@ import dataclasses
 
 import torch
 
-from ..format import TernarySpec, double_quantize, group_scales, pack_planes, storage_dtype
+from ..format import TernarySpec, group_scales, pack_planes
 from ..ternarize import TernaryWeight, ternarize
 from .config import SolverConfig
 from .descent import coordinate_descent
@@ -82,11 +82,7 @@ class CodeSearch:
     def pack(self, coding: Coding) -> tuple[TernaryWeight, torch.Tensor]:
         """The packed weight, and what it stands for: float `[K, N]`."""
         exact = coding.scales.T.float()  # [N, G]
-        multiplier = None
-        if self._spec.scales == "double":
-            scale, multiplier = double_quantize(exact)
-        else:
-            scale = exact.to(storage_dtype(exact))
+        scale, multiplier = self._spec.round_scales(exact)
         rounded = group_scales(scale, multiplier).to(self._target).T.contiguous()
         coding = dataclasses.replace(coding, scales=rounded)
         if self._config.descent_passes:

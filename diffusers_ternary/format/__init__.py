@@ -12,6 +12,7 @@ from .scales import (
     group_count,
     group_scales,
     normalize_group_size,
+    portable_scales,
     scale_layout,
     storage_dtype,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "pack_planes",
     "packed_base3_bytes",
     "planes_width",
+    "portable_scales",
     "scale_layout",
     "storage_dtype",
     "stored_bytes",

@@ -6,6 +6,7 @@ import torch
 
 # An int8 dot product needs `code * multiplier` in int8, and the CPU's int8 paths are exact only up to 64.
 MULTIPLIER_MAX = 63
+_LARGEST_PORTABLE = 65280.0  # the largest bfloat16 that is a float16
 
 
 def normalize_group_size(group_size: int | None, in_features: int) -> int:
@@ -67,6 +68,15 @@ def storage_dtype(scales: torch.Tensor) -> torch.dtype:
     if nonzero.numel() and (float(nonzero.min()) < limits.smallest_normal or float(nonzero.max()) > limits.max):
         return torch.bfloat16
     return torch.float16
+
+
+def portable_scales(scales: torch.Tensor) -> torch.Tensor:
+    """The nearest bfloat16 scales that float16 holds as well: 8 significant bits, within the range of float16.
+
+    GGUF files have float16 scales, and mflux computes in bfloat16: neither has to round these. From 6e-5 on they are
+    at most 0.4 % off; what is smaller becomes a multiple of 6e-8.
+    """
+    return scales.to(torch.bfloat16).clamp(max=_LARGEST_PORTABLE).half().to(torch.bfloat16)
 
 
 def double_quantize(scales: torch.Tensor, *, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:

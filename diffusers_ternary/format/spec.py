@@ -9,10 +9,20 @@ import torch
 
 from .base3 import packed_base3_bytes
 from .planes import planes_width
-from .scales import group_count, normalize_group_size, scale_layout
+from .scales import (
+    double_quantize,
+    group_count,
+    normalize_group_size,
+    portable_scales,
+    scale_layout,
+    storage_dtype,
+)
 
 
 SCALE_LAYOUTS = ("group", "double")
+# What can be asked for: `scale_layout` settles "auto"; "portable" is "group" with scales that are exact in both of the
+# 16-bit floats.
+REQUESTED_LAYOUTS = ("auto", *SCALE_LAYOUTS, "portable")
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOW_RANK_DTYPE = torch.float16
 LOW_RANK_NAMES = ("low_rank_up", "low_rank_down")
@@ -59,6 +69,8 @@ class TernarySpec:
             most K; 0 = none (see [`ternarize.rotation.rotate`]).
         rank (`int`): rank of the correction that is added to the product, `up @ down` with float16 `[N, rank]` and
             `[rank, K]`; 0 = none.
+        portable (`bool`): round scales to what float16 and bfloat16 both hold. Not part of the record: in a file, the
+            scales are what they are.
     """
 
     out_features: int
@@ -67,6 +79,7 @@ class TernarySpec:
     scales: str = "group"
     hadamard: int = 0
     rank: int = 0
+    portable: bool = dataclasses.field(default=False, compare=False)
 
     kind: ClassVar[str] = "ternary"
 
@@ -100,7 +113,8 @@ class TernarySpec:
             out_features (`int`): N.
             in_features (`int`): K.
             group_size (`int`, *optional*, defaults to 128): columns per scale, at most K; `None` = one scale per row.
-            scales (`str`, *optional*, defaults to `"auto"`): `"group"`, `"double"`, or `"auto"`, see [`scale_layout`].
+            scales (`str`, *optional*, defaults to `"auto"`): `"group"`, `"double"`, `"portable"` (`"group"`, with
+                [`portable_scales`]) or `"auto"`, see [`scale_layout`].
             hadamard (`int`, *optional*, defaults to 0): block size of the rotation; a matrix with fewer columns is not
                 rotated.
             rank (`int`, *optional*, defaults to 0): of the correction, at most the smaller side.
@@ -110,11 +124,13 @@ class TernarySpec:
         """
         _check_positive(out_features=out_features, in_features=in_features)
         size = normalize_group_size(group_size, in_features)
+        portable = scales == "portable"
         return cls(
             out_features,
             in_features,
             size,
-            scale_layout(scales, in_features, size),
+            "group" if portable else scale_layout(scales, in_features, size),
+            portable=portable,
             hadamard=hadamard if hadamard <= in_features else 0,
             rank=min(rank, out_features, in_features),
         )
@@ -128,6 +144,12 @@ class TernarySpec:
     def weights(self) -> int:
         """Number of weights, N * K."""
         return self.out_features * self.in_features
+
+    def round_scales(self, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`weight_scale` and `weight_multiplier` that hold group scales, float32 `[N, G]`, in 16 bits and less."""
+        if self.scales == "double":
+            return double_quantize(scales)
+        return portable_scales(scales) if self.portable else scales.to(storage_dtype(scales)), None
 
     def file_tensors(self) -> dict[str, TensorSpec]:
         """Tensors in a file: base-3 codes, scales, and the low-rank correction if there is one."""
@@ -216,6 +238,8 @@ def layer_spec_from_json(data: Any) -> LayerSpec:
     shape = fields.pop("shape", None)
     if not isinstance(shape, list) or len(shape) != 2:
         raise ValueError(f"shape={shape!r} is not [out_features, in_features].")
+    if "portable" in fields:
+        raise ValueError(f"the fields of a {kind} layer are wrong: portable says how to round, not what is stored.")
     try:
         if kind == TernarySpec.kind:
             return TernarySpec(shape[0], shape[1], **fields)

@@ -9,12 +9,10 @@ import torch
 from ..format import (
     LOW_RANK_NAMES,
     TernarySpec,
-    double_quantize,
     expand_scales,
     group_scales,
     pack_planes,
     planes_width,
-    storage_dtype,
     unpack_planes,
 )
 from .low_rank import LowRank, low_rank_residual
@@ -144,8 +142,8 @@ def ternarize(
         weight (`torch.Tensor`): float `[N, K]`, any float dtype and device.
         group_size (`int`, *optional*, defaults to 128): columns per scale; `None` = one scale per row.
         rounding (`str`, *optional*, defaults to `"twn"`): `"twn"`, `"optimum"` or `"absmean"`.
-        scales (`str`, *optional*, defaults to `"auto"`): `"group"`, `"double"`, or `"auto"`, which takes the layout
-            that stores fewer bits (see [`scale_layout`]).
+        scales (`str`, *optional*, defaults to `"auto"`): `"group"`, `"double"`, `"portable"` or `"auto"`, see
+            [`TernarySpec.for_matrix`].
         hadamard (`int`, *optional*, defaults to 0): rotate the columns in blocks of this size first; a weight with
             fewer columns is not rotated.
         rank (`int`, *optional*, defaults to 0): rank of the correction that is stored for what the codes miss; at
@@ -197,11 +195,7 @@ def round_to(weight: torch.Tensor, spec: TernarySpec, *, rounding: str = "twn", 
             packed[start : start + step] = pack_planes(result.codes.view(-1, groups * size)[:, :columns])
             group_scale[start : start + step] = result.scales
     codes = dataclasses.replace(spec, rank=0) if spec.rank else spec
-    if spec.scales == "double":
-        scale, multiplier = double_quantize(group_scale)
-        rounded = TernaryWeight(codes, packed, scale, multiplier)
-    else:
-        rounded = TernaryWeight(codes, packed, group_scale.to(storage_dtype(group_scale)))
+    rounded = TernaryWeight(codes, packed, *spec.round_scales(group_scale))
     return with_low_rank(rounded, weight, spec.rank) if spec.rank else rounded
 
 

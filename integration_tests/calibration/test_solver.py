@@ -96,6 +96,18 @@ def test_every_stage_lowers_the_error(seed, columns, group_size):
         assert errors[4] < errors[3]
 
 
+def test_calibrated_scales_that_every_program_holds():
+    x, weight = correlated_inputs(2, 800, 64), random_weight(2, 24, 64)
+    errors = {}
+    for scales in ("group", "portable"):
+        spec = TernarySpec.for_matrix(*weight.shape, group_size=16, scales=scales)
+        solved = solve_layer(weight, moments_of(x), spec)
+        errors[scales] = float(quadratic(weight - solved.weight.dequantize(), moments_of(x).second).sum())
+    assert solved.weight.spec == spec
+    assert torch.equal(solved.weight.scale.half().float(), solved.weight.scale.bfloat16().float())
+    assert errors["portable"] < 1.001 * errors["group"]
+
+
 @pytest.mark.parametrize("correct_bias", [False, True])
 @pytest.mark.parametrize("scales", ["group", "double"])
 def test_reported_errors_are_those_of_the_packed_layer(correct_bias, scales):

@@ -11,6 +11,7 @@ from diffusers_ternary.format import (
     group_count,
     group_scales,
     normalize_group_size,
+    portable_scales,
     storage_dtype,
 )
 
@@ -53,6 +54,21 @@ def test_double_quantization_keeps_its_error_bound(seed, magnitude):
     assert (error[~small] <= (largest / 126 * (1 + 2 * epsilon) + largest * epsilon)[~small]).all()
     assert (error[small] <= (largest / 63 * (1 + 2 * epsilon))[small]).all()
     np.testing.assert_allclose(group_scales(row, multiplier).numpy(), effective, rtol=1e-6)
+
+
+def test_portable_scales_are_exact_in_both_16_bit_floats():
+    scales = 10 ** (12 * torch.rand(20_000, generator=torch.Generator().manual_seed(0)) - 7)  # 1e-7 ... 1e5
+    scales[0] = 0
+    found = portable_scales(scales)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.half().float(), found.float())
+    error = (found.double() - scales.double()).abs().numpy()
+    exact = scales.double().numpy()
+    normal = (exact >= 2**-14) & (exact <= 65280)
+    assert 0.0038 < (error[normal] / exact[normal]).max() <= 2**-8
+    assert error[exact < 2**-14].max() <= 2**-25 + 2**-23  # half a step of float16, and of bfloat16 below 2^-14
+    assert float(found.float().max()) == 65280
+    assert float(found[0]) == 0
 
 
 def test_only_zero_groups_get_multiplier_zero():
