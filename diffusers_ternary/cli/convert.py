@@ -55,6 +55,12 @@ def convert_command(
     fallback: Annotated[
         str | None, typer.Option(help="To GGUF: f32, f16 or q8_0 for layers that no type holds exactly.")
     ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge", help="To GGUF and mflux: store layers that they cannot hold (rotated, low rank) in 16 bits."
+        ),
+    ] = False,
     as_json: options.AsJson = False,
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -78,6 +84,7 @@ def convert_command(
         "ternary_type": ternary_type,
         "round_scales": round_scales,
         "fallback": fallback,
+        "merge": merge or None,
     }
     given = {name: value for name, value in export_options.items() if value is not None}
     from ..interop.convert import check_options, convert

@@ -168,6 +168,10 @@ def open_packed(path: pathlib.Path) -> PackedFolder:
     return PackedFolder.open(path)
 
 
+MERGE = "calibrate or quantize without hadamard and rank, or store such layers unpacked in 16 bits (--merge)"
+"""What helps against [`more_than_codes`]."""
+
+
 def more_than_codes(spec: LayerSpec) -> str:
     """Why codes and scales alone are not the weight, which is all that other formats store; empty if they are."""
     if isinstance(spec, TernarySpec) and spec.hadamard:

@@ -22,7 +22,7 @@ from ..format import LayerSpec
 from ..format.dtypes import dtype_name
 from ..progress import Bar
 from .compat import TwoBitType, open_reader, writable_type
-from .export import ExportReport, ReadBack, block_scales, export
+from .export import MERGE, ExportReport, ReadBack, block_scales, export, more_than_codes
 from .gguf_blocks import BLOCK, ENCODERS, FALLBACKS, RUNTIMES, TERNARY_TYPES, choose_type
 from .gguf_names import ARCHITECTURES, CONFIG_KEY, GgufTensor, gguf_tensors
 from .gguf_two_bit import dequantize_two_bit
@@ -44,6 +44,7 @@ def export_gguf(
     ternary_type: str | None = None,
     round_scales: bool = True,
     fallback: str | None = None,
+    merge: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
     """Writes a packed denoiser as a GGUF file, reads it again and compares every weight.
@@ -62,6 +63,8 @@ def export_gguf(
         round_scales (`bool`, *optional*, defaults to `True`): round scales that are not float16 (6-bit multipliers,
             say) to it, with a line of notice; changes weights by at most 0.05 %. Otherwise such layers are refused.
         fallback (`str`, *optional*): `"f32"`, `"f16"` or `"q8_0"` for layers that no type holds exactly.
+        merge (`bool`, *optional*, defaults to `False`): store such layers as float16, rotation and low-rank correction
+            merged into them: `fallback="f16"`.
         overwrite (`bool`, *optional*): replace the destination.
 
     Returns:
@@ -77,6 +80,7 @@ def export_gguf(
     types = RUNTIMES[runtime]
     if ternary_type is not None:
         types = (ternary_type, *(kind for kind in types if kind != ternary_type))
+    fallback = fallback or ("f16" if merge else None)
     form = _Gguf(import_extra("gguf", "Writing GGUF files"), types, round_scales, fallback)
     report = export(form, source, destination, overwrite=overwrite)
     if types[0] != "q4_0" and report.types.get("q4_0"):
@@ -86,8 +90,13 @@ def export_gguf(
             BLOCK[types[0]],
             types[0].upper(),
         )
-    if report.inexact and round_scales:
-        logger.warning("Scales of %d tensors were rounded to float16; %s.", len(report.inexact), report.proof())
+    if report.inexact:
+        logger.warning(
+            "%d tensors are not bit-equal: their scales were rounded to float16%s; %s.",
+            len(report.inexact),
+            f", or they are stored as {fallback}" if fallback else "",
+            report.proof(),
+        )
     return report
 
 
@@ -137,6 +146,7 @@ class _Gguf:
         return [place]
 
     def check(self, model: PackedFolder) -> None:
+        unpacked = []
         for tensor in gguf_tensors(model.class_name, model.names()):
             if tensor.name == _CONVOLUTION and model.spec(tensor.parts[0]) is not None:
                 raise ValueError(
@@ -144,12 +154,19 @@ class _Gguf:
                 )
             kind, reason = self.type_of(model, tensor)
             if kind is None and self.fallback is None:
-                raise ValueError(
-                    f"No GGML type that this program reads holds {reason}. Make the model with a group size that is a "
-                    "multiple of 256 (64 for Q2_0), scale_layout='group', and without rotation and low rank; or store "
-                    "such layers unpacked with --fallback f16, or round scales to float16 (--round-scales, at most "
-                    "0.05 %)."
+                specs = [model.spec(name) for name in tensor.parts]
+                way_out = (
+                    "make the model with a group size that is a multiple of 256 (64 for Q2_0) and "
+                    "scale_layout='portable' or scale_layout='group', round scales to float16 (--round-scales, at "
+                    "most 0.05 %), or store such layers unpacked in 16 bits (--merge)"
                 )
+                if any(spec is not None and more_than_codes(spec) for spec in specs):
+                    way_out = MERGE
+                raise ValueError(f"No GGML type that this program reads holds {reason}: {way_out}.")
+            if kind is None:
+                unpacked.append(tensor.name)
+        if unpacked:
+            logger.warning("%d tensors are stored as %s (%s ...).", len(unpacked), self.fallback, unpacked[0])
 
     def write(self, model: PackedFolder, place: pathlib.Path) -> dict[str, int]:
         writer = self.gguf.GGUFWriter(path=None, arch=self.architecture(model), use_temp_file=True)

@@ -4,6 +4,7 @@
 import collections
 import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 import shutil
@@ -18,12 +19,13 @@ from ..files import write_json
 from ..files.destinations import output_folder
 from ..format import Int8Spec, LayerSpec
 from ..progress import Bar
-from .export import ExportReport, ReadBack, block_scales, export, more_than_codes
+from .export import MERGE, ExportReport, ReadBack, block_scales, export, more_than_codes
 from .mflux_import import INDEX, MfluxFiles
 from .mflux_names import mflux_module, mflux_name
 from .mlx_affine import affine_group_size, encode_affine
 
 
+logger = logging.getLogger(__name__)
 # What mflux writes into its own files, and looks for when it loads.
 _METADATA = {"quantization_level": "2", "mflux_version": "0.24.0"}
 _MAX_SHARD = 2_000_000_000
@@ -34,6 +36,7 @@ def export_mflux(
     destination: str | os.PathLike[str],
     *,
     max_shard_size: int = _MAX_SHARD,
+    merge: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
     """Writes a packed FLUX.1, 2 or 3, Z-Image or Qwen-Image for mflux, reads it again and compares every weight.
@@ -45,6 +48,8 @@ def export_mflux(
         source (`str` or `PathLike`): packed model folder, or the pipeline folder it is in.
         destination (`str` or `PathLike`): folder to write: of the pipeline, or of the denoiser alone.
         max_shard_size (`int`, *optional*, defaults to 2 GB): bytes of tensors per file.
+        merge (`bool`, *optional*, defaults to `False`): store layers that MLX cannot hold as bfloat16, in which mflux
+            computes, rotation and low-rank correction merged into them.
         overwrite (`bool`, *optional*): replace the destination.
 
     Returns:
@@ -55,10 +60,14 @@ def export_mflux(
             rotation, a low-rank correction, or groups that MLX does not know.
         FileExistsError: if the destination exists, or holds what is not a result of an earlier run.
     """
-    return export(_Mflux(pathlib.Path(source), max_shard_size), source, destination, overwrite=overwrite)
+    form = _Mflux(pathlib.Path(source), max_shard_size, merge)
+    report = export(form, source, destination, overwrite=overwrite)
+    if report.inexact:
+        logger.warning("%d layers are stored as bfloat16; %s.", len(report.inexact), report.proof())
+    return report
 
 
-def check_mflux(model: PackedFolder) -> None:
+def check_mflux(model: PackedFolder, *, merge: bool = False) -> None:
     """Checks that a packed model has this form.
 
     Raises:
@@ -67,13 +76,12 @@ def check_mflux(model: PackedFolder) -> None:
     for name in sorted(model.names()):
         mflux_module(model.class_name, name.rpartition(".")[0])
         spec = model.spec(name)
-        if spec is not None and affine_group_size(spec) is None:
-            no_groups = "MLX knows groups of 32, 64 and 128 input features, which do not fit into its groups"
-            raise ValueError(
-                f"{name.removesuffix('.weight')} cannot be exported to mflux: "
-                f"{more_than_codes(spec) or no_groups}. Calibrate or quantize without hadamard and rank, with a "
-                "group size that is a multiple of 32."
-            )
+        if spec is not None and affine_group_size(spec) is None and not merge:
+            reason, way_out = more_than_codes(spec), MERGE
+            if not reason:
+                reason = "MLX knows groups of 32, 64 and 128 input features, which do not fit into its groups"
+                way_out = "choose a group size that is a multiple of 32, or store such layers unpacked (--merge)"
+            raise ValueError(f"{name.removesuffix('.weight')} cannot be exported to mflux: {reason}: {way_out}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +90,7 @@ class _Mflux:
 
     root: pathlib.Path
     max_shard_size: int
-    may_round: bool = False
+    may_round: bool
 
     @contextlib.contextmanager
     def output(self, destination: pathlib.Path, source: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
@@ -97,7 +105,7 @@ class _Mflux:
         return list(self._part(model, place).glob("*.safetensors"))
 
     def check(self, model: PackedFolder) -> None:
-        check_mflux(model)
+        check_mflux(model, merge=self.may_round)
 
     def write(self, model: PackedFolder, place: pathlib.Path) -> dict[str, int]:
         part = self._part(model, place)
@@ -142,7 +150,9 @@ class _Mflux:
 
 
 def _kind(spec: LayerSpec | None) -> str:
-    return "float" if spec is None else "8-bit" if isinstance(spec, Int8Spec) else "2-bit"
+    if spec is None or affine_group_size(spec) is None:
+        return "float"
+    return "8-bit" if isinstance(spec, Int8Spec) else "2-bit"
 
 
 def _tensors(model: PackedFolder) -> Iterator[tuple[str, torch.Tensor]]:
@@ -150,7 +160,7 @@ def _tensors(model: PackedFolder) -> Iterator[tuple[str, torch.Tensor]]:
         spec, renamed = model.spec(name), mflux_name(model.class_name, name)
         size = None if spec is None else affine_group_size(spec)
         if spec is None or size is None:
-            yield renamed, model.read(name)
+            yield renamed, model.read(name) if spec is None else model.dequantize(name, torch.bfloat16)
             continue
         scales = block_scales(spec, model.group_scales(name), size).contiguous()
         encoded = encode_affine(model.codes(name), scales, 8 if isinstance(spec, Int8Spec) else 2)

@@ -395,7 +395,7 @@ class TestRefusals:
         assert 0 < float(error.max()) < 2**-11 + 1e-6
         assert 0 < report.differing < report.weights == sum(value.numel() for value in model.state_dict().values())
         assert 0 < report.largest_difference < 2**-11 + 1e-6
-        assert "were rounded to float16" in caplog.text
+        assert "scales were rounded to float16" in caplog.text
         assert f"{report.differing:,} of {report.weights:,} weights differ" in caplog.text
 
     @pytest.mark.parametrize(("fallback", "limit"), [("f32", 0.0), ("f16", 1e-3), ("q8_0", 1e-2)])
@@ -411,6 +411,16 @@ class TestRefusals:
         exact = model.single_transformer_blocks[0].proj_out.weight
         error = (torch.from_numpy(tensors_of(file)[name].copy()) - exact).abs().max()
         assert float(error) <= limit * float(exact.abs().max()) + 1e-7
+
+    def test_merged_layers_are_float16(self, tmp_path, caplog):
+        packed(tmp_path / "in", group_size=256, rank=2)
+        with pytest.raises(ValueError, match=r"to_q\.weight: it has a low-rank correction.*\(--merge\)\.$"):
+            export_gguf(tmp_path / "in", tmp_path / "model.gguf")
+        assert list(tmp_path.iterdir()) == [tmp_path / "in"]
+        report = convert(tmp_path / "in", tmp_path / "model.gguf", to="gguf", merge=True)
+        assert 0 < report.largest_difference < 2**-11
+        assert types_of(report.path)["double_blocks.0.img_attn.qkv.weight"] == "F16"
+        assert "13 tensors are stored as f16 (double_blocks.0" in caplog.text
 
     def test_packed_convolutions(self, tmp_path):
         packed(tmp_path / "in", denoisers.sd3, overrides={"pos_embed.proj": "ternary"}, group_size=None)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from diffusers_ternary import TernaryConfig, convert, quantize
 from diffusers_ternary.backend import packed_layers
-from diffusers_ternary.interop import export_mflux
+from diffusers_ternary.interop import export_gguf, export_mflux
 from diffusers_ternary.interop.mflux_import import dequantize_affine
 from diffusers_ternary.interop.mflux_names import CLASSES, mflux_module
 from diffusers_ternary.interop.mlx_affine import encode_affine
@@ -132,6 +132,26 @@ def test_files_hold_the_weights_of_the_packed_model(tmp_path, make, options) -> 
     assert (kinds["8-bit"] > 0) == ("overrides" in options)
 
 
+def test_portable_scales_need_no_rounding_anywhere(tmp_path) -> None:
+    """float16 in GGUF, bfloat16 in mflux, whose dtype it is; the default's scales are rounded in the one, float32 in \
+    the other."""
+    errors = []
+    for layout, differs in (("portable", False), ("auto", True)):
+        torch.manual_seed(0)
+        dense = denoisers.flux()
+        weight = dense.transformer_blocks[0].ff.net[0].proj.weight.detach().clone()
+        model = quantize(dense, TernaryConfig(group_size=64, scale_layout=layout))
+        model.save_pretrained(tmp_path / layout)
+        model.dequantize()
+        errors.append(float((model.transformer_blocks[0].ff.net[0].proj.weight.detach() - weight).norm()))
+        assert bool(export_gguf(tmp_path / layout, tmp_path / f"{layout}.gguf").differing) == differs
+        assert export_mflux(tmp_path / layout, tmp_path / f"{layout}-mflux").differing == 0
+        stored = load_file(tmp_path / f"{layout}-mflux" / "0.safetensors")
+        dtype = stored["transformer_blocks.0.ff.linear1.scales"].dtype
+        assert dtype == (torch.float32 if differs else torch.bfloat16)
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)  # what ternary rounding costs, whatever the scales
+
+
 def test_shards_and_the_rest_of_a_pipeline(tmp_path) -> None:
     (tmp_path / "in" / "vae").mkdir(parents=True)
     (tmp_path / "in" / "vae" / "config.json").write_text("{}")
@@ -154,7 +174,7 @@ def test_shards_and_the_rest_of_a_pipeline(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (denoisers.flux, {"hadamard": 64}, "its inputs are rotated. Calibrate or quantize without hadamard"),
+        (denoisers.flux, {"hadamard": 64}, "its inputs are rotated: calibrate or quantize without hadamard"),
         (denoisers.flux, {"rank": 2}, "it has a low-rank correction"),
         (denoisers.flux, {"group_size": 48}, "MLX knows groups of 32, 64 and 128"),
         (denoisers.sana, {}, "SanaTransformer2DModel has no mflux form"),
@@ -165,6 +185,19 @@ def test_refusals_leave_nothing_behind(tmp_path, make, options, message) -> None
     with pytest.raises(ValueError, match=message):
         export_mflux(tmp_path / "in", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_merged_layers_are_bfloat16(tmp_path, caplog) -> None:
+    packed(tmp_path / "in", group_size=64, hadamard=64)
+    done = run_command("convert", tmp_path / "in", tmp_path / "out", "--to", "mflux", "--merge", "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert 0 < report["largest_difference"] <= 2**-8
+    assert "2-bit" not in report["types"]
+    stored = load_file(tmp_path / "out" / "0.safetensors")
+    assert "transformer_blocks.0.attn.to_q.scales" not in stored
+    assert stored["transformer_blocks.0.attn.to_q.weight"].dtype == torch.bfloat16
+    assert f"{len(report['inexact'])} layers are stored as bfloat16; {report['differing']:,} of" in caplog.text
 
 
 def test_one_verb_for_all_formats(tmp_path) -> None:
