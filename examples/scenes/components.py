@@ -18,6 +18,7 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
 )
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -30,7 +31,7 @@ from transformers import (
 )
 
 from diffusers_ternary.evaluation.geneval import RELATIONS, TASKS, Task
-from diffusers_ternary.evaluation.scenes.prompts import COMPOSED, training_task
+from diffusers_ternary.evaluation.scenes.prompts import COMPOSED, MAX_OBJECTS, training_task
 from diffusers_ternary.evaluation.scenes.vocabulary import CLASSES, COLORS, MAX_COUNT, NUMBERS, PLURALS
 
 
@@ -204,11 +205,50 @@ class LanguageHead(nn.Module):
         return self.fields(self.tokens.pop()).split(self.SIZES, -1)
 
 
+class Grounding(nn.Module):
+    """Watches one attention head of a block: which word does each image token look up? For training alone.
+
+    A token that knows its color and where it lies has to find the noun with that color and relation among the text's
+    keys. Told which noun it is, a head learns so directly, instead of from pictures that turn out as a mixture.
+
+    Args:
+        queries: Makes those of image tokens, [B, tokens, heads, ``width``] or [B, tokens, heads * ``width``].
+        keys: Makes those of text tokens.
+        width: Channels of a head.
+    """
+
+    def __init__(self, queries: nn.Module, keys: nn.Module, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.seen: dict[str, torch.Tensor] = {}  # of the forward pass that is under way
+        queries.register_forward_hook(lambda _module, _arguments, output: self.keep("queries", output))
+        keys.register_forward_hook(lambda _module, _arguments, output: self.keep("keys", output))
+
+    def keep(self, name: str, output: torch.Tensor) -> None:
+        """Hold the first head's vectors until ``forward`` reads them."""
+        if self.training:
+            self.seen[name] = output.flatten(2)[..., : self.width]
+
+    def forward(self, rotary: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """Logits [B, image tokens, text tokens] of the head's attention.
+
+        Args:
+            rotary: Cosines and sines [image tokens, ``width``] by which the model turns its queries; text is not
+                turned, its positions are zero.
+        """
+        queries, keys = self.seen.pop("queries"), self.seen.pop("keys")
+        if rotary is not None:
+            queries = apply_rotary_emb(queries[:, :, None], rotary, sequence_dim=1)[:, :, 0].to(keys.dtype)
+        return queries @ keys.mT * self.width**-0.5
+
+
 UNNAMED = -100  # the label of tokens that are no nouns; cross_entropy skips it
 
 
-def noun_labels(ids: torch.Tensor, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """What captions say of their nouns, for ``LanguageHead``.
+def noun_labels(
+    ids: torch.Tensor, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What captions say of their nouns, for ``LanguageHead``, and which noun names which object, for ``Grounding``.
 
     Args:
         ids: Token ids [B, tokens] of the captions.
@@ -217,23 +257,30 @@ def noun_labels(ids: torch.Tensor, tasks: Sequence[Task], tokenizer: PreTrainedT
 
     Returns:
         int64 [B, tokens, 3]: color, relation to the other noun, number; ``UNNAMED`` where no noun stands.
+        int64 [B, ``MAX_OBJECTS``]: the token that names the object; ``UNNAMED`` where none does.
     """
     labels = torch.full((*ids.shape, len(LanguageHead.SIZES)), UNNAMED)
+    names = torch.full((len(ids), MAX_OBJECTS), UNNAMED)
     for row, (tokens, task) in enumerate(zip(ids, tasks, strict=True)):
         relations = [(r.position[0] if r.position else None) for r in task.include]
         if len(relations) == 2 and relations[1]:
             relations[0] = INVERSE[relations[1]]
+        first = 0  # object of the requirement
         for requirement, relation in zip(task.include, relations, strict=True):
             noun = requirement.name if requirement.count == 1 else PLURALS[requirement.name]
             token = tokenizer.convert_tokens_to_ids(f"▁{noun}")  # after an article or a number
-            labels[row, tokens == token] = torch.tensor(
+            (places,) = (tokens == token).nonzero(as_tuple=True)
+            if len(places):  # the caption was not left away
+                names[row, first : first + requirement.count] = places[0]
+            first += requirement.count
+            labels[row, places] = torch.tensor(
                 (
                     tuple(COLORS).index(requirement.color) if requirement.color else len(COLORS),
                     RELATIONS.index(relation) if relation else len(RELATIONS),
                     requirement.count,
                 )
             )
-    return labels
+    return labels, names
 
 
 class FluxTrainee(nn.Module):
@@ -246,6 +293,11 @@ class FluxTrainee(nn.Module):
         self.text_encoder = pipeline.text_encoder
         self.text_encoder_2 = pipeline.text_encoder_2
         self.language = LanguageHead(self.text_encoder_2, TEXT_WIDTH)
+        attentions = [block.attn for block in self.transformer.transformer_blocks[-2:]]
+        self.grounding = nn.ModuleList(
+            Grounding(part.norm_q, part.norm_added_k, self.transformer.config.attention_head_dim)
+            for part in attentions
+        )
         self.tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
 
     def forward(self, latents: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -262,7 +314,12 @@ class FluxTrainee(nn.Module):
             img_ids=positions,
             return_dict=False,
         )[0]
+        self.rotary = self.transformer.pos_embed(positions)
         return FluxPipeline._unpack_latents(velocity, side, side, vae_scale_factor=1)
+
+    def lookups(self) -> list[torch.Tensor]:
+        """Attention logits [B, image tokens, text tokens] of the heads that look nouns up."""
+        return [grounding(self.rotary) for grounding in self.grounding]
 
 
 def build_sana(vae: AutoencoderTiny, *, width: int, num_layers: int) -> SanaPipeline:
@@ -331,6 +388,10 @@ class SanaTrainee(nn.Module):
         self.transformer = pipeline.transformer
         self.text_encoder = pipeline.text_encoder
         self.language = LanguageHead(self.text_encoder, TEXT_WIDTH)
+        attentions = [block.attn2 for block in blocks[: len(blocks) // 3 + 1][-2:]]
+        self.grounding = nn.ModuleList(
+            Grounding(part.to_q, part.to_k, self.transformer.config.cross_attention_head_dim) for part in attentions
+        )
         self.tokenizers = (pipeline.tokenizer,)
         pipeline.tokenizer.padding_side = "right"  # as SanaPipeline sets it
 
@@ -344,6 +405,10 @@ class SanaTrainee(nn.Module):
             timestep=1000.0 * timestep,
             return_dict=False,
         )[0]
+
+    def lookups(self) -> list[torch.Tensor]:
+        """Attention logits [B, image tokens, text tokens] of the heads that look nouns up."""
+        return [grounding() for grounding in self.grounding]
 
 
 def token_ids(tokenizers: Sequence[PreTrainedTokenizerBase], captions: list[str]) -> torch.Tensor:

@@ -162,6 +162,15 @@ class Renderer:
         ]
         return masks * (kind != NOTHING)[..., None, None]
 
+    def shares(self, layout: Layout, side: int) -> torch.Tensor:
+        """What each object covers of each of ``side`` x ``side`` patches: float32 [batch, side * side, objects]."""
+        return nn.functional.adaptive_avg_pool2d(self.coverage(layout), side).flatten(2).mT
+
+    def owners(self, layout: Layout, side: int) -> torch.Tensor:
+        """The object that covers most of a patch, int64 [batch, side * side]; ``NOTHING`` if it is less than half."""
+        share, owner = self.shares(layout, side).max(-1)
+        return owner.masked_fill(share < 0.5, NOTHING)
+
     def content(self, layout: Layout, side: int) -> tuple[torch.Tensor, torch.Tensor]:
         """How much of each of ``side`` x ``side`` patches each class and each color covers.
 
@@ -169,9 +178,7 @@ class Renderer:
             float32 [batch, side * side, classes + 1] and [batch, side * side, colors + 1]; the background's part is
             the last, and the parts of a patch sum to 1.
         """
-        cover = (
-            nn.functional.adaptive_avg_pool2d(self.coverage(layout), side).flatten(2).mT
-        )  # [batch, patches, objects]
+        cover = self.shares(layout, side)
         shares = []
         for field, number in ((0, len(CLASSES)), (1, len(COLORS))):
             kinds = layout.objects[..., field].clamp(min=0)[:, None].expand(cover.shape)

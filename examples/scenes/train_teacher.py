@@ -35,7 +35,7 @@ from components import (
 )
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.training_utils import EMAModel
-from renderer import CANVAS, Layout, Renderer, Sprites, close_up_of, layout_of
+from renderer import CANVAS, NOTHING, Layout, Renderer, Sprites, close_up_of, layout_of
 from storage import save_pipeline, store_in_float8
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,6 +71,7 @@ class Recipe:
     timestep_mean: float = 0.6
     content_weight: float = 1.0
     language_weight: float = 0.5
+    grounding_weight: float = 0.2
     close_ups: float = 0.6  # of the steps, as long as there are any
     close_up_steps: int = 4_000
     seed: int = 0
@@ -114,11 +115,13 @@ class Batches(Dataset):
         side = layout.canvas * LATENT_SIDE // CANVAS
         captions = ["" if rng.random() < self.recipe.no_caption else task.prompt for task in tasks]
         ids = token_ids(self.tokenizers, captions)
+        nouns, names = noun_labels(ids[:, -1], tasks, self.tokenizers[-1])
         return {
             "objects": layout.objects,
             "background": layout.background,
             "ids": ids,
-            "nouns": noun_labels(ids[:, -1], tasks, self.tokenizers[-1]),
+            "nouns": nouns,
+            "names": names,
             "noise": torch.randn(size, LATENT_CHANNELS, side, side, generator=generator),
             "timestep": (torch.randn(size, generator=generator) + self.recipe.timestep_mean).sigmoid(),
         }
@@ -189,6 +192,24 @@ def language_loss(fields: Sequence[torch.Tensor], labels: torch.Tensor) -> torch
         for logits, label in zip(fields, labels.unbind(-1), strict=True)
     )
     return torch.stack(tuple(terms)).sum() / nouns
+
+
+def grounding_loss(lookups: Sequence[torch.Tensor], owners: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of attention over the text against the noun that names a patch's object, mean over such patches.
+
+    Args:
+        lookups: Logits [B, patches, text tokens] of each head.
+        owners: int64 [B, patches] of ``Renderer.owners``.
+        names: int64 [B, objects] of ``noun_labels``.
+    """
+    truth = names.gather(1, owners.clamp(min=0)).masked_fill(owners == NOTHING, UNNAMED)
+    terms = (
+        nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), truth.flatten(), ignore_index=UNNAMED, reduction="sum"
+        )
+        for logits in lookups
+    )
+    return torch.stack(tuple(terms)).sum() / (truth != UNNAMED).sum().clamp(min=1)
 
 
 def export(pipeline: DiffusionPipeline, trainee: nn.Module, ema: EMAModel, folder: Path, *, float8: bool) -> None:
@@ -322,11 +343,13 @@ def train(
                 clean = encoder.encode(layout)
                 noisy = (1.0 - t) * clean + t * batch["noise"]
                 velocity = model(noisy, batch["timestep"], batch["ids"])
-                named, said = trainee.content(), trainee.language()
+                named, said, lookups = trainee.content(), trainee.language(), trainee.lookups()
             loss = nn.functional.mse_loss(velocity.float(), batch["noise"] - clean)
             shown = content_loss(*named, encoder.renderer.content(layout, side // 2))
             read = language_loss(said, batch["nouns"])
-            accelerator.backward(loss + recipe.content_weight * shown + recipe.language_weight * read)
+            found = grounding_loss(lookups, encoder.renderer.owners(layout, side // 2), batch["names"])
+            helpers = recipe.content_weight * shown + recipe.language_weight * read + recipe.grounding_weight * found
+            accelerator.backward(loss + helpers)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             for part in (*optimizers, *schedules):
                 part.step()

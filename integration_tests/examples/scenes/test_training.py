@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import pickle
 import random
 
@@ -14,11 +15,12 @@ from safetensors.torch import load_file
 
 from diffusers_ternary.evaluation.geneval import RELATIONS
 from diffusers_ternary.evaluation.scenes.prompts import read_task
-from diffusers_ternary.evaluation.scenes.vocabulary import COLORS
+from diffusers_ternary.evaluation.scenes.vocabulary import COLORS, PLURALS
 from integration_tests.support.scenes import examples, tiny_teacher
 
 
 components = examples("components")
+renderer = examples("renderer")
 train_teacher = examples("train_teacher")
 train_vae = examples("train_vae")
 
@@ -129,7 +131,7 @@ def test_nouns_are_labeled_with_what_the_caption_says_of_them(architecture):
     }
     ids = components.token_ids(trainee.tokenizers, list(prompts))[:, -1]
     tasks = [read_task(prompt) for prompt in prompts]
-    labels = components.noun_labels(ids, tasks, tokenizer)
+    labels, names = components.noun_labels(ids, tasks, tokenizer)
     for row, said in enumerate(prompts.values()):
         nouns = (labels[row, :, 0] != components.UNNAMED).nonzero().flatten().tolist()
         words = [tokenizer.decode(ids[row, noun]).strip() for noun in nouns]
@@ -140,6 +142,42 @@ def test_nouns_are_labeled_with_what_the_caption_says_of_them(architecture):
                 (*RELATIONS, None).index(relation),
                 count,
             ]
+        for index, name in enumerate(names[row].tolist()):
+            objects = [requirement.name for requirement in tasks[row].include for _ in range(requirement.count)]
+            if index < len(objects):
+                word = tokenizer.decode(ids[row, name]).strip()
+                assert word in (objects[index], PLURALS[objects[index]])
+            else:
+                assert name == components.UNNAMED
+    left_out = components.noun_labels(components.token_ids(trainee.tokenizers, [""])[:, -1], tasks[:1], tokenizer)
+    assert all((part == components.UNNAMED).all() for part in left_out)
+
+
+def test_the_grounding_loss_asks_for_the_noun_of_the_object_that_covers_a_patch():
+    lookups = torch.zeros(1, 4, 5)
+    lookups[0, 1, 3] = lookups[0, 2, 2] = 9.0
+    owners = torch.tensor([[renderer.NOTHING, 0, 1, renderer.NOTHING]])
+    right = train_teacher.grounding_loss([lookups], owners, torch.tensor([[3, 2, -100, -100]]))
+    wrong = train_teacher.grounding_loss([lookups], owners, torch.tensor([[2, 3, -100, -100]]))
+    assert right.item() == pytest.approx(math.log(1 + 4 * math.exp(-9)), rel=1e-3)
+    assert wrong.item() == pytest.approx(9.0, rel=1e-3)
+    assert train_teacher.grounding_loss([lookups], owners, torch.full((1, 4), components.UNNAMED)) == 0
+
+
+def test_a_patch_belongs_to_the_object_that_covers_most_of_it():
+    sprites = renderer.Sprites()
+    tasks = [read_task("a red bell and a blue bus"), read_task("a photo of three keys")]
+    layout = renderer.layout_of(tasks, sprites, random.Random(3), training=False)
+    drawn = renderer.Renderer(sprites)
+    owners, boxes = drawn.owners(layout, 8), renderer.boxes_of(layout, sprites)
+    for row, count in enumerate((2, 3)):
+        assert set(owners[row].tolist()) == {renderer.NOTHING, *range(count)}
+        for patch in (owners[row] != renderer.NOTHING).nonzero().flatten().tolist():
+            left, top, right, bottom = boxes[row, owners[row, patch]].tolist()
+            assert left < 8 * (patch % 8) + 8
+            assert right > 8 * (patch % 8)
+            assert top < 8 * (patch // 8) + 8
+            assert bottom > 8 * (patch // 8)
 
 
 def test_the_t5_encoder_starts_with_an_eye_for_neighbors():
