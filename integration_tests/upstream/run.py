@@ -30,6 +30,7 @@ from misses import MISSES  # type: ignore[import-not-found]
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "RESULTS.md"
+MODELS = ("flux", "flux2", "qwen_image", "sana", "sd3", "wan", "z_image")  # of wired.py
 _VERSIONS = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
@@ -41,7 +42,7 @@ class Outcome(NamedTuple):
     message: str
 
 
-def run(checkout: Path, arguments: Iterable[str]) -> list[Outcome]:
+def run(checkout: Path, models: Iterable[str], arguments: Iterable[str]) -> list[Outcome]:
     """Runs pytest in a process whose `tests` package is that of the checkout."""
     paths = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
     # Their markers are declared in a conftest.py that is not loaded.
@@ -51,7 +52,7 @@ def run(checkout: Path, arguments: Iterable[str]) -> list[Outcome]:
         subprocess.run(
             [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", HERE / "wired.py", *arguments],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "UPSTREAM_MODELS": " ".join(models)},
         )
         if not report.exists():
             sys.exit("pytest wrote no report: see above.")
@@ -80,7 +81,7 @@ def reason_of(test: str) -> str | None:
     )
 
 
-def page(outcomes: list[Outcome], checkout: Path) -> str:
+def page(outcomes: list[Outcome], checkout: Path, models: Iterable[str]) -> str:
     """RESULTS.md."""
     revision = subprocess.run(
         ["git", "-C", checkout, "log", "-1", "--format=%h of %cs"], capture_output=True, text=True
@@ -94,7 +95,8 @@ def page(outcomes: list[Outcome], checkout: Path) -> str:
         "# diffusers' tester mixins against this backend",
         "",
         "Written by `python integration_tests/upstream/run.py PATH`, which says how. The models under test are",
-        f"ternary, on a CPU. Tests of diffusers {revision or 'at an unknown revision'}, run with {versions}.",
+        f"ternary ({', '.join(models)}), on a CPU.",
+        f"Tests of diffusers {revision or 'at an unknown revision'}, run with {versions}.",
         "",
         f"**{counts['passed']} passed, {counts['failed']} failed**, {counts['xfailed']} failed as upstream expects, "
         f"{counts['skipped']} skipped by upstream's own conditions.",
@@ -130,13 +132,14 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="checkout of diffusers")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all")
     parser.add_argument("pytest", nargs="*", help="arguments of pytest; with some, nothing is written")
     arguments = parser.parse_intermixed_args()
     if not (arguments.path / "tests" / "models" / "testing_utils").is_dir():
         sys.exit(f"{arguments.path} has no tests/models/testing_utils. Give a checkout of diffusers.")
-    outcomes = run(arguments.path.resolve(), arguments.pytest)
+    outcomes = run(arguments.path.resolve(), arguments.models, arguments.pytest)
     if not arguments.pytest:
-        RESULTS.write_text(page(outcomes, arguments.path), encoding="utf-8")
+        RESULTS.write_text(page(outcomes, arguments.path, arguments.models), encoding="utf-8")
         print(f"wrote {RESULTS}")
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     unexplained = [outcome for outcome in failed if reason_of(outcome.test) is None]
