@@ -2,14 +2,17 @@
 """Files that only other programs read: workflows, issue forms, the citation. Checked against the schemas of those."""
 
 import re
+import runpy
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import diffusers_ternary
+from diffusers_ternary.kernels.cpu import native
 
 
 ROOT = Path(__file__).parents[1]
@@ -47,3 +50,35 @@ def test_the_version_is_written_once():
     changelog = (ROOT / "diffusers_ternary" / "CHANGELOG.md").read_text()
     newest = next(line for line in changelog.splitlines() if line.startswith("## "))
     assert newest in ("## Unreleased", f"## {diffusers_ternary.__version__}")
+
+
+def test_only_compilers_of_gnu_c_are_asked():
+    """MSVC would answer with errors; the library is optional, so it is left out with one line."""
+    setuptools = pytest.importorskip("setuptools")
+    from distutils.core import run_setup
+
+    command = run_setup(str(ROOT / "setup.py"), stop_after="init").get_command_class("build_ext")(
+        setuptools.Distribution()
+    )
+    warnings = []
+    command.warn = warnings.append
+    for compiler in ("msvc", "mingw32"):
+        command.extensions = ["never looked at"]
+        command.compiler = SimpleNamespace(compiler_type=compiler)
+        command.build_extensions()
+        assert command.extensions == []
+        assert compiler in warnings.pop()
+        assert warnings == []
+
+
+def test_wheels_look_for_every_function_that_is_called():
+    script = runpy.run_path(str(ROOT / ".ci" / "wheels.py"))
+    assert script["exported_functions"]() == list(native._SIGNATURES)
+    tags = [system.tag for system in script["SYSTEMS"]]
+    assert len(set(tags)) == len(tags)
+
+
+def test_the_release_makes_wheels_with_the_compiler_that_was_tried():
+    pinned = re.search(r"ziglang==[\d.]+", (ROOT / ".ci" / "wheels.py").read_text())
+    assert pinned
+    assert pinned[0] in (ROOT / ".github" / "workflows" / "release.yml").read_text()

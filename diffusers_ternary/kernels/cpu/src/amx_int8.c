@@ -8,7 +8,6 @@
 #include "ternary.h"
 
 #ifdef DT_AMX
-#include <cpuid.h>
 #include <immintrin.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -324,15 +323,10 @@ AMX static void multiply(const dt_panel *p) {
     }
 }
 
-// The processor has the instructions, the system saves the tiles, and gives this process leave to use them.
+// The processor has the instructions, and the system gives this process leave to use the tiles.
 static int find_support(void) {
     enum { ARCH_REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
-    unsigned a, b, c, d, low, high;
-    if (!dt_avx512_vnni.supported() || !__builtin_cpu_supports("gfni") || !__builtin_cpu_supports("avx512bf16")) return 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 24) || !(d & 1u << 25)) return 0;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if ((low & 3u << 17) != 3u << 17) return 0;
-    return syscall(SYS_arch_prctl, ARCH_REQUEST_PERMISSION, TILE_DATA) == 0;
+    return dt_x86_has(DT_X86_AMX_INT8) && syscall(SYS_arch_prctl, ARCH_REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
 static int supported(void) {

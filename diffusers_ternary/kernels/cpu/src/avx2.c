@@ -569,9 +569,7 @@ AVX2 void dt_store_avx2(const void *c, const float *column_scale, float row_scal
     }
 }
 
-static int supported(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
+static int supported(void) { return dt_x86_has(DT_X86_AVX2); }
 
 const dt_variant dt_avx2 = {
     .name = "avx2",

@@ -296,11 +296,7 @@ AVX512 void dt_gemv_avx512(const dt_gemv *g) {
     }
 }
 
-static int supported(void) {
-    return dt_avx2.supported() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
-}
+static int supported(void) { return dt_x86_has(DT_X86_AVX512_VNNI); }
 
 const dt_variant dt_avx512_vnni = {
     .name = "avx512-vnni",

@@ -3,7 +3,6 @@
 #include "ternary.h"
 
 #ifdef DT_X86
-#include <cpuid.h>
 #include <immintrin.h>
 #include <string.h>
 
@@ -127,10 +126,7 @@ AVXVNNI static void tile(const dt_tile *t, int32_t rows) {
     }
 }
 
-static int supported(void) {
-    unsigned a, b, c, d;
-    return dt_avx2.supported() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-}
+static int supported(void) { return dt_x86_has(DT_X86_AVX_VNNI); }
 
 const dt_variant dt_avx_vnni = {
     .name = "avx-vnni",

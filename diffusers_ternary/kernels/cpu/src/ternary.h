@@ -169,6 +169,8 @@ extern const dt_variant dt_scalar;
 #define DT_AMX 1
 extern const dt_variant dt_amx_int8;
 #endif
+enum { DT_X86_AVX2 = 1, DT_X86_AVX_VNNI = 2, DT_X86_AVX512_VNNI = 4, DT_X86_AMX_INT8 = 8 };
+int dt_x86_has(int feature);
 extern const dt_variant dt_avx2;
 extern const dt_variant dt_avx_vnni;
 extern const dt_variant dt_avx512_vnni;

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pyproject.toml cannot say: the C library is for compilers of GNU C (attributes, vectors, assembly)."""
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildLibrary(build_ext):
+    """Leaves the library out where the compiler is MSVC, or MinGW, whose stack is not aligned for AVX."""
+
+    def build_extensions(self) -> None:
+        """Compiles, or says why not."""
+        if self.compiler.compiler_type != "unix":
+            self.warn(
+                f"the compiler ({self.compiler.compiler_type}) is neither gcc nor clang for this system: the CPU "
+                "library is left out and plain torch serves. Wheels carry the library."
+            )
+            self.extensions = []
+        super().build_extensions()
+
+
+setup(cmdclass={"build_ext": BuildLibrary})
