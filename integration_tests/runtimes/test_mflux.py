@@ -5,7 +5,6 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -34,19 +33,6 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 # Half an image of 64 x 64: tokens of 16 x 16 pixels.
 HEIGHT, WIDTH = 32, 64
-
-
-def flux_of_full_width() -> diffusers.FluxTransformer2DModel:
-    """mflux has no other width."""
-    with torch.device("meta"):
-        model = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
-    model = model.to_empty(device="cpu")
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.uniform_(parameter, -0.03, 0.03)
-        else:
-            torch.nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.01)
-    return model
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -124,7 +110,7 @@ def run_z_image(model: Any, theirs: Any) -> tuple[torch.Tensor, Any]:
 # Class → the denoiser of diffusers, that of mflux with the same sizes, and both of their predictions.
 RUNS = {
     "FLUX.1": (
-        flux_of_full_width,
+        denoisers.flux_of_full_width,
         lambda: Transformer(ModelConfig.dev(), num_transformer_blocks=1, num_single_transformer_blocks=1),
         run_flux,
     ),

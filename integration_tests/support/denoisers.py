@@ -31,6 +31,19 @@ def flux() -> FluxTransformer2DModel:
     )
 
 
+def flux_of_full_width() -> FluxTransformer2DModel:
+    """0.5 billion weights, for programs that know the released width only."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    model = model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.uniform_(parameter, -0.03, 0.03)
+        else:
+            torch.nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.01)
+    return model
+
+
 def large_flux(blocks: int, single_blocks: int) -> FluxTransformer2DModel:
     """Tens of megabytes in bfloat16, to measure memory with."""
     with torch.device("meta"):
@@ -226,7 +239,7 @@ def wan(channels: int = 4) -> WanTransformer3DModel:
 
 @torch.no_grad()
 def predict(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """What a Flux, SD3, PixArt or Wan denoiser of this file predicts, always from the same noise.
+    """What a Flux, SD3, Qwen-Image, Z-Image, PixArt or Wan denoiser of this file predicts, always from the same noise.
 
     The inputs are in `dtype`, by default the model's own.
     """
@@ -246,11 +259,30 @@ def predict(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.T
             "img_ids": torch.zeros(16, 3),
             "txt_ids": torch.zeros(8, 3),
         },
+        Flux2Transformer2DModel: lambda: {
+            "hidden_states": noise(1, 8, 16),
+            "encoder_hidden_states": noise(1, 5, 128),
+            "timestep": torch.tensor([0.5], dtype=dtype),
+            "img_ids": torch.zeros(8, 4),
+            "txt_ids": torch.zeros(5, 4),
+        },
         SD3Transformer2DModel: lambda: {
             "hidden_states": noise(1, 4, 8, 8),
             "encoder_hidden_states": noise(1, 5, 32),
             "pooled_projections": noise(1, 64),
             "timestep": torch.tensor([1.0]),
+        },
+        QwenImageTransformer2DModel: lambda: {
+            "hidden_states": noise(1, 8, 16),
+            "encoder_hidden_states": noise(1, 5, 32),
+            "encoder_hidden_states_mask": torch.ones(1, 5, dtype=torch.int64),
+            "timestep": torch.tensor([0.5], dtype=dtype),
+            "img_shapes": [[(1, 2, 4)]],
+        },
+        ZImageTransformer2DModel: lambda: {
+            "x": [noise(16, 1, 4, 8)],
+            "t": torch.tensor([0.5], dtype=dtype),
+            "cap_feats": [noise(5, 32)],
         },
         PixArtTransformer2DModel: lambda: {
             "hidden_states": noise(1, 4, 8, 8),
@@ -265,4 +297,5 @@ def predict(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.T
         },
     }
     denoiser = getattr(model, "_orig_mod", model)  # below the wrapper of torch.compile
-    return model(**inputs[type(denoiser)](), return_dict=False)[0]
+    prediction = model(**inputs[type(denoiser)](), return_dict=False)[0]
+    return prediction[0] if isinstance(prediction, list) else prediction  # one for each picture
