@@ -35,9 +35,13 @@ class Coding:
 
     def dense(self) -> torch.Tensor:
         """The weight it stands for, float `[K, N]`."""
+        columns, rows = self.codes.shape
         if self.scales.shape[0] == 1:
             return self.codes * self.scales
-        return self.codes * self.scales.repeat_interleave(self.group_size, dim=0)[: self.codes.shape[0]]
+        if columns % self.group_size == 0:
+            groups = self.codes.reshape(-1, self.group_size, rows)
+            return (groups * self.scales[:, None]).view(columns, rows)
+        return self.codes * self.scales.repeat_interleave(self.group_size, dim=0)[:columns]
 
 
 def nearest_codes(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

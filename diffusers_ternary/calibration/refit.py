@@ -39,6 +39,8 @@ def refit_scales(target: torch.Tensor, hessian: torch.Tensor, coding: Coding) ->
         for start in range(0, rows, step)
     ]
     scales = torch.cat(parts, dim=1)  # [G, N]
+    if not bool((scales < 0).any()):
+        return dataclasses.replace(coding, scales=scales)
     signs = torch.where(scales < 0, -1, 1).to(torch.int8)
     signs = signs.repeat_interleave(group_size, dim=0)[:columns]
     return dataclasses.replace(coding, codes=codes * signs, scales=scales.abs())

@@ -13,13 +13,13 @@ from ..backend import ConversionPlan, file_bytes, replace_layers
 from ..backend.config import TernaryConfig
 from ..format import Int8Spec, TernarySpec
 from ..layers import TernaryLayer
-from ..progress import Bar
 from ..rollouts import Rollouts
 from .candidates import Candidate, base_candidate, candidates_for
 from .config import CalibrationConfig
 from .hessian import InputMoments
 from .prefix import quantized_prefix, split_stages
 from .report import LayerSensitivity
+from .solve_time import WorkBar, layer_work
 from .solver import SolvedLayer, solve_layer
 from .statistics import InputGroup, collect_moments, find_groups, split_passes
 from .store import LayerStore
@@ -100,14 +100,22 @@ class CalibrationRun:
         if any(self.solved.values()):
             finished = len(self.solved) - len(missing)
             logger.info("%s: %d of %d layers were finished already.", self.component, finished, len(self.solved))
-        for groups, prefix in self._stages(missing):
-            for part in split_passes(groups, limit=self.calibration.memory_limit_bytes, dtype=self.calibration.dtype):
-                moments = self._collect(part, prefix)
-                for group in Bar(part, f"Solving {self.component}"):
-                    inputs = moments.pop(group.layers[0])
-                    for name in group.layers:
-                        for candidate in missing.get(name, ()):
-                            self.solved[name][candidate] = self._solve_layer(name, candidate, inputs)
+        with WorkBar(
+            f"Solving {self.component}", [self._work(name) for name in missing for _ in missing[name]]
+        ) as bar:
+            for groups, prefix in self._stages(missing):
+                limit = self.calibration.memory_limit_bytes
+                for part in split_passes(groups, limit=limit, dtype=self.calibration.dtype):
+                    moments = self._collect(part, prefix)
+                    for group in part:
+                        inputs = moments.pop(group.layers[0])
+                        for name in group.layers:
+                            for candidate in missing.get(name, ()):
+                                self.solved[name][candidate] = self._solve_layer(name, candidate, inputs)
+                                bar.finish(self._work(name))
+
+    def _work(self, name: str) -> float:
+        return layer_work(*self.model.get_parameter(f"{name}.weight").flatten(1).shape)
 
     def _stages(self, missing: Mapping[str, Any]) -> Iterator[tuple[list[InputGroup], list[str]]]:
         """Layers that are to be solved together, and those that are packed while their inputs are measured."""

@@ -51,6 +51,7 @@ class Forecast:
         self.picture = Picture(side, int(call.get("num_frames") or 1), text)
         self.dtype: torch.dtype = next(self.denoiser.model.parameters()).dtype
         self.device = device
+        self.pipeline = pipeline
         self.prompts = len(prompts)
         self.durations = Durations(
             self.denoiser,
@@ -76,13 +77,21 @@ class Forecast:
 
     def calibrating(self, config: "TernaryConfig", calibration: "CalibrationConfig") -> str:
         """Of `calibrate`."""
+        from ..backend import plan_pipeline
+        from ..calibration.solve_time import predicted_seconds, ternary_shapes
+        from ..planning.durations import spoken
         from ..planning.estimates import ModelEstimate
 
+        plans = plan_pipeline(self.pipeline, config).items()
+        models = self.pipeline.components
+        shapes = [shape for name, plan in plans for shape in ternary_shapes(models[name], plan, config, calibration)]
+        solving = predicted_seconds(shapes, config, calibration, self.device)
         estimate = ModelEstimate(self.denoiser, config.for_component(self.denoiser.name) or config, self.dtype)
         limit = calibration.memory_limit_bytes
         passes = 1 if limit is None else math.ceil(estimate.statistics / limit)
-        seconds = self.durations.gathering(self.prompts, passes=passes)
-        return self._line(seconds, estimate.calibrating(self.tokens), "without solving the layers")
+        seconds = self.durations.gathering(self.prompts, passes=passes) + solving
+        note = f"of the time {spoken(solving)} to solve {len(shapes)} layers"
+        return self._line(seconds, estimate.calibrating(self.tokens), note)
 
     def distilling(self, config: "TernaryConfig", distill_config: "DistillConfig") -> str:
         """Of `distill`, calibration of its student not counted."""

@@ -58,7 +58,7 @@ class Durations:
         return self.forward * self.calls * prompts
 
     def gathering(self, prompts: int, *, passes: int = 1) -> float:
-        """To gather the statistics of calibration, in so many passes over the prompts; solving comes on top."""
+        """To gather the statistics of calibration, in so many passes over the prompts."""
         return _GATHERING * passes * self.drawing(prompts)
 
     def training(self, updates: int, rows: int) -> float:

@@ -2,6 +2,7 @@
 """What is printed before a command runs: the call that a model was made for, and dry runs that write nothing."""
 
 import json
+import re
 
 import pytest
 
@@ -41,6 +42,9 @@ def test_a_dry_run_says_what_would_be_drawn_and_writes_nothing(command, source, 
     line = "FluxPipeline: 2 prompts, 16 x 16 pixels, 8 denoising steps, guidance_scale 2.0, true_cfg_scale 1.0"
     assert line in result.output
     assert ("2000 updates of 32 rows" in result.output) == (command == "distill")
+    assert (re.search(r"of the time \S+ s to solve \d\d layers", result.output) is not None) == (
+        command == "calibrate"
+    )
     assert list(tmp_path.iterdir()) == [prompts]
 
 
