@@ -14,7 +14,6 @@ from ..files import parse_json_object
 from ..format import (
     DTYPES,
     FLOAT_NAMES,
-    LOW_RANK_DTYPE,
     LOW_RANK_NAMES,
     METADATA_KEY,
     MULTIPLIER_MAX,
@@ -344,7 +343,7 @@ def check_tensor(name: str, suffix: str, tensor: torch.Tensor, spec: LayerSpec, 
         ValueError: for code bytes of 243 or more, scales that are not finite or negative, multipliers above 63, a
             low-rank correction that is not finite.
     """
-    if suffix == "weight_scale":
+    if suffix in ("weight_scale", "column_scale"):
         values = tensor.float()
         if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
             raise ValueError(f"{source}: {name} holds NaN, Inf or negative scales. {_DAMAGED}")
@@ -378,7 +377,9 @@ def to_memory(name: str, suffix: str, tensor: torch.Tensor, spec: LayerSpec, *, 
 def to_file(suffix: str, tensor: torch.Tensor, spec: LayerSpec, scale_dtype: torch.dtype) -> torch.Tensor:
     """Inverse of [`to_memory`]."""
     if suffix in FLOAT_NAMES:
-        return bits_to_scale(tensor, scale_dtype if suffix == "weight_scale" else LOW_RANK_DTYPE)
+        return bits_to_scale(
+            tensor, scale_dtype if suffix == "weight_scale" else spec.file_tensors()[suffix].dtypes[0]
+        )
     if suffix == "weight" and isinstance(spec, TernarySpec):
         return planes_to_base3(tensor, spec.in_features)
     return tensor

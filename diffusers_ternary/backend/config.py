@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import PipelineQuantizationConfig
 
-from ..format import FORMAT_VERSION, check_format_version
+from ..format import FORMAT_VERSION, WRITTEN_VERSION, check_format_version
 from ..format.spec import REQUESTED_LAYOUTS, check_hadamard, check_rank
 from ..kernels.ops import ACTIVATION_DTYPES
 from ..ternarize import ROUNDINGS
@@ -84,7 +84,7 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
             What the layers become that the policy converts: `"ternary"` or `"int8"`. What `overrides` says comes
             first.
         format_version (`int`, *optional*):
-            Version of the packed format that was read; what is saved is of the newest.
+            Version of the packed format that was read; what is saved says so itself (`FORMAT.md`).
 
     Raises:
         TypeError: for an argument of the wrong type or an unknown one.
@@ -134,8 +134,8 @@ class TernaryConfig(DiffusersConfigMixin, TransformersConfigMixin, PipelineQuant
         self.rank = rank
         self.kind = _check_choice("kind", kind, KINDS)
         check_format_version(format_version, source="TernaryConfig")
-        # Whatever version was read, this is the one that will be written.
-        self.format_version = FORMAT_VERSION
+        # Whatever was read, these are the fields that will be written. Headers of files say what those need.
+        self.format_version = WRITTEN_VERSION
 
     @property
     def scales(self) -> str:

@@ -33,7 +33,7 @@ class Candidate:
         group = "row" if self.group_size is None else f"g{self.group_size}"
         return f"{group}-r{self.rank}" if self.rank else group
 
-    def spec(self, weight: torch.Tensor, config: TernaryConfig) -> LayerSpec | None:
+    def spec(self, weight: torch.Tensor, config: TernaryConfig, *, column_scales: bool = False) -> LayerSpec | None:
         """What is stored for a float weight `[N, ...]`, with the scales and rotation of a config; `None` = kept."""
         rows, columns = weight.flatten(1).shape
         if self.kind == "keep":
@@ -41,7 +41,8 @@ class Candidate:
         if self.kind == "int8":
             return Int8Spec(rows, columns)
         own = {"group_size": self.group_size, "rank": self.rank}
-        return TernarySpec.for_matrix(rows, columns, **{**config.spec_options, **own})
+        spec = TernarySpec.for_matrix(rows, columns, **{**config.spec_options, **own})
+        return dataclasses.replace(spec, column_scales=column_scales)
 
 
 def base_candidate(config: TernaryConfig) -> Candidate:
@@ -52,7 +53,7 @@ def base_candidate(config: TernaryConfig) -> Candidate:
 def candidates_for(
     weight: torch.Tensor, config: TernaryConfig, calibration: CalibrationConfig
 ) -> dict[Candidate, int]:
-    """The candidates of a layer with their bytes in a file, the config's own first.
+    """The candidates of a layer with the most bytes that they may take in a file, the config's own first.
 
     Those that store the same as an earlier one are left out, and so is what is smaller than the config's own: a group
     size above it would be, but is not what was asked for.
@@ -69,7 +70,8 @@ def candidates_for(
         found += [Candidate("keep")]
     specs: dict[LayerSpec | None, Candidate] = {}
     for candidate in found:
-        specs.setdefault(candidate.spec(weight, config), candidate)
+        spec = candidate.spec(weight, config, column_scales=calibration.solver.column_scales)
+        specs.setdefault(spec, candidate)
     sizes = {candidate: stored_bytes(spec, weight) for spec, candidate in specs.items()}
     return {candidate: size for candidate, size in sizes.items() if candidate.kind == "keep" or size >= sizes[base]}
 

@@ -207,7 +207,11 @@ class _Merger:
         """The codes as they are; the branch takes all that they miss, what it held before included."""
         assert self.rank is not None
         codes = TernaryWeight(
-            dataclasses.replace(base.spec, rank=0), base.weight.detach(), base.scales, base.weight_multiplier
+            dataclasses.replace(base.spec, rank=0),
+            base.weight.detach(),
+            base.scales,
+            base.weight_multiplier,
+            column_scale=base.column_factors,
         )
         whitening = None if moments is None else damp(moments.second, self.calibration.solver.damping).upper
         return with_low_rank(codes, matrix, self.rank, whitening=whitening)

@@ -42,6 +42,7 @@ class LayerReport:
         resumed (`bool`): whether an earlier run had finished it.
         hadamard (`int`): block size of the rotation of the inputs; 0 = none.
         rank (`int`): of the low-rank correction; 0 = none.
+        column_scales (`bool`): whether the inputs are scaled one by one.
     """
 
     name: str
@@ -58,12 +59,14 @@ class LayerReport:
     resumed: bool
     hadamard: int = 0
     rank: int = 0
+    column_scales: bool = False
 
     @property
     def stored_as(self) -> str:
-        """Group size, scale layout, rotation and rank, in short."""
-        rotation = f" rotated {self.hadamard}" if self.hadamard else ""
-        return f"g{self.group_size} {self.scales}{rotation}" + (f" r{self.rank}" if self.rank else "")
+        """Group size, scale layout, column scales, rotation and rank, in short."""
+        inputs = " columns" if self.column_scales else ""
+        inputs += f" rotated {self.hadamard}" if self.hadamard else ""
+        return f"g{self.group_size} {self.scales}{inputs}" + (f" r{self.rank}" if self.rank else "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,7 +94,7 @@ class CalibrationRun:
                 if layer is None:
                     missing.setdefault(name, []).append(candidate)
                 else:
-                    self.solved[name][candidate] = layer
+                    self._take(name, candidate, layer)
         if not missing:
             return
         if any(self.solved.values()):
@@ -111,8 +111,13 @@ class CalibrationRun:
                         inputs = moments.pop(group.layers[0])
                         for name in group.layers:
                             for candidate in missing.get(name, ()):
-                                self.solved[name][candidate] = self._solve_layer(name, candidate, inputs)
+                                self._take(name, candidate, self._solve_layer(name, candidate, inputs))
                                 bar.finish(self._work(name))
+
+    def _take(self, name: str, candidate: Candidate, layer: SolvedLayer) -> None:
+        self.solved[name][candidate] = layer
+        # What it came to: without column scales, if those did not help.
+        self.candidates[name][candidate] = file_bytes(layer.weight.spec)
 
     def _work(self, name: str) -> float:
         return layer_work(*self.model.get_parameter(f"{name}.weight").flatten(1).shape)

@@ -49,6 +49,8 @@ class TrainableTernaryLayer(nn.Module):
     - `bias` `[N]`, if the layer has one.
     - `low_rank_up` `[N, r]`, `low_rank_down` `[r, K]`, if there is a correction.
 
+    Column scales stay as they are: the codes learn for the inputs that they give.
+
     Args:
         layer ([`TernaryLayer`]): packed; where training starts. Not changed.
         weight (`torch.Tensor`): the teacher's float weight, for the latents: `[N, K]`, or `[N, C, kh, kw]`.
@@ -62,6 +64,7 @@ class TrainableTernaryLayer(nn.Module):
     frozen_planes: torch.Tensor | None
     frozen_scale: torch.Tensor | None
     frozen_multiplier: torch.Tensor | None
+    column_scale: torch.Tensor | None
 
     def __init__(self, layer: TernaryLayer, weight: torch.Tensor, training: LayerTraining) -> None:
         super().__init__()
@@ -82,6 +85,7 @@ class TrainableTernaryLayer(nn.Module):
         # Scales that are not trained are stored as they came: to split them again could move a multiplier.
         self._freeze("frozen_scale", None if training.scales else layer.scales)
         self._freeze("frozen_multiplier", None if training.scales else layer.weight_multiplier)
+        self._freeze("column_scale", layer.column_factors)
         self._freeze("frozen_planes", None if training.latents else layer.weight)
         self.register_parameter("latent", self._latent(layer, weight) if training.latents else None)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float().clone())
@@ -95,6 +99,8 @@ class TrainableTernaryLayer(nn.Module):
         target = weight.detach().float().flatten(1)
         if layer.low_rank is not None:
             target = target - layer.low_rank.dense()  # the codes stand for what the correction leaves
+        if self.column_scale is not None:
+            target = target / self.column_scale
         target = rotate(target, self.spec.hadamard)
         codes = unpack_planes(layer.weight.detach(), self.in_features)
         # Under the rounded scales: a latent near a border would change its code with the first forward.
@@ -141,15 +147,18 @@ class TrainableTernaryLayer(nn.Module):
         if self.kernel_shape is not None:
             kernel = self._whole_weight().to(dtype).view(self.kernel_shape)
             return F.conv2d(x, kernel, bias, **self.convolution)
-        product = F.linear(rotate(x, self.spec.hadamard), self.quantized_weight().to(dtype), bias)
+        scaled = x if self.column_scale is None else (x * self.column_scale).to(dtype)
+        product = F.linear(rotate(scaled, self.spec.hadamard), self.quantized_weight().to(dtype), bias)
         if self.low_rank_up is None or self.low_rank_down is None:
             return product
         up, down = (round_to(part, LOW_RANK_DTYPE).to(dtype) for part in (self.low_rank_up, self.low_rank_down))
         return product + F.linear(F.linear(x, down), up)
 
     def _whole_weight(self) -> torch.Tensor:
-        """The dense weight float32 `[N, K]`, rotation and correction included."""
+        """The dense weight float32 `[N, K]`, rotation, column scales and correction included."""
         weight = rotate(self.quantized_weight(), self.spec.hadamard)
+        if self.column_scale is not None:
+            weight = weight * self.column_scale
         if self.low_rank_up is None or self.low_rank_down is None:
             return weight
         return weight + round_to(self.low_rank_up, LOW_RANK_DTYPE) @ round_to(self.low_rank_down, LOW_RANK_DTYPE)
@@ -171,7 +180,9 @@ class TrainableTernaryLayer(nn.Module):
             planes = self.frozen_planes.clone()
         low_rank = self._packed_low_rank()
         rank = 0 if low_rank is None else low_rank.up.shape[1]
-        return PackedWeight(dataclasses.replace(self.spec, rank=rank), planes, scale, multiplier, low_rank)
+        column_scale = None if self.column_scale is None else self.column_scale.clone()
+        spec = dataclasses.replace(self.spec, rank=rank)
+        return PackedWeight(spec, planes, scale, multiplier, low_rank, column_scale)
 
     def _packed_low_rank(self) -> LowRank | None:
         if self.low_rank_up is None or self.low_rank_down is None:

@@ -3,7 +3,16 @@
 
 from .base3 import check_base3, pack_base3, packed_base3_bytes, unpack_base3
 from .dtypes import DTYPE_NAMES, DTYPES, dtype_name, stored_bytes
-from .metadata import FORMAT_VERSION, METADATA_KEY, REWRITE, FileLayout, TensorHeader, check_format_version, crc32
+from .metadata import (
+    FORMAT_VERSION,
+    METADATA_KEY,
+    REWRITE,
+    WRITTEN_VERSION,
+    FileLayout,
+    TensorHeader,
+    check_format_version,
+    crc32,
+)
 from .planes import pack_planes, planes_width, unpack_planes
 from .scales import (
     MULTIPLIER_MAX,
@@ -17,6 +26,7 @@ from .scales import (
     storage_dtype,
 )
 from .spec import (
+    COLUMN_SCALE_DTYPE,
     FLOAT_NAMES,
     LOW_RANK_DTYPE,
     LOW_RANK_NAMES,
@@ -29,6 +39,7 @@ from .spec import (
 
 
 __all__ = [
+    "COLUMN_SCALE_DTYPE",
     "DTYPES",
     "DTYPE_NAMES",
     "FLOAT_NAMES",
@@ -38,6 +49,7 @@ __all__ = [
     "METADATA_KEY",
     "MULTIPLIER_MAX",
     "REWRITE",
+    "WRITTEN_VERSION",
     "FileLayout",
     "Int8Spec",
     "LayerSpec",

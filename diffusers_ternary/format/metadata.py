@@ -13,11 +13,12 @@ from .dtypes import dtype_name
 from .spec import LayerSpec, layer_spec_from_json
 
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # the newest that is read
+WRITTEN_VERSION = 2  # what is written, unless a layer needs a newer one
 METADATA_KEY = "diffusers_ternary"
 REWRITE = "Download the file again, or write it again with diffusers-ternary."
 _FIELDS = {1: {"format_version", "layers", "crc32"}}
-_FIELDS[2] = _FIELDS[1] | {"tensors", "layout_crc32"}
+_FIELDS[3] = _FIELDS[2] = _FIELDS[1] | {"tensors", "layout_crc32"}
 
 
 class TensorHeader(NamedTuple):
@@ -72,7 +73,9 @@ class FileLayout:
     @property
     def format_version(self) -> int:
         """Version of the file format that holds what is known here."""
-        return 1 if self.headers is None else FORMAT_VERSION
+        if self.headers is None:
+            return 1
+        return max([WRITTEN_VERSION, *(spec.format_version for spec in self.layers.values())])
 
     def to_metadata(self) -> dict[str, str]:
         """Safetensors metadata (values are strings, as the format asks)."""
@@ -119,6 +122,9 @@ class FileLayout:
             wrong = ", ".join(sorted(body.keys() ^ _FIELDS[version]))
             raise ValueError(f"version {version} has the fields {', '.join(sorted(_FIELDS[version]))}; wrong: {wrong}")
         layers = {name: _read_spec(name, spec) for name, spec in body["layers"].items()}
+        newer = next((name for name, spec in layers.items() if spec.format_version > version), None)
+        if newer is not None:
+            raise ValueError(f"version {version} has no layers like {newer}: {layers[newer].to_json()}")
         checksums = {name: _checked_crc32(name, value) for name, value in body["crc32"].items()}
         if version == 1:
             return cls(layers, checksums)

@@ -26,7 +26,8 @@ REQUESTED_LAYOUTS = ("auto", *SCALE_LAYOUTS, "portable")
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOW_RANK_DTYPE = torch.float16
 LOW_RANK_NAMES = ("low_rank_up", "low_rank_down")
-FLOAT_NAMES = ("weight_scale", *LOW_RANK_NAMES)  # which layers hold as bit patterns
+COLUMN_SCALE_DTYPE = torch.float16
+FLOAT_NAMES = ("weight_scale", "column_scale", *LOW_RANK_NAMES)  # which layers hold as bit patterns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,7 @@ class TernarySpec:
             most K; 0 = none (see [`ternarize.rotation.rotate`]).
         rank (`int`): rank of the correction that is added to the product, `up @ down` with float16 `[N, rank]` and
             `[rank, K]`; 0 = none.
+        column_scales (`bool`): whether each input is multiplied by a float16 factor of its own, before the rotation.
         portable (`bool`): round scales to what float16 and bfloat16 both hold. Not part of the record: in a file, the
             scales are what they are.
     """
@@ -79,6 +81,7 @@ class TernarySpec:
     scales: str = "group"
     hadamard: int = 0
     rank: int = 0
+    column_scales: bool = False
     portable: bool = dataclasses.field(default=False, compare=False)
 
     kind: ClassVar[str] = "ternary"
@@ -95,6 +98,8 @@ class TernarySpec:
         check_rank(self.rank)
         if self.rank > min(self.in_features, self.out_features):
             raise ValueError(f"rank={self.rank} is larger than a side of {[self.out_features, self.in_features]}.")
+        if not isinstance(self.column_scales, bool):
+            raise ValueError(f"column_scales={self.column_scales!r} is not true or false.")
 
     @classmethod
     def for_matrix(
@@ -135,6 +140,11 @@ class TernarySpec:
             rank=min(rank, out_features, in_features),
         )
 
+    @property
+    def format_version(self) -> int:
+        """The first version of the file format that has everything that is stored here."""
+        return 3 if self.column_scales else 1
+
     @functools.cached_property
     def groups(self) -> int:
         """Groups per row (G)."""
@@ -152,11 +162,11 @@ class TernarySpec:
         return portable_scales(scales) if self.portable else scales.to(storage_dtype(scales)), None
 
     def file_tensors(self) -> dict[str, TensorSpec]:
-        """Tensors in a file: base-3 codes, scales, and the low-rank correction if there is one."""
+        """Tensors in a file: base-3 codes, scales, and what its options add."""
         return self._tensors(TensorSpec((torch.uint8,), (packed_base3_bytes(self.weights),)))
 
     def memory_tensors(self) -> dict[str, TensorSpec]:
-        """Tensors in memory: 2-bit planes, scales, and the low-rank correction if there is one."""
+        """Tensors in memory: 2-bit planes, scales, and what its options add."""
         return self._tensors(TensorSpec((torch.int8,), (self.out_features, planes_width(self.in_features))))
 
     def _tensors(self, codes: TensorSpec) -> dict[str, TensorSpec]:
@@ -167,6 +177,8 @@ class TernarySpec:
             tensors["weight_multiplier"] = TensorSpec((torch.uint8,), (rows, self.groups))
         else:
             tensors["weight_scale"] = TensorSpec(SCALE_DTYPES, (rows, self.groups))
+        if self.column_scales:
+            tensors["column_scale"] = TensorSpec((COLUMN_SCALE_DTYPE,), (columns,))
         if self.rank:
             tensors["low_rank_up"] = TensorSpec((LOW_RANK_DTYPE,), (rows, self.rank))
             tensors["low_rank_down"] = TensorSpec((LOW_RANK_DTYPE,), (self.rank, columns))
@@ -181,6 +193,7 @@ class TernarySpec:
             "scales": self.scales,
             **({"hadamard": self.hadamard} if self.hadamard else {}),
             **({"rank": self.rank} if self.rank else {}),
+            **({"column_scales": True} if self.column_scales else {}),
         }
 
 
@@ -197,6 +210,7 @@ class Int8Spec:
     in_features: int
 
     kind: ClassVar[str] = "int8"
+    format_version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         _check_positive(out_features=self.out_features, in_features=self.in_features)

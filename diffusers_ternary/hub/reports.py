@@ -270,7 +270,7 @@ def _check_record(source: Source, argument: str, record: Mapping[str, Any]) -> N
         spec = specs.get(name) or specs.get(f".{name.partition('.')[2]}")
         if spec is None:
             raise ValueError(f"{argument}: the files hold no packed layer {name}. {_OTHER}")
-        stored = {"hadamard": 0, "rank": 0, **spec.to_json()}
+        stored = {"hadamard": 0, "rank": 0, "column_scales": False, **spec.to_json()}
         wrong = {key: layer[key] for key in stored if key in layer and layer[key] != stored[key]}
         if wrong:
             found = {key: stored[key] for key in wrong}

@@ -168,7 +168,7 @@ def open_packed(path: pathlib.Path) -> PackedFolder:
     return PackedFolder.open(path)
 
 
-MERGE = "calibrate or quantize without hadamard and rank, or store such layers unpacked in 16 bits (--merge)"
+MERGE = "make it without hadamard, column_scales and rank, or store such layers unpacked in 16 bits (--merge)"
 """What helps against [`more_than_codes`]."""
 
 
@@ -176,6 +176,8 @@ def more_than_codes(spec: LayerSpec) -> str:
     """Why codes and scales alone are not the weight, which is all that other formats store; empty if they are."""
     if isinstance(spec, TernarySpec) and spec.hadamard:
         return "its inputs are rotated"
+    if isinstance(spec, TernarySpec) and spec.column_scales:
+        return "its inputs are scaled one by one"
     return "it has a low-rank correction" if isinstance(spec, TernarySpec) and spec.rank else ""
 
 

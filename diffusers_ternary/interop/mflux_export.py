@@ -57,7 +57,7 @@ def export_mflux(
 
     Raises:
         ValueError: if the source is not a packed model that mflux runs, holds symbolic links, or a layer has a
-            rotation, a low-rank correction, or groups that MLX does not know.
+            rotation, column scales, a low-rank correction, or groups that MLX does not know.
         FileExistsError: if the destination exists, or holds what is not a result of an earlier run.
     """
     form = _Mflux(pathlib.Path(source), max_shard_size, merge)

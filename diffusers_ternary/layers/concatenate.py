@@ -36,11 +36,23 @@ def concatenate_rows(layers: Mapping[str, nn.Module]) -> QuantizedLinear:
     specs = [_without_rows(layer) for layer in packed]
     if any(spec != specs[0] for spec in specs) or len({layer.bias is None for layer in packed}) > 1:
         raise ValueError(f"{names} differ in more than their rows and cannot be concatenated: {specs}.")
+    if any(not _same_column_scale(first, layer) for layer in packed[1:]):
+        raise ValueError(
+            f"{names} scale their common inputs by factors of their own (column_scales), so no layer can do the work "
+            "of all. Keep the projections separate, or calibrate without column_scales."
+        )
     if any(layer.is_fused for layer in packed):
         raise ValueError(f"{names} have adapters fused into them. Call unfuse_lora() before fusing projections.")
     if any(layer.weight.is_meta for layer in packed):
         raise ValueError(f"{names} are not in memory (offloaded). Fuse projections before enabling offloading.")
     return _concatenate(packed)
+
+
+def _same_column_scale(first: QuantizedLinear, layer: QuantizedLinear) -> bool:
+    if not isinstance(first, TernaryLayer) or not isinstance(layer, TernaryLayer):
+        return True
+    own, other = first.column_scale, layer.column_scale
+    return own is None or other is None or torch.equal(own, other)
 
 
 def _without_rows(layer: QuantizedLinear) -> tuple[object, ...]:
@@ -63,6 +75,8 @@ def _concatenate(layers: list[QuantizedLinear]) -> QuantizedLinear:
         multipliers = [layer.weight_multiplier.detach() for layer in ternary if layer.weight_multiplier is not None]
         if multipliers:
             tensors["weight_multiplier"] = torch.cat(multipliers)
+        if ternary[0].column_factors is not None:
+            tensors["column_scale"] = ternary[0].column_factors.detach().clone()
         tensors |= _low_rank(ternary)
         spec = dataclasses.replace(ternary[0].spec, out_features=spec.out_features, rank=_rank(ternary))
     joined = type(first)(

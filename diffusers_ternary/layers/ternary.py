@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..format import LOW_RANK_DTYPE, TernarySpec
+from ..format import COLUMN_SCALE_DTYPE, LOW_RANK_DTYPE, TernarySpec
 from ..kernels.compat import is_plain
 from ..kernels.operands import Layout, PackedWeight
 from ..kernels.ops import (
     PreparedProducts,
     check_devices,
+    check_float,
     kernel_name,
     prepared_products,
     resident_weight,
@@ -31,9 +32,10 @@ from .linear import QuantizedLinear
 class TernaryLayer(QuantizedLayer):
     """What ternary layers store: 2-bit planes in memory, base-3 in files. `spec` is a [`TernarySpec`]."""
 
-    packed_names = ("weight", "weight_scale", "weight_multiplier", "low_rank_up", "low_rank_down")
+    packed_names = ("weight", "weight_scale", "weight_multiplier", "column_scale", "low_rank_up", "low_rank_down")
     spec: TernarySpec
     weight_multiplier: nn.Parameter | None
+    column_scale: nn.Parameter | None
     low_rank_up: nn.Parameter | None
     low_rank_down: nn.Parameter | None
     # What `multiply_rows` found last; of the class until then, so that layers of older pickles have it.
@@ -58,24 +60,54 @@ class TernaryLayer(QuantizedLayer):
         return LowRank(up, down)
 
     @property
+    def column_factors(self) -> torch.Tensor | None:
+        """What each input is multiplied by, float16 `[K]`, a view of the stored bit patterns; `None` = 1."""
+        return None if self.column_scale is None else bits_to_scale(self.column_scale, COLUMN_SCALE_DTYPE)
+
+    @property
     def operand(self) -> PackedWeight:
-        """The packed weight as kernels take it; its tensors are the layer's own."""
+        """The packed weight as kernels take it, column scales left out; its tensors are the layer's own."""
         spec = self.spec
         sizes = (spec.in_features, spec.group_size, spec.hadamard)
         return PackedWeight(self.weight, self.scales, self.weight_multiplier, *sizes)
 
     def matrix(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of the dense weight matrix, `[n, K]`: formed in float32 and rounded once to `dtype`."""
-        low_rank, block = self.low_rank, self.spec.hadamard
+        low_rank, factors, block = self.low_rank, self.column_factors, self.spec.hadamard
         weight = self.operand.each(lambda tensor: tensor[rows])
-        unpacked = unpack_weight(weight, dtype if low_rank is None and not block else torch.float32)
+        exact = low_rank is None and factors is None and not block
+        unpacked = unpack_weight(weight, dtype if exact else torch.float32)
+        check_devices(unpacked.device, "the weight", column_scale=factors)
         if low_rank is not None:
             low_rank = low_rank.part(rows)
             check_devices(unpacked.device, "the weight", low_rank_up=low_rank.up, low_rank_down=low_rank.down)
-        return complete(unpacked, block, low_rank, dtype, rotation=ternary_rotate)
+        return complete(unpacked, block, factors, low_rank, dtype, rotation=ternary_rotate)
 
     def multiply_rows(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` times the matrix, plus the bias: `[..., N]`."""
+        if not self.spec.column_scales and not self.spec.rank:
+            return self._multiply_codes(x)
+        product = self._multiply_codes(self._scaled(x))
+        if not self.spec.rank:
+            return product
+        low_rank = self.low_rank
+        assert low_rank is not None
+        check_devices(x.device, "the input", low_rank_up=low_rank.up, low_rank_down=low_rank.down)
+        return product + F.linear(F.linear(x, low_rank.down.to(x.dtype)), low_rank.up.to(x.dtype))
+
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """What is rotated and multiplied by the codes: `x` times the column scales, rounded once to its dtype."""
+        factors = self.column_factors
+        if factors is None:
+            return x
+        check_float(x)
+        check_devices(x.device, "the input", column_scale=factors)
+        if x.dim() == 0 or x.shape[-1] != len(factors):
+            raise ValueError(f"A ternary linear map expected [..., {len(factors)}], got {list(x.shape)}.")
+        return (x * factors).to(x.dtype)  # of float16 and bfloat16 together torch makes float32
+
+    def _multiply_codes(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with codes and scales, plus the bias."""
         product = None
         if is_plain(x):
             # By a prepared call, past the dispatcher. Module.__getattr__ takes longer than the checks below.
@@ -101,12 +133,7 @@ class TernaryLayer(QuantizedLayer):
                     product = call(x, weight, scale, multiplier, bias)
         if product is None:
             product = ternary_product(x, self.operand, self.bias, self.activation_dtype)
-        if not self.spec.rank:
-            return product
-        low_rank = self.low_rank
-        assert low_rank is not None
-        check_devices(x.device, "the input", low_rank_up=low_rank.up, low_rank_down=low_rank.down)
-        return product + F.linear(F.linear(x, low_rank.down.to(x.dtype)), low_rank.up.to(x.dtype))
+        return product
 
     def keep_unpacked(self) -> int:
         """Keeps the weight unpacked to 8 bits beside the packed one, where kernels use it; see [`keep_unpacked`].
@@ -154,7 +181,9 @@ class TernaryLayer(QuantizedLayer):
 
     def _repr_details(self) -> str:
         spec = self.spec
-        extras = "".join(f"{name}={getattr(spec, name)}, " for name in ("hadamard", "rank") if getattr(spec, name))
+        extras = "".join(
+            f"{name}={getattr(spec, name)}, " for name in ("hadamard", "rank", "column_scales") if getattr(spec, name)
+        )
         return f"group_size={spec.group_size}, scales={spec.scales}, {extras}activations={self.activation_dtype}, "
 
 

@@ -34,6 +34,7 @@ class TernaryWeight:
         scale (`torch.Tensor`): `[N, G]`, or `[N, 1]` with a multiplier; 16-bit float.
         multiplier (`torch.Tensor`, *optional*): uint8 `[N, G]`, only in the `"double"` layout.
         low_rank ([`LowRank`], *optional*): the correction, if the spec's rank is not 0.
+        column_scale (`torch.Tensor`, *optional*): float16 `[K]`, if the spec has column scales.
     """
 
     spec: TernarySpec
@@ -41,6 +42,7 @@ class TernaryWeight:
     scale: torch.Tensor
     multiplier: torch.Tensor | None = None
     low_rank: LowRank | None = None
+    column_scale: torch.Tensor | None = None
 
     def codes(self) -> torch.Tensor:
         """Codes int8 `[N, K]`."""
@@ -50,13 +52,15 @@ class TernaryWeight:
         """Dense weight `[N, K]`, rotated back and corrected: formed in float32 and rounded once to `dtype`."""
         scales = group_scales(self.scale, self.multiplier)
         scales = expand_scales(scales, self.spec.group_size, self.spec.in_features)
-        return complete(self.codes() * scales, self.spec.hadamard, self.low_rank, dtype)
+        return complete(self.codes() * scales, self.spec.hadamard, self.column_scale, self.low_rank, dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by the names of [`TernarySpec.memory_tensors`]."""
         tensors = {"weight": self.packed, "weight_scale": self.scale}
         if self.multiplier is not None:
             tensors["weight_multiplier"] = self.multiplier
+        if self.column_scale is not None:
+            tensors["column_scale"] = self.column_scale
         if self.low_rank is not None:
             tensors |= zip(LOW_RANK_NAMES, (self.low_rank.up, self.low_rank.down), strict=True)
         return tensors
@@ -65,7 +69,8 @@ class TernaryWeight:
     def of_tensors(cls, spec: TernarySpec, tensors: Mapping[str, torch.Tensor]) -> "TernaryWeight":
         """Inverse of [`~TernaryWeight.tensors`]; other tensors are ignored."""
         low_rank = LowRank(*(tensors[name] for name in LOW_RANK_NAMES)) if spec.rank else None
-        return cls(spec, tensors["weight"], tensors["weight_scale"], tensors.get("weight_multiplier"), low_rank)
+        multiplier, column_scale = tensors.get("weight_multiplier"), tensors.get("column_scale")
+        return cls(spec, tensors["weight"], tensors["weight_scale"], multiplier, low_rank, column_scale)
 
     def to(self, device: torch.device | str) -> "TernaryWeight":
         """The same weight on a device."""
@@ -76,27 +81,34 @@ class TernaryWeight:
             self.scale.to(device),
             None if self.multiplier is None else self.multiplier.to(device),
             None if low_rank is None else LowRank(low_rank.up.to(device), low_rank.down.to(device)),
+            None if self.column_scale is None else self.column_scale.to(device),
         )
 
 
 def complete(
     unpacked: torch.Tensor,
     hadamard: int,
+    column_scale: torch.Tensor | None,
     low_rank: LowRank | None,
     dtype: torch.dtype,
     *,
     rotation: Callable[[torch.Tensor, int], torch.Tensor] = rotate,
 ) -> torch.Tensor:
-    """The dense weight: codes times scales, rotated back and corrected, in float32 and rounded once to `dtype`.
+    """The dense weight: codes times scales, rotated back, scaled by column and corrected, in float32.
+
+    It is rounded once, to `dtype`.
 
     Args:
         unpacked (`torch.Tensor`): codes times scales, `[N, K]`.
         hadamard (`int`): block size of the rotation that the codes were made after; 0 = none.
+        column_scale (`torch.Tensor`, *optional*): factors of the inputs before the rotation, `[K]`.
         low_rank ([`LowRank`], *optional*): the correction.
         dtype (`torch.dtype`): of the result.
         rotation (`Callable`): what rotates on the device, as [`rotate`] does.
     """
     dense = rotation(unpacked, hadamard) if hadamard else unpacked
+    if column_scale is not None:
+        dense = dense * column_scale
     return (dense if low_rank is None else dense + low_rank.dense()).to(dtype)
 
 

@@ -12,7 +12,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from diffusers_ternary import TernaryConfig, calibrate, distill, merge_lora, quantize
 from diffusers_ternary.backend import TernaryDiffusersQuantizer, TernaryTransformersQuantizer
-from diffusers_ternary.format import FORMAT_VERSION
+from diffusers_ternary.format import WRITTEN_VERSION
 from diffusers_ternary.layers import TernaryLinear
 from integration_tests.support import denoisers
 
@@ -36,7 +36,7 @@ class TestValues:
         assert config.group_size == 128
         assert config.activation_dtype == "auto"
         assert config.rounding == "twn"
-        assert config.format_version == FORMAT_VERSION
+        assert config.format_version == WRITTEN_VERSION
         assert config.modules_to_not_convert is config.overrides is config.components is config.compute_dtype is None
 
     @pytest.mark.parametrize("group_size", [None, 1, 7, 128, 10**6])
@@ -77,7 +77,7 @@ class TestValues:
             ({"compute_dtype": torch.float64}, ValueError, "compute_dtype=torch.float64 is not one of"),
             ({"rounding": "nearest"}, ValueError, "rounding='nearest' is not one of twn, optimum, absmean"),
             ({"scale_layout": "triple"}, ValueError, "scale_layout='triple' is not one of auto, group, double"),
-            ({"format_version": 3}, ValueError, "format_version=3 is newer than 2.*pip install -U diffusers-ternary"),
+            ({"format_version": 4}, ValueError, "format_version=4 is newer than 3.*pip install -U diffusers-ternary"),
             ({"format_version": 0}, ValueError, "format_version=0 is not a positive integer"),
             ({"format_version": "1"}, ValueError, "format_version='1' is not a positive integer"),
         ],
@@ -197,8 +197,8 @@ class TestFiles:
             TernaryConfig.from_dict({"quant_method": "torchao"})
 
     def test_a_newer_version_is_refused_before_its_fields(self):
-        data = {**TernaryConfig().to_dict(), "format_version": 3, "rotation": "hadamard"}
-        with pytest.raises(ValueError, match=r"config\.json: format_version=3 is newer than 2.*pip install -U"):
+        data = {**TernaryConfig().to_dict(), "format_version": 4, "rotation": "hadamard"}
+        with pytest.raises(ValueError, match=r"config\.json: format_version=4 is newer than 3.*pip install -U"):
             TernaryConfig.from_dict(data)
 
     def test_model_config_json(self, tmp_path):

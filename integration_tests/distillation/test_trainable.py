@@ -14,6 +14,7 @@ from diffusers_ternary.format import TernarySpec
 from diffusers_ternary.layers import TernaryConv2d, TernaryLinear
 from diffusers_ternary.ternarize import rotate, ternarize
 from integration_tests.support import denoisers
+from integration_tests.support.column_scales import with_column_scale
 
 
 LAYERS = [
@@ -24,6 +25,7 @@ LAYERS = [
     {"group_size": 8, "hadamard": 8},
     {"group_size": 8, "rank": 2},
     {"group_size": 8, "hadamard": 16, "rank": 3},
+    {"group_size": 8, "hadamard": 16, "rank": 3, "column_scales": True},
 ]
 TRAININGS = [
     LayerTraining(latents=True),
@@ -33,15 +35,25 @@ TRAININGS = [
 ]
 
 
+def rounding(options):
+    """Arguments of `ternarize`, which makes no column scales."""
+    return {name: value for name, value in options.items() if name != "column_scales"}
+
+
 def packed_layer(options, seed=0):
     torch.manual_seed(seed)
     weight = torch.randn(12, 20)
-    return TernaryLinear.from_weight(ternarize(weight, **options), torch.randn(12), activation_dtype="none"), weight
+    packed = ternarize(weight, **rounding(options))
+    if options.get("column_scales"):
+        packed = with_column_scale(packed)
+    return TernaryLinear.from_weight(packed, torch.randn(12), activation_dtype="none"), weight
 
 
 def effective(twin):
     """The complete weight that the twin multiplies by."""
     dense = rotate(twin.quantized_weight(), twin.spec.hadamard)
+    if twin.column_scale is not None:
+        dense = dense * twin.column_scale
     if twin.low_rank_up is not None:
         dense = dense + twin.low_rank_up.half().float() @ twin.low_rank_down.half().float()
     return dense
@@ -63,7 +75,7 @@ def test_starts_as_the_packed_layer(options, training):
     layer, weight = packed_layer(options)
     twin = TrainableTernaryLayer(layer, weight, training)
     packed = twin.pack()
-    assert torch.equal(packed.codes(), ternarize(weight, **options).codes())
+    assert torch.equal(packed.codes(), ternarize(weight, **rounding(options)).codes())
     torch.testing.assert_close(effective(twin), layer.dequantize(), rtol=0, atol=layer.dequantize().abs().max() / 100)
     x = torch.randn(3, 20)
     torch.testing.assert_close(twin(x), layer(x), rtol=0.02, atol=0.1)

@@ -49,6 +49,14 @@ GOLDEN_2 = (
 )
 
 
+# And so does this one.
+GOLDEN_3 = (
+    '{"format_version":3,"layers":{"a":{"kind":"ternary","shape":[2,4],"group_size":4,"scales":"group",'
+    '"column_scales":true}},"crc32":{"a.column_scale":5},"tensors":{"a.column_scale":["F16",[4]]},'
+    '"layout_crc32":1751503107}'
+)
+
+
 def body(**changes: object) -> dict[str, str]:
     return {METADATA_KEY: json.dumps({**json.loads(GOLDEN), **changes})}
 
@@ -62,6 +70,16 @@ def test_golden_text_of_version_2():
     assert LAYOUT_2.to_metadata() == {"diffusers_ternary": GOLDEN_2}
     assert read_layout({"diffusers_ternary": GOLDEN_2}, source="a.safetensors") == LAYOUT_2
     assert (LAYOUT.format_version, LAYOUT_2.format_version) == (1, 2)
+
+
+def test_golden_text_of_version_3():
+    layer = TernarySpec(2, 4, 4, "group", column_scales=True)
+    layout = FileLayout({"a": layer}, {"a.column_scale": 5}, {"a.column_scale": TensorHeader("F16", (4,))})
+    assert layout.to_metadata() == {"diffusers_ternary": GOLDEN_3}
+    assert read_layout({"diffusers_ternary": GOLDEN_3}, source="a.safetensors") == layout
+    assert layer.file_tensors()["column_scale"].shape == (4,)
+    with pytest.raises(ValueError, match=r"malformed.*version 2 has no layers like a"):
+        read_layout({"diffusers_ternary": GOLDEN_3.replace(":3,", ":2,")}, source="a.safetensors")
 
 
 def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
@@ -153,7 +171,7 @@ def test_malformed_metadata_names_the_file_and_the_remedy(metadata, message):
 
 def test_a_newer_version_is_refused_before_its_fields_are_read():
     metadata = body(format_version=FORMAT_VERSION + 1, layers="something this version cannot read")
-    with pytest.raises(ValueError, match=r"x\.safetensors: format_version=3 is newer than 2.*pip install -U"):
+    with pytest.raises(ValueError, match=r"x\.safetensors: format_version=4 is newer than 3.*pip install -U"):
         read_layout(metadata, source="x.safetensors")
 
 

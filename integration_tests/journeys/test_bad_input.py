@@ -221,15 +221,15 @@ class TestDamagedTensors:
 class TestVersionsAndConfigs:
     def test_newer_version_in_the_metadata(self, host, folder):
         def change(tensors, body):
-            body["format_version"] = 3
+            body["format_version"] = 4
 
         rewrite(folder / host.file, change, checksums=False)
-        refuse(host, folder, host.file, "format_version=3 is newer than 2", "pip install -U diffusers-ternary")
+        refuse(host, folder, host.file, "format_version=4 is newer than 3", "pip install -U diffusers-ternary")
 
     def test_newer_version_in_config_json(self, host, folder):
         config = json.loads((folder / "config.json").read_text())["quantization_config"]
-        edit_json(folder / "config.json", quantization_config={**config, "format_version": 3, "new_field": 1})
-        refuse(host, folder, "config.json: format_version=3 is newer", "pip install -U diffusers-ternary")
+        edit_json(folder / "config.json", quantization_config={**config, "format_version": 4, "new_field": 1})
+        refuse(host, folder, "config.json: format_version=4 is newer", "pip install -U diffusers-ternary")
 
     def test_malformed_metadata(self, host, folder):
         def change(tensors, body):
