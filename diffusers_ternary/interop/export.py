@@ -168,7 +168,7 @@ def open_packed(path: pathlib.Path) -> PackedFolder:
     return PackedFolder.open(path)
 
 
-MERGE = "make it without hadamard, column_scales and rank, or store such layers unpacked in 16 bits (--merge)"
+MERGE = "calibrate or quantize without hadamard, column_scales and rank, or store them unpacked (--merge)"
 """What helps against [`more_than_codes`]."""
 
 

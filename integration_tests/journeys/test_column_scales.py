@@ -96,22 +96,25 @@ def test_convolutions(kernel):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> pathlib.Path:
+def saved(tmp_path_factory) -> tuple[nn.Module, pathlib.Path]:
     model = denoisers.flux()
     quantize(model, TernaryConfig(group_size=16, hadamard=16, activation_dtype="none"))
     scale_columns(model)
     path = tmp_path_factory.mktemp("scaled")
     model.save_pretrained(path)
-    return path
+    return model, path
 
 
-def test_saved_and_loaded(folder):
+@pytest.fixture
+def folder(saved) -> pathlib.Path:
+    return saved[1]
+
+
+def test_saved_and_loaded(saved):
+    same, folder = saved
     model = FluxTransformer2DModel.from_pretrained(folder)
     layers = packed_layers(model)
     assert all(layer.spec.column_scales and layer.column_factors.dtype == torch.float16 for layer in layers.values())
-    same = denoisers.flux()
-    quantize(same, TernaryConfig(group_size=16, hadamard=16, activation_dtype="none"))
-    scale_columns(same)
     for name, layer in packed_layers(same).items():
         assert torch.equal(layer.dequantize(), layers[name].dequantize())
     assert torch.equal(predict(same), predict(model))
