@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of `examples/README.md`: what published pipelines take as ternary, predicted; nothing is downloaded.
+"""The tables of `examples/README.md`: what published pipelines take as ternary, predicted; nothing is downloaded.
 
-    python examples/sizes.py               # prints the table
-    python examples/sizes.py --write       # writes it into examples/README.md
+    python examples/sizes.py               # prints the tables
+    python examples/sizes.py --write       # writes them into examples/README.md
     python examples/sizes.py --only FLUX.1-dev
 
 The models are built on the meta device from their published configurations, and `diffusers_ternary.planning` predicts
@@ -20,13 +20,14 @@ import torch
 import transformers
 from torch import nn
 
+from diffusers_ternary import TernaryConfig
 from diffusers_ternary.planning import Part, plan_parts
 from diffusers_ternary.planning.durations import Durations
+from diffusers_ternary.planning.estimates import ModelEstimate
 from diffusers_ternary.planning.picture import Picture
 
 
 README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- sizes.py -->", "<!-- end of sizes.py -->"
 
 
 def _clip_l() -> nn.Module:
@@ -294,18 +295,38 @@ def table(names: Iterable[str]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
+def encoders(names: Iterable[str]) -> str:
+    """Markdown: files of the largest text encoder of each pipeline, in GB. A kind that is in two is listed once."""
+    rows = {}
+    for name in names:
+        part = max((part for part in published(name).values() if part.encodes_text), key=lambda part: part.bytes)
+        files = [ModelEstimate(part, TernaryConfig(kind=kind)).file for kind in ("int8", "ternary")]
+        sizes = part.bytes, *files
+        rows.setdefault((type(part.model).__name__, sizes), []).append(name)
+    heading = ["largest text encoder", "16 bits", "int8", "ternary"]
+    lines = [
+        [f"{', '.join(users)}: {model}", *(f"{size / 1e9:.2f}" for size in sizes)]
+        for (model, sizes), users in rows.items()
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heading, ["---", *["--:"] * 3], *lines])
+
+
+TABLES = {"sizes.py": table, "sizes.py, text encoders": encoders}
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PIPELINES, default=list(PIPELINES))
-    parser.add_argument("--write", action="store_true", help="write the table into README.md beside this file")
+    parser.add_argument("--write", action="store_true", help="write the tables into README.md beside this file")
     options = parser.parse_args()
-    made = table(options.only)
-    print(made)
-    if options.write:
-        text = README.read_text(encoding="utf-8")
-        text = re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{made}\n{END}", text, flags=re.DOTALL)
-        README.write_text(text, encoding="utf-8")
+    for name, make in TABLES.items():
+        made, begin, end = make(options.only), f"<!-- {name} -->", f"<!-- end of {name} -->"
+        print(made, end="\n\n")
+        if options.write:
+            text = README.read_text(encoding="utf-8")
+            text = re.sub(f"{begin}.*?{end}", lambda _, new=f"{begin}\n{made}\n{end}": new, text, flags=re.DOTALL)
+            README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def test_the_table_is_what_the_script_makes(name):
     made = [line.split(" | ") for line in sizes["table"]([name]).splitlines()]
     written = [line.split(" | ") for line in README.splitlines() if line.startswith((made[0][0], f"| {name} |"))]
     assert made[0] in written, "run `python examples/sizes.py --write`"
+    assert sizes["encoders"]([name]).splitlines()[2] in README.splitlines()
     row = next(line for line in written if line[0] == f"| {name}")
     full = made[0].index("distill `full`")  # smaller where bitsandbytes is installed
     assert [*row[:full], *row[full + 1 :]] == [*made[2][:full], *made[2][full + 1 :]]
