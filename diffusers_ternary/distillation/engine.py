@@ -175,7 +175,8 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Held-out error of the packed student; the best one is kept."""
-        now = Evaluation(self.progress.step, self.progress.loss, self.held_out.of(self.student))
+        error = self.held_out.of(self.student)
+        now = Evaluation(self.progress.step, self.progress.loss, error, self.progress.cpu_seconds)
         self.progress.history.append(now)
         self.accelerator.log({"held_out_error": now.held_out}, step=now.step)
         if self.progress.best is now or not (self.folder / "best").exists():

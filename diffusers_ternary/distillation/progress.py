@@ -20,11 +20,13 @@ class Evaluation:
         step (`int`): updates before it.
         loss (`float`, *optional*): of the last update; `None` before the first.
         held_out (`float`): relative squared error of the prediction on held-out prompts.
+        cpu_seconds (`float`): of the updates before it; not compared, since no two runs take the same.
     """
 
     step: int
     loss: float | None
     held_out: float
+    cpu_seconds: float = dataclasses.field(default=0.0, compare=False)
 
 
 @dataclasses.dataclass
