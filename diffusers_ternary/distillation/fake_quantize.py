@@ -52,7 +52,7 @@ def round_to(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def ternary_codes(latent: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
     """Codes T of latents `[N, K]` under effective scales `[N, G]`, in the dtype of the latents."""
-    return _codes(_ratio(latent, expand_scales(scales, group_size, latent.shape[1])))
+    return _codes(_ratio(latent, scales, group_size))
 
 
 def fake_quantize(latent: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -79,29 +79,40 @@ def consistent_latent(
         `torch.Tensor`: float32 `[N, K]` with `ternary_codes(...)` equal to `codes`.
     """
     spread = expand_scales(scales, group_size, weight.shape[1])
-    ratio = _ratio(weight.float(), spread)
+    ratio = _ratio(weight.float(), scales, group_size)
     low = torch.where(codes > 0, 0.5 + margin, torch.where(codes < 0, -torch.inf, -0.5 + margin))
     high = torch.where(codes < 0, -0.5 - margin, torch.where(codes > 0, torch.inf, 0.5 - margin))
     agrees = _codes(ratio) == codes
     moved = torch.where(agrees, weight.float(), ratio.clamp(low, high) * spread)
     # Rounding may carry a latent that agreed by a hair, or one moved with no margin, over the border.
-    drifted = _codes(_ratio(moved, spread)) != codes
+    drifted = _codes(_ratio(moved, scales, group_size)) != codes
     return torch.where(drifted, codes * spread, moved)
 
 
-def _ratio(latent: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    # A group of scale 0 holds zeros, whatever its latents are.
-    return torch.where(spread > 0, latent / torch.where(spread > 0, spread, torch.ones_like(spread)), 0.0)
+def _ratio(latent: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
+    # A group of scale 0 holds zeros, whatever its latents are. Groups are divided by, not weights: that is cheaper.
+    return _scaled(latent, torch.where(scales > 0, 1 / scales, 0.0), group_size)
+
+
+def _scaled(values: torch.Tensor, factors: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Values `[N, K]` times the factor of their group, `[N, G]`."""
+    rows, columns = values.shape
+    if columns % group_size:
+        return values * expand_scales(factors, group_size, columns)
+    # The factors are spread while they are read: training is bound by passes over the weights.
+    return (values.reshape(rows, -1, group_size) * factors.unsqueeze(2)).view(rows, columns)
 
 
 def _codes(ratio: torch.Tensor) -> torch.Tensor:
-    return ratio.round().clamp(-1, 1)
+    return ratio.round().clamp_(-1, 1)
 
 
 def _group_sums(values: torch.Tensor, group_size: int) -> torch.Tensor:
     rows, columns = values.shape
     groups = group_count(columns, group_size)
-    return F.pad(values, (0, groups * group_size - columns)).view(rows, groups, group_size).sum(dim=2)
+    missing = groups * group_size - columns
+    whole = F.pad(values, (0, missing)) if missing else values
+    return whole.view(rows, groups, group_size).sum(dim=2)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -109,18 +120,18 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, latent: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
         ctx.save_for_backward(latent, scales)  # the rest is cheaper to compute again than to keep
         ctx.group_size = group_size
-        spread = expand_scales(scales, group_size, latent.shape[1])
-        return _codes(_ratio(latent, spread)) * spread
+        return _scaled(_codes(_ratio(latent, scales, group_size)), scales, group_size)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         latent, scales = ctx.saved_tensors
-        ratio = _ratio(latent, expand_scales(scales, ctx.group_size, latent.shape[1]))
+        ratio = _ratio(latent, scales, ctx.group_size)
         inside = ratio.abs() <= 1
         grad_latent = grad * inside if ctx.needs_input_grad[0] else None
         grad_scales = None
         if ctx.needs_input_grad[1]:
-            grad_scales = _group_sums(grad * (_codes(ratio) - ratio * inside), ctx.group_size)
+            moved = _codes(ratio).sub_(ratio.mul_(inside)).mul_(grad)
+            grad_scales = _group_sums(moved, ctx.group_size)
         return grad_latent, grad_scales, None
 
 

@@ -75,7 +75,9 @@ def make_optimizer(groups: list[dict[str, Any]], config: DistillConfig, device: 
         logger.info("Optimizer: AdamW with 8-bit states (bitsandbytes).")
         return bitsandbytes.optim.AdamW8bit(groups, betas=BETAS, weight_decay=0.0)
     logger.info("Optimizer: AdamW with float32 states.")
-    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
+    # On a CPU torch goes through the tensors one by one and in many passes, unless it is told not to.
+    fused = True if device.type == "cpu" else None
+    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=fused)
 
 
 def rate_factor(step: int, steps: int) -> float:
