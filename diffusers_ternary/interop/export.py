@@ -168,7 +168,9 @@ def open_packed(path: pathlib.Path) -> PackedFolder:
     return PackedFolder.open(path)
 
 
-MERGE = "calibrate or quantize without hadamard, column_scales and rank, or store them unpacked (--merge)"
+MERGE = "store such layers unpacked in 16 bits (--merge)"
+"""What helps in any case."""
+ONLY_CODES = f"Calibrate or quantize without hadamard, column_scales and rank, or {MERGE}."
 """What helps against [`more_than_codes`]."""
 
 

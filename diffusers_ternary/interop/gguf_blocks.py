@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ..format import Int8Spec, LayerSpec, TernarySpec
-from .export import more_than_codes
+from .export import MERGE, ONLY_CODES, more_than_codes
 
 
 TERNARY_TYPES = ("tq2_0", "tq1_0", "q2_0", "q4_0")
@@ -40,11 +40,15 @@ RUNTIMES = {
 BLOCK = {"tq2_0": 256, "tq1_0": 256, "q2_0": 64, "q4_0": 32, "q8_0": 32}
 BLOCK_BYTES = {"tq2_0": 66, "tq1_0": 54, "q2_0": 18, "q4_0": 18, "q8_0": 34}
 _INT8_TYPE = "q8_0"
+_NOT_FLOAT16 = (
+    "its scales are not 16-bit floats (6-bit multipliers, or bfloat16 out of range). Make the model with "
+    "scale_layout='portable' or scale_layout='group', or round them to float16 (--round-scales, at most 0.05 %)."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockChoice:
-    """The GGML type that holds a layer exactly, or why none does."""
+    """The GGML type that holds a layer exactly, or why none does and what helps."""
 
     type: str | None
     reason: str = ""
@@ -60,9 +64,9 @@ def choose_type(spec: LayerSpec, scales: torch.Tensor, types: tuple[str, ...]) -
     """
     reason = more_than_codes(spec)
     if reason:
-        return BlockChoice(None, reason)
+        return BlockChoice(None, f"{reason}. {ONLY_CODES}")
     if not torch.equal(scales.half().float(), scales):
-        return BlockChoice(None, "its scales are not 16-bit floats (6-bit multipliers, or bfloat16 out of range)")
+        return BlockChoice(None, _NOT_FLOAT16)
     for kind in (_INT8_TYPE,) if isinstance(spec, Int8Spec) else types:
         reason = _why_not(spec, BLOCK[kind])
         if not reason:
@@ -73,14 +77,16 @@ def choose_type(spec: LayerSpec, scales: torch.Tensor, types: tuple[str, ...]) -
 def _why_not(spec: LayerSpec, block: int) -> str:
     """Why blocks do not lie inside the groups of a layer; empty if they do."""
     if spec.in_features % block:
-        return _no_blocks(spec.in_features, block)
+        return (
+            f"its {spec.in_features} input features are not a multiple of {block}. Name the layer in "
+            f"modules_to_not_convert, or {MERGE}."
+        )
     if isinstance(spec, TernarySpec) and spec.groups > 1 and spec.group_size % block:
-        return f"its group size {spec.group_size} is not a multiple of {block}"
+        return (
+            f"its group size {spec.group_size} is not a multiple of {block}. Make the model with such a group size "
+            f"(256 for TQ2_0, 64 for Q2_0), or {MERGE}."
+        )
     return ""
-
-
-def _no_blocks(columns: int, block: int) -> str:
-    return f"its {columns} input features are not a multiple of {block}"
 
 
 def encode_q2_0(codes: torch.Tensor, scales: torch.Tensor) -> np.ndarray:

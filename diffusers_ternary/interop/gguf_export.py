@@ -22,7 +22,7 @@ from ..format import LayerSpec
 from ..format.dtypes import dtype_name
 from ..progress import Bar
 from .compat import TwoBitType, open_reader, writable_type
-from .export import MERGE, ExportReport, ReadBack, block_scales, export, more_than_codes
+from .export import MERGE, ExportReport, ReadBack, block_scales, export
 from .gguf_blocks import BLOCK, ENCODERS, FALLBACKS, RUNTIMES, TERNARY_TYPES, choose_type
 from .gguf_names import ARCHITECTURES, CONFIG_KEY, GgufTensor, gguf_tensors
 from .gguf_two_bit import dequantize_two_bit
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _MAGIC = b"GGUF"
 # As ComfyUI-GGUF's converter does: tensors of one dimension and tiny ones are float32.
 _SMALL = 1024
+_KINDS = f"ternary and int8 layers. Quantize them to one kind, or {MERGE}."
 # The patch embedding of Stable Diffusion 3.
 _CONVOLUTION = "x_embedder.proj.weight"
 
@@ -83,13 +84,16 @@ def export_gguf(
     fallback = fallback or ("f16" if merge else None)
     form = _Gguf(import_extra("gguf", "Writing GGUF files"), types, round_scales, fallback)
     report = export(form, source, destination, overwrite=overwrite)
-    if types[0] != "q4_0" and report.types.get("q4_0"):
-        logger.warning(
-            "%d tensors are Q4_0 (4.5 bits): their group size is not a multiple of %d, which %s needs.",
-            report.types["q4_0"],
-            BLOCK[types[0]],
-            types[0].upper(),
-        )
+    for kind in types[1:]:
+        # What was not asked for, or is large; a program's next best is what its users want.
+        if report.types.get(kind) and (ternary_type is not None or kind == "q4_0"):
+            logger.warning(
+                "%d tensors are %s: their groups are not multiples of %d weights, the blocks of %s.",
+                report.types[kind],
+                kind.upper(),
+                BLOCK[types[0]],
+                types[0].upper(),
+            )
     if report.inexact:
         logger.warning(
             "%d tensors are not bit-equal: their scales were rounded to float16%s; %s.",
@@ -154,15 +158,7 @@ class _Gguf:
                 )
             kind, reason = self.type_of(model, tensor)
             if kind is None and self.fallback is None:
-                specs = [model.spec(name) for name in tensor.parts]
-                way_out = (
-                    "make the model with a group size that is a multiple of 256 (64 for Q2_0) and "
-                    "scale_layout='portable' or scale_layout='group', round scales to float16 (--round-scales, at "
-                    "most 0.05 %), or store such layers unpacked in 16 bits (--merge)"
-                )
-                if any(spec is not None and more_than_codes(spec) for spec in specs):
-                    way_out = MERGE
-                raise ValueError(f"No GGML type that this program reads holds {reason}: {way_out}.")
+                raise ValueError(f"No GGML type that this program reads holds {reason}")
             if kind is None:
                 unpacked.append(tensor.name)
         if unpacked:
@@ -198,7 +194,8 @@ class _Gguf:
         types = set()
         for name, spec in zip(tensor.parts, specs, strict=True):
             if spec is None:
-                return None, f"{name} is not packed, but shares the tensor {tensor.name} with packed layers"
+                shares = f"{name}, which is not packed, but shares the tensor {tensor.name} with packed layers"
+                return None, f"{shares}. Quantize all of them or none, or {MERGE}."
             choice = choose_type(spec, self._scales(model, name), self.types)
             if choice.type is None:
                 return None, f"{name}: {choice.reason}"
@@ -206,7 +203,7 @@ class _Gguf:
         if types <= BLOCK.keys() - {"q8_0"}:
             # Smaller blocks lie inside the groups of the other parts as well.
             return min(types, key=BLOCK.__getitem__), ""
-        return (types.pop(), "") if len(types) == 1 else (None, f"{tensor.name} joins layers of different kinds")
+        return (types.pop(), "") if len(types) == 1 else (None, f"{tensor.name}, which joins {_KINDS}")
 
     def _scales(self, model: PackedFolder, name: str) -> torch.Tensor:
         scales = model.group_scales(name)

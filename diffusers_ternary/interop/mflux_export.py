@@ -19,10 +19,10 @@ from ..files import write_json
 from ..files.destinations import output_folder
 from ..format import Int8Spec, LayerSpec
 from ..progress import Bar
-from .export import MERGE, ExportReport, ReadBack, block_scales, export, more_than_codes
+from .export import MERGE, ONLY_CODES, ExportReport, ReadBack, block_scales, export, more_than_codes
 from .mflux_import import INDEX, MfluxFiles
 from .mflux_names import mflux_module, mflux_name
-from .mlx_affine import affine_group_size, encode_affine
+from .mlx_affine import GROUP_SIZES, affine_group_size, encode_affine
 
 
 logger = logging.getLogger(__name__)
@@ -77,11 +77,14 @@ def check_mflux(model: PackedFolder, *, merge: bool = False) -> None:
         mflux_module(model.class_name, name.rpartition(".")[0])
         spec = model.spec(name)
         if spec is not None and affine_group_size(spec) is None and not merge:
-            reason, way_out = more_than_codes(spec), MERGE
+            reason, way_out = more_than_codes(spec), ONLY_CODES
             if not reason:
                 reason = "MLX knows groups of 32, 64 and 128 input features, which do not fit into its groups"
-                way_out = "choose a group size that is a multiple of 32, or store such layers unpacked (--merge)"
-            raise ValueError(f"{name.removesuffix('.weight')} cannot be exported to mflux: {reason}: {way_out}.")
+                way_out = f"Choose a group size that is a multiple of 32, or {MERGE}."
+            if spec.in_features % min(GROUP_SIZES):
+                reason = f"its {spec.in_features} input features are not a multiple of 32"
+                way_out = f"Name the layer in modules_to_not_convert, or {MERGE}."
+            raise ValueError(f"{name.removesuffix('.weight')} cannot be exported to mflux: {reason}. {way_out}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -422,6 +422,12 @@ class TestRefusals:
         assert types_of(report.path)["double_blocks.0.img_attn.qkv.weight"] == "F16"
         assert "13 tensors are stored as f16 (double_blocks.0" in caplog.text
 
+    def test_another_type_than_was_asked_for_is_said(self, tmp_path, caplog):
+        packed(tmp_path / "in", group_size=64)
+        report = export_gguf(tmp_path / "in", tmp_path / "model.gguf", ternary_type="tq2_0")
+        assert report.types["q2_0"] == 13
+        assert "13 tensors are Q2_0: their groups are not multiples of 256 weights, the blocks of TQ2_0" in caplog.text
+
     def test_packed_convolutions(self, tmp_path):
         packed(tmp_path / "in", denoisers.sd3, overrides={"pos_embed.proj": "ternary"}, group_size=None)
         with pytest.raises(ValueError, match="is a packed convolution"):
