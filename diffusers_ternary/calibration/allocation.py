@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spends a size budget: one candidate for every layer of all denoisers."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -73,7 +72,9 @@ class Allocation:
         wide = Candidate("int8")
         for run, name in outermost_first([(run, run.blocks()) for run in self._runs]):
             offered = run.candidates[name]
-            added = offered.get(wide, math.inf) - offered[run.chosen[name]]
+            if wide not in offered:
+                continue
+            added = offered[wide] - offered[run.chosen[name]]
             if added <= room:
                 run.chosen[name] = wide
                 room -= added
