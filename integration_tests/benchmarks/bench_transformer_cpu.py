@@ -4,9 +4,10 @@
     python integration_tests/benchmarks/bench_transformer_cpu.py           # the best kernel of this machine
     python integration_tests/benchmarks/bench_transformer_cpu.py --avx2    # everything limited to AVX2
 
-Two blocks of each model with random weights, whole forward (attention, norms and embeddings included), one thread,
-thread-CPU time, minimum of 9 interleaved rounds (bfloat16: 2). The ternary output is checked against the float32
-model with the same dequantized weights. Results go to results/transformer_cpu_<set>.csv.
+Two blocks of each model with random weights (of FLUX.1, a double and a single one), whole forward (attention, norms
+and embeddings included), one thread, thread-CPU time, minimum of 9 interleaved rounds (bfloat16: 2 where the CPU has
+no instructions for it). The ternary output is checked against the float32 model with the same dequantized weights.
+Results go to results/transformer_cpu_<set>.csv; `--models` leaves the rows of other models as they are.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from cpu_timing import interleaved, processor, restart_limited_to_avx2
-from diffusers import PixArtTransformer2DModel, SanaTransformer2DModel
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SanaTransformer2DModel
 from torch import nn
 
 import diffusers_ternary
@@ -71,12 +72,27 @@ def sana() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return model, inputs
 
 
+def flux() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+    inputs = {
+        "hidden_states": torch.randn(1, 1024, 64),
+        "encoder_hidden_states": torch.randn(1, 512, 4096),
+        "pooled_projections": torch.randn(1, 768),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(32.0), torch.arange(32.0)),
+        "txt_ids": torch.zeros(512, 3),
+    }
+    return model, inputs
+
+
+MODELS = {"PixArt-XL": pixart, "SANA-1.6B": sana, "FLUX.1": flux}
+
+
 def ternary(model: nn.Module, group_size: int | None, *, convolutions: bool) -> nn.Module:
     """A ternary copy, with or without its 1x1 convolutions."""
-    keep = {} if convolutions else {"*.conv_inverted": "keep", "*.conv_point": "keep"}
-    config = TernaryConfig(
-        group_size=group_size, overrides=keep, rounding="twn", activation_dtype="int8", compute_dtype=torch.float32
-    )
+    sana = isinstance(model, SanaTransformer2DModel)
+    keep = {"*.conv_inverted": "keep", "*.conv_point": "keep"} if sana and not convolutions else {}
+    config = TernaryConfig(group_size=group_size, overrides=keep, rounding="twn", activation_dtype="int8")
     return quantize(copy.deepcopy(model), config)
 
 
@@ -86,7 +102,7 @@ def forward(model: nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtyp
 
 
 def stored_bytes(model: nn.Module) -> int:
-    blocks = model.transformer_blocks
+    blocks = nn.ModuleList([*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())])
     return sum(t.numel() * t.element_size() for t in (*blocks.parameters(), *blocks.buffers()))
 
 
@@ -95,14 +111,13 @@ def fast_bfloat16() -> bool:
     return cpu.kernel_name() in ("amx-int8", "avx512-vnni")
 
 
-def measure(
-    model: nn.Module, inputs: dict[str, torch.Tensor], *, convolutions: bool, rounds: int
-) -> list[dict[str, object]]:
+def measure(model: nn.Module, inputs: dict[str, torch.Tensor], *, rounds: int) -> list[dict[str, object]]:
     model.eval().requires_grad_(False)
     half = copy.deepcopy(model).bfloat16()
     models = {"float32": model, "bfloat16": half}
-    for group_size in (None, GROUP):
-        for with_convolutions in (False, True) if convolutions else (False,):
+    large = isinstance(model, FluxTransformer2DModel)  # in the layout that is the default, alone
+    for group_size in (GROUP,) if large else (None, GROUP):
+        for with_convolutions in (False, True) if isinstance(model, SanaTransformer2DModel) else (False,):
             name = f"ternary, {'row' if group_size is None else f'group {group_size}'}"
             name += ", 1x1 convolutions too" if with_convolutions else ""
             models[name] = ternary(model, group_size, convolutions=with_convolutions)
@@ -141,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--avx2", action="store_true", help="limit torch, MKL, oneDNN and the kernel to AVX2")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options = parser.parse_args()
     if options.avx2:
         restart_limited_to_avx2()
@@ -156,21 +172,34 @@ def main() -> None:
         "diffusers-ternary": diffusers_ternary.__version__,
     }
     print(machine)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"transformer_cpu_{machine['kernel']}.csv"
     table = []
-    for name, build, convolutions in (("PixArt-XL", pixart, False), ("SANA-1.6B", sana, True)):
+    for name, build in MODELS.items():
+        title = f"{name}, {LAYERS} blocks"
+        if name not in options.models:
+            table.extend(row for row in rows_of(path) if row["model"] == title)
+            continue
         model, inputs = build()
-        for row in measure(model, inputs, convolutions=convolutions, rounds=options.rounds):
-            table.append({"model": f"{name}, {LAYERS} blocks", **row, **machine})
+        for row in measure(model, inputs, rounds=options.rounds):
+            table.append({"model": title, **row, **machine, "rounds": options.rounds})
             print(
                 f"{name:<10} {row['linears']:<40} {row['milliseconds']:>9} ms {row['times float32']:>7}x float32 "
                 f"{row['times bfloat16']:>7}x bfloat16 {row['MiB of the blocks']:>8} MiB",
                 flush=True,
             )
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"transformer_cpu_{machine['kernel']}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, table[0])
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, table[0], restval="")
         writer.writeheader()
         writer.writerows(table)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """What an earlier run wrote."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":
