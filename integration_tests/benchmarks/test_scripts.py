@@ -8,8 +8,8 @@ from integration_tests.support.fresh_process import run_python
 
 
 ROOT = Path(__file__).parents[2]
-PLACES = ("integration_tests", "integration_tests/benchmarks", "integration_tests/benchmarks/gpu", "examples")
-PLACES += ("examples/scenes", "examples/pixel_people")
+PLACES = ("integration_tests", "integration_tests/benchmarks", "integration_tests/benchmarks/gpu")
+PLACES += ("integration_tests/runtimes", "examples", "examples/scenes", "examples/pixel_people")
 
 
 def test_every_script_says_how_it_is_used():
