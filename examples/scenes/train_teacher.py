@@ -48,7 +48,7 @@ from diffusers_ternary.evaluation.scenes.prompts import COMPOSED, training_task
 
 logger = logging.getLogger("train_teacher")
 CLOSE_UP_TASKS = ("single_object", "colors", "colors")
-MIXTURE = dict(zip((*TASKS, COMPOSED), (6, 14, 16, 6, 24, 22, 12), strict=True))  # percent of the pictures
+MIXTURE = dict(zip((*TASKS, COMPOSED), (5, 22, 18, 5, 20, 18, 12), strict=True))  # percent of the pictures
 
 
 @dataclass(frozen=True)
