@@ -3,6 +3,7 @@
 
     python integration_tests/versions.py oldest             # every direct dependency at its lower bound
     python integration_tests/versions.py newest             # what the package index has today
+    python integration_tests/versions.py newest --hosts     # only the tests of what the hosts may change
     python integration_tests/versions.py oldest -- -m "not slow" integration_tests/backend
 
 Each set gets a virtual environment of its own below `runs/versions/` (ignored by git), with its own Python; uv finds
@@ -27,6 +28,16 @@ RECORD = Path(__file__).with_name("versions.json")
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PYTHON = {"oldest": "3.11", "newest": "3.13"}
 SHOWN = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface-hub")
+# Registration, private names of the hosts, quantizing, saving and loading of a whole pipeline.
+HOSTS = (
+    "integration_tests/test_import.py",
+    "integration_tests/backend/test_compat.py",
+    "integration_tests/backend/test_compat_offload.py",
+    "integration_tests/backend/test_config.py",
+    "integration_tests/backend/test_quantize.py",
+    "integration_tests/lora/test_compat.py",
+    "integration_tests/journeys/test_composition.py",
+)
 _BEGIN, _END = "<!-- versions -->\n", "<!-- /versions -->"
 
 
@@ -85,6 +96,7 @@ def main() -> None:
     parser.add_argument("which", choices=PYTHON)
     parser.add_argument("--python", help="interpreter or version (default: 3.11 for oldest, 3.13 for newest)")
     parser.add_argument("--folder", type=Path, help="of the environment")
+    parser.add_argument("--hosts", action="store_true", help="only the tests of what the hosts may change")
     parser.add_argument("pytest", nargs="*", help="arguments of pytest; with some, nothing is recorded")
     arguments = parser.parse_intermixed_args()  # options may stand before "--"
     folder = arguments.folder or ROOT / "runs" / "versions" / arguments.which
@@ -92,7 +104,7 @@ def main() -> None:
     interpreter = install(arguments.which, folder, arguments.python or PYTHON[arguments.which])
     found = versions(interpreter)
     print(", ".join(f"{name} {version}" for name, version in found.items()), flush=True)
-    status, suite = outcome(interpreter, arguments.pytest)
+    status, suite = outcome(interpreter, arguments.pytest or (["-n0", *HOSTS] if arguments.hosts else []))
     if not arguments.pytest:
         record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
         python = subprocess.run(
@@ -106,7 +118,7 @@ def main() -> None:
             "machine": platform.platform(terse=True),
             "python": python,
             **found,
-            "suite": suite,
+            "suite": f"of the hosts: {suite}" if arguments.hosts else suite,
         }
         RECORD.write_text(json.dumps(record, indent=2) + "\n")
         text = CONTRIBUTING.read_text()

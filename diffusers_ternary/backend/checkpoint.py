@@ -30,6 +30,7 @@ from ..format import (
 )
 from ..kernels.cpu.base3 import base3_to_planes, planes_to_base3
 from ..layers.base import bits_to_scale, scale_to_bits
+from ..progress import Bar
 from ..ternarize import Int8Weight, TernaryWeight
 
 
@@ -298,7 +299,7 @@ def check_values(layout: FileLayout, tensors: Mapping[str, StoredTensor]) -> Non
     """
     for file in sorted({stored.file for stored in tensors.values()}):
         with explained_damage(file), safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
+            for name in Bar(list(handle.keys()), "Checking the weights"):
                 _check(name, handle.get_tensor(name), layout, source=file)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from ..format import FileLayout, LayerSpec
 from ..layers import LayerRecord
+from ..progress import Bar
 from .adapters import refuse_adapters, settle_merged, without_image_adapters
 from .checkpoint import owner, to_file
 from .fused_projections import without_fused_projections
@@ -40,7 +41,7 @@ def state_dict_to_file(
     specs = {name: record.spec for name, record in records.items()}
     _check_memory(state_dict, specs)
     converted: dict[str, torch.Tensor] = {}
-    for name, tensor in state_dict.items():
+    for name, tensor in Bar(state_dict.items(), "Packing for the file"):
         part = owner(name, specs)
         if part is None:
             converted[name] = tensor

@@ -18,6 +18,7 @@ from ..evaluation.benchmarks import UNKNOWN, Judgement
 from ..evaluation.scenes.call import scenes_call
 from ..evaluation.scenes.files import JUDGE
 from ..files import new_file, write_json
+from ..progress import Bar
 from ..rollouts import Rollouts, draw_images, prepared
 from .pipeline import DATA, without_vae_type_warning
 
@@ -137,7 +138,7 @@ def draw_scenes(
     start = time.perf_counter()
     images: list[Image.Image] = []
     with prepared(pipeline):
-        for batch in rollouts.batches():
+        for batch in Bar(list(rollouts.batches()), "Drawing"):
             images += draw_images(pipeline, batch, rollouts.call_kwargs)
     seconds = time.perf_counter() - start
     judge = Scenes(judge=folder / JUDGE, prompts=repeated)

@@ -45,6 +45,8 @@ def test_a_dry_run_says_what_would_be_drawn_and_writes_nothing(command, source, 
     assert (re.search(r"of the time \S+ s to solve \d\d layers", result.output) is not None) == (
         command == "calibrate"
     )
+    note = "once the student is there" if command == "distill" else "without solving the layers"
+    assert re.search(rf"predicted: about [\d.]+ (s|min|h) on cpu, [\d.]+ [MG]B \({note}\)", result.output)
     assert list(tmp_path.iterdir()) == [prompts]
 
 

@@ -2,6 +2,7 @@
 """`diffusers-ternary evaluate`: files in, report out, and an exit code that means something."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import diffusers_ternary
 from diffusers_ternary.cli.console import ExitCode
 from diffusers_ternary.cli.options import load_pipeline, read_prompts
+from integration_tests.support.adapters import lora_state, with_prefix
 from integration_tests.support.command_line import run_command
 from integration_tests.support.evaluate_pipelines import tiny_flux
 
@@ -61,6 +63,22 @@ def test_a_denoiser_alone_is_put_into_the_teacher(folders) -> None:
     assert part.exit_code == ExitCode.OK, part.output
     psnr = [next(line for line in out.stdout.splitlines() if "PSNR" in line) for out in (whole, part)]
     assert psnr[0] == psnr[1]
+
+
+def test_adapters_are_folded_into_the_teacher(folders, tmp_path) -> None:
+    state = lora_state(tiny_flux().transformer, rank=2, seed=0, names=["transformer_blocks.0.attn.to_q"])
+    save_file(with_prefix(state, "transformer"), tmp_path / "style.safetensors")
+    adapter = f"{tmp_path / 'style.safetensors'}=0.5"
+    same, changed = (invoke(folders, *extra, student="teacher") for extra in ((), ("--lora", adapter)))
+    assert changed.exit_code == ExitCode.OK, changed.output
+    assert "folded into the float model: style.safetensors at scale 0.5" in changed.output
+    psnr = [next(line for line in out.stdout.splitlines() if "PSNR" in line) for out in (same, changed)]
+    assert psnr[0] != psnr[1]
+    assert invoke(folders, "--lora", tmp_path / "none.safetensors").exit_code == ExitCode.USAGE
+
+
+def test_time_and_memory_are_predicted(folders) -> None:
+    assert re.search(r"predicted: about [\d.]+ s on cpu, [\d.]+ [kM]B \(weights alone\)", invoke(folders).stdout)
 
 
 def test_prompts_from_stdin(folders) -> None:
