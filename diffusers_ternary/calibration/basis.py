@@ -52,21 +52,29 @@ class Basis:
         rotated = self._rotated(coded)
         return rotated if self.scale is None else rotated * self.scale[:, None]
 
-    def refit(self, target: torch.Tensor, hessian: torch.Tensor, coded: torch.Tensor) -> "Basis":
+    def refit(
+        self,
+        target: torch.Tensor,
+        hessian: torch.Tensor,
+        coded: torch.Tensor,
+        outputs: torch.Tensor | None = None,
+    ) -> "Basis":
         """The scales that are best for codes and group scales, by least squares under H.
 
         With P = R Q the error tr(E H Eᵀ), E = W - S P, is least where `((P Pᵀ) ∘ H) s = diag(P Wᵀ H)`; by Schur's
-        product theorem the matrix is positive definite as H is.
+        product theorem the matrix is positive definite as H is. Of tr(A E H Eᵀ) it is P A in place of one P.
 
         Args:
             target (`torch.Tensor`): W, `[K, N]`.
             hessian (`torch.Tensor`): H, `[K, K]`.
             coded (`torch.Tensor`): Q, `[K, N]`.
+            outputs (`torch.Tensor`, *optional*): A, `[N, N]`.
         """
         assert self.scale is not None
         plain = self._rotated(coded)
-        system = (plain @ plain.T) * hessian
-        wanted = (plain * (hessian @ target)).sum(dim=1)
+        weighted = plain if outputs is None else plain @ outputs
+        system = (weighted @ plain.T) * hessian
+        wanted = (weighted * (hessian @ target)).sum(dim=1)
         empty = system.diagonal() <= 0
         system.diagonal().add_(torch.where(empty, 1.0, _RIDGE * system.diagonal().mean()))
         scale = torch.linalg.solve(system, wanted)

@@ -11,6 +11,7 @@ from .config import SolverConfig
 from .descent import coordinate_descent
 from .gptq import Coding, gptq
 from .hessian import DampedHessian
+from .polish import polish
 from .refit import refit_scales
 
 
@@ -78,6 +79,11 @@ class CodeSearch:
             if self._config.refit:
                 coding = refit_scales(self._projected, self._damped.matrix, coding)
         return coding
+
+    def polish(self, coding: Coding, seed: int) -> Coding:
+        """What [`polish`] makes of the codes, as far as coordinate descent and refit can follow."""
+        steps = self._config.polish
+        return self.improve(polish(self._target, self._damped.matrix, coding, steps=steps, seed=seed))
 
     def pack(self, coding: Coding) -> tuple[TernaryWeight, torch.Tensor]:
         """The packed weight, and what it stands for: float `[K, N]`."""

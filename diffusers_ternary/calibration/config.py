@@ -14,6 +14,8 @@ from .budget import SizeBudget
 
 
 LEAST_ERROR, PROTECTED_ENDS = ALLOCATIONS = ("least_error", "protected_ends")
+# Denoisers of more weights compute activations twice where gradients are needed.
+CHECKPOINTED_WEIGHTS = 500_000_000
 # Below and above, no row of the embedded pipeline finds its best codes.
 _STRETCHES = (0.75, 1.65)
 
@@ -36,6 +38,12 @@ class SolverConfig:
             by a factor each, `[K]`, and keep what leaves the smaller error: 16 / N bits per weight, three times the
             solver's work, and one pass over the inputs when the layer is called.
         damping (`float`, *optional*, defaults to 0.01): added to the diagonal of H, as a fraction of its mean.
+        compensation (`float`, *optional*, defaults to 1.0): with `sequential`, the share of the error of earlier blocks
+            that a layer makes up for, as far as its inputs tell (GPTAQ, arXiv 2504.02692). Less holds better for
+            inputs that were not seen where these are few (QEP, arXiv 2504.09629). 0 = none.
+        polish (`int`, *optional*, defaults to 0): steps of gradient descent on softened codes and scales at the end
+            (see [`polish`]), each of which costs as much as a product of H and the weight; 500 take off what there is.
+            The better of both results is kept. 0 = none.
 
     Raises:
         ValueError: for a value that is impossible.
@@ -48,14 +56,18 @@ class SolverConfig:
     starts: int = 6
     column_scales: bool = False
     damping: float = 0.01
+    compensation: float = 1.0
+    polish: int = 0
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding={self.rounding!r} is not one of {', '.join(ROUNDINGS)}.")
-        for name, least in (("descent_passes", 0), ("starts", 1)):
+        for name, least in (("descent_passes", 0), ("starts", 1), ("polish", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} is not an integer of {least} or more.")
+        if not 0 <= self.compensation <= 1:
+            raise ValueError(f"compensation={self.compensation!r} is not a share from 0 to 1.")
         if not 0 < self.damping < float("inf"):
             raise ValueError(f"damping={self.damping!r} is not a positive number; 0.01 is usual.")
 
@@ -111,6 +123,9 @@ class CalibrationConfig:
         solver ([`SolverConfig`], *optional*): how the codes of a layer are chosen.
         correct_bias (`bool`, *optional*, defaults to `True`): let the bias of a layer (where it has one) take over
             the mean of its error, and fit the codes to the covariance of the inputs. Costs no bits.
+        end_loss (`bool`, *optional*, defaults to `True`): let errors of a layer's outputs count by what they do to
+            the denoiser's prediction, instead of all alike. Takes a backward through the activations of every call of
+            the denoiser, and 4 N² bytes of memory for each layer of N outputs.
         seed (`int`, *optional*, defaults to 0): prompt i starts from the noise of seed + i.
         batch_size (`int`, *optional*, defaults to 1): prompts per pipeline call.
         call_kwargs (`Mapping[str, Any]`, *optional*): further arguments of the pipeline call (steps, guidance, size);
@@ -139,6 +154,7 @@ class CalibrationConfig:
 
     solver: SolverConfig = dataclasses.field(default_factory=SolverConfig)
     correct_bias: bool = True
+    end_loss: bool = True
     seed: int = 0
     batch_size: int = 1
     call_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)

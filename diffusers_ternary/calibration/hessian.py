@@ -25,15 +25,35 @@ class InputMoments:
         second (`torch.Tensor`): `[K, K]`, E[x xᵀ].
         mean (`torch.Tensor`): `[K]`, E[x].
         count (`int`): tokens they were taken over.
+        reference ([`ReferenceMoments`], *optional*): of the inputs that the layer was made for, where x is what
+            quantized layers before it have left of them.
     """
 
     second: torch.Tensor
     mean: torch.Tensor
     count: int
+    reference: "ReferenceMoments | None" = None
 
     def covariance(self) -> torch.Tensor:
         """E[x xᵀ] - E[x] E[x]ᵀ, `[K, K]`: what is left of the error once the bias has taken over its mean."""
         return self.second.addr(self.mean, self.mean, alpha=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceMoments:
+    """Moments of the inputs r that a layer would get in the float model, with the inputs x that it gets.
+
+    Args:
+        cross (`torch.Tensor`): `[K, K]`, E[x rᵀ].
+        mean (`torch.Tensor`): `[K]`, E[r].
+    """
+
+    cross: torch.Tensor
+    mean: torch.Tensor
+
+    def covariance(self, mean: torch.Tensor) -> torch.Tensor:
+        """E[x rᵀ] - E[x] E[r]ᵀ, `[K, K]`, from E[x]."""
+        return self.cross.addr(mean, self.mean, alpha=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +70,21 @@ class DampedHessian:
     upper: torch.Tensor
     damping: float
 
+    def solve(self, right: torch.Tensor) -> torch.Tensor:
+        """`matrix`⁻¹ times `[K, N]`."""
+        half = torch.linalg.solve_triangular(self.upper, right, upper=True)
+        return torch.linalg.solve_triangular(self.upper.T, half, upper=False)
+
     def row_errors(self, error: torch.Tensor) -> torch.Tensor:
         """e H eᵀ of each row e of the error: float64 `[N]` from E `[K, N]`."""
         return _row_errors(error, self.matrix)
 
 
-def quadratic(error: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr(E H Eᵀ) of an error E `[K, N]`."""
-    return float(_row_errors(error, hessian).sum())
+def quadratic(error: torch.Tensor, hessian: torch.Tensor, outputs: torch.Tensor | None = None) -> float:
+    """tr(A E H Eᵀ) of the transpose Eᵀ `[K, N]` of an error, with A `[N, N]` or the unit matrix."""
+    if outputs is None:
+        return float(_row_errors(error, hessian).sum())
+    return float(((hessian @ error) * (error @ outputs)).sum(dtype=torch.float64))
 
 
 def _row_errors(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

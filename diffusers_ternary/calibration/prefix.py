@@ -26,24 +26,50 @@ def split_stages(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
     return list(stages.values())
 
 
-@contextlib.contextmanager
-def quantized_prefix(model: nn.Module, config: TernaryConfig, solved: Mapping[str, SolvedLayer]) -> Iterator[None]:
-    """Inside, the solved layers of the model are packed; afterward they are the float modules again.
+class QuantizedPrefix:
+    """Context manager: inside, the solved layers of a model are packed; afterward they are the float modules again.
 
     Args:
         model (`nn.Module`): the float denoiser.
         config ([`TernaryConfig`]): gives the dtypes of the products.
         solved (`Mapping[str, SolvedLayer]`): by module name.
     """
-    originals = {name: model.get_submodule(name) for name in solved}
-    try:
-        for name, module in originals.items():
-            assert isinstance(module, FLOAT_TYPES)
-            layer = placeholder_for(module, solved[name].weight.spec, config)
-            assert isinstance(layer, TernaryLayer)
-            solved[name].install(layer, module)
-            model.set_submodule(name, layer)
-        yield
-    finally:
-        for name, module in originals.items():
-            model.set_submodule(name, module)
+
+    def __init__(self, model: nn.Module, config: TernaryConfig, solved: Mapping[str, SolvedLayer]) -> None:
+        self._model = model
+        self._config = config
+        self._solved = solved
+        self._originals: dict[str, nn.Module] = {}
+
+    def __enter__(self) -> "QuantizedPrefix":
+        try:
+            for name, solved in self._solved.items():
+                module = self._model.get_submodule(name)
+                assert isinstance(module, FLOAT_TYPES)
+                layer = placeholder_for(module, solved.weight.spec, self._config)
+                assert isinstance(layer, TernaryLayer)
+                solved.install(layer, module)
+                self._model.set_submodule(name, layer)
+                self._originals[name] = module
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exchange(self._originals)
+        self._originals = {}
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Inside, the float modules are back for a while."""
+        packed = {name: self._model.get_submodule(name) for name in self._originals}
+        self._exchange(self._originals)
+        try:
+            yield
+        finally:
+            self._exchange(packed)
+
+    def _exchange(self, modules: Mapping[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            self._model.set_submodule(name, module)

@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """One denoiser on its way from float to packed: its candidates, what they are solved to, and what is installed."""
 
+import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..backend import ConversionPlan, file_bytes, replace_layers
+from ..backend.components import encodes_text
 from ..backend.config import TernaryConfig
 from ..format import Int8Spec, TernarySpec
 from ..layers import TernaryLayer
 from ..rollouts import Rollouts
 from .candidates import Candidate, base_candidate, candidates_for
 from .config import CalibrationConfig
+from .end_loss import OutputCollector
 from .hessian import InputMoments
-from .prefix import quantized_prefix, split_stages
+from .prefix import QuantizedPrefix, split_stages
 from .report import LayerSensitivity
 from .solve_time import WorkBar, layer_work
 from .solver import SolvedLayer, solve_layer
@@ -106,12 +111,13 @@ class CalibrationRun:
             for groups, prefix in self._stages(missing):
                 limit = self.calibration.memory_limit_bytes
                 for part in split_passes(groups, limit=limit, dtype=self.calibration.dtype):
-                    moments = self._collect(part, prefix)
+                    moments, outputs = self._collect(part, prefix)
                     for group in part:
                         inputs = moments.pop(group.layers[0])
                         for name in group.layers:
+                            effect = outputs.pop(name, None)
                             for candidate in missing.get(name, ()):
-                                self._take(name, candidate, self._solve_layer(name, candidate, inputs))
+                                self._take(name, candidate, self._solve_layer(name, candidate, inputs, effect))
                                 bar.finish(self._work(name))
 
     def _take(self, name: str, candidate: Candidate, layer: SolvedLayer) -> None:
@@ -127,9 +133,13 @@ class CalibrationRun:
         sequential = self.calibration.sequential
         # With a quantized prefix, also of layers that an earlier run has finished.
         groups = find_groups(self.pipeline, self.model, list(self.solved if sequential else missing), self.rollouts)
+        if self._weighs_outputs:
+            groups = [dataclasses.replace(group, out_features=self._out_features(group)) for group in groups]
         before: list[str] = []
+        compensates = self.calibration.solver.compensation > 0
         for stage in split_stages(groups) if sequential else [groups]:
-            yield [group for group in stage if any(name in missing for name in group.layers)], before
+            wanted = [group for group in stage if any(name in missing for name in group.layers)]
+            yield [dataclasses.replace(group, reference=compensates and bool(before)) for group in wanted], before
             before = before + [name for group in stage for name in group.layers]
 
     def blocks(self) -> list[list[str]]:
@@ -137,25 +147,42 @@ class CalibrationRun:
         groups = find_groups(self.pipeline, self.model, list(self.candidates), self.rollouts)
         return [[name for group in stage for name in group.layers] for stage in split_stages(groups)]
 
-    def _collect(self, groups: Sequence[InputGroup], prefix: Sequence[str]) -> dict[str, InputMoments]:
+    @property
+    def _weighs_outputs(self) -> bool:
+        # What an error of the embeddings does is not asked.
+        return self.calibration.end_loss and not encodes_text(self.component)
+
+    def _out_features(self, group: InputGroup) -> tuple[int, ...]:
+        return tuple(len(self.model.get_parameter(f"{name}.weight")) for name in group.layers)
+
+    def _collect(
+        self, groups: Sequence[InputGroup], prefix: Sequence[str]
+    ) -> tuple[dict[str, InputMoments], dict[str, torch.Tensor]]:
+        """Moments by the first layer of each group, and what errors of the outputs do, by layer."""
         start = time.perf_counter()
         # The prefix is what the config alone would store, whatever a size budget will choose.
         packed = {name: self.solved[name][base_candidate(self.config)] for name in prefix}
-        with quantized_prefix(self.model, self.config, packed):
+        layers = [name for group in groups for name in group.layers] if self._weighs_outputs else []
+        observer = OutputCollector(self.model, layers, dtype=self.calibration.dtype, seed=self.calibration.seed)
+        quantized = QuantizedPrefix(self.model, self.config, packed)
+        with quantized, observer if layers else contextlib.nullcontext():
             moments = collect_moments(
                 self.pipeline,
                 self.model,
                 groups,
                 self.rollouts,
                 dtype=self.calibration.dtype,
+                reference=quantized.lifted if groups[0].reference else None,
                 description=f"Gathering statistics (pass {self.passes + 1})",
             )
         self.passes += 1
         self.statistics_bytes = max(self.statistics_bytes, sum(g.bytes(self.calibration.dtype) for g in groups))
         self.seconds_statistics += time.perf_counter() - start
-        return moments
+        return moments, observer.outputs()
 
-    def _solve_layer(self, name: str, candidate: Candidate, moments: InputMoments) -> SolvedLayer:
+    def _solve_layer(
+        self, name: str, candidate: Candidate, moments: InputMoments, outputs: torch.Tensor | None
+    ) -> SolvedLayer:
         module: Any = self.model.get_submodule(name)
         spec = candidate.spec(module.weight, self.config)
         assert isinstance(spec, TernarySpec)
@@ -165,6 +192,8 @@ class CalibrationRun:
             spec,
             config=self.calibration.solver,
             correct_bias=self.calibration.correct_bias and module.bias is not None,
+            outputs=outputs,
+            seed=self.calibration.seed,
             name=f"{self.component}.{name}",
         ).to("cpu")
         self.store.save(self._key(name, candidate), layer)

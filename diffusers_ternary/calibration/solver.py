@@ -17,6 +17,8 @@ from ..ternarize import TernaryWeight, check_finite, low_rank_residual, ternariz
 from .basis import Basis, first_basis
 from .codes import CodeSearch
 from .config import SolverConfig
+from .coupling import CoupledSearch
+from .gptq import Coding
 from .hessian import DampedHessian, InputMoments, damp, quadratic
 from .report import LayerReport
 
@@ -26,6 +28,8 @@ from .report import LayerReport
 LOW_RANK_TURNS = 2
 # Codes and column scales likewise: one turn takes off 19 % of the error, three 20 % (attention of the Scenes teacher).
 COLUMN_TURNS = 2
+# Of A, as a fraction of its mean diagonal: one random probe per call knows its small directions badly.
+OUTPUT_DAMPING = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,8 @@ def solve_layer(
     *,
     config: SolverConfig | None = None,
     correct_bias: bool = False,
+    outputs: torch.Tensor | None = None,
+    seed: int = 0,
     name: str = "layer",
 ) -> SolvedLayer:
     """Chooses codes and scales that keep the layer's output on the inputs that the moments describe.
@@ -76,6 +82,8 @@ def solve_layer(
     Args:
         weight (`torch.Tensor`): float `[N, K]`.
         moments ([`InputMoments`]): of the inputs, on the device to work on; their dtype is the working precision.
+            With a reference r, the codes stand for W E[r xᵀ] H⁻¹ (as far as `compensation` says), which also makes up
+            for what r lost on its way to x, as far as x still tells.
         spec ([`TernarySpec`]): how to store it. With `hadamard`, it is also solved for inputs that are not rotated,
             with `column_scales` (or the config's) for inputs that are not scaled, and the best is kept. The correction
             of its `rank` is the best for the inputs (SVD of the residual times a root of H); codes and correction are
@@ -83,6 +91,9 @@ def solve_layer(
         config ([`SolverConfig`], *optional*): which stages run (see [`CodeSearch`]).
         correct_bias (`bool`, *optional*, defaults to `False`): let the bias take over the mean of the error; then
             only the covariance of the inputs counts. For layers that have a bias.
+        outputs (`torch.Tensor`, *optional*): `[N, N]`, A of [`OutputCollector`]: an error e of the output counts as
+            eᵀ A e, in the report too. `None` = |e|².
+        seed (`int`): of the noise of the polish.
         name (`str`): layer name for messages and the report.
 
     Raises:
@@ -100,16 +111,24 @@ def solve_layer(
     hessian = moments.covariance() if correct_bias else moments.second
     damped = damp(hessian, config.damping, name=name)
     target = weight.to(hessian).T.contiguous()  # [K, N]
+    bias = moments.mean @ target
+    if moments.reference is not None:
+        cross = moments.reference.covariance(moments.mean) if correct_bias else moments.reference.cross
+        bias = moments.reference.mean @ target
+        target = target + config.compensation * damped.solve((cross - hessian) @ target)
+    outputs = None if outputs is None else damp(outputs.to(hessian), OUTPUT_DAMPING, name=name).matrix
     specs = [
         dataclasses.replace(spec, hadamard=block, column_scales=scaled)
         for scaled in (False, True)[: 1 + (spec.column_scales or config.column_scales)]
         for block in dict.fromkeys((0, spec.hadamard))
     ]
-    tried = itertools.chain.from_iterable(_tried(target, damped, each, config, name) for each in specs)
-    error, packed, dense, first = min(tried, key=operator.itemgetter(0))  # the first of equals
+    tried = itertools.chain.from_iterable(_tried(target, damped, each, config, outputs, seed, name) for each in specs)
+    _, packed, dense, first = min(tried, key=operator.itemgetter(0))  # the first of equals
 
-    energy = quadratic(target, moments.second)
-    added = float(damped.matrix.diagonal().double().mean() - hessian.diagonal().double().mean())
+    def relative(difference: torch.Tensor, form: torch.Tensor) -> float:
+        return _ratio(quadratic(difference, form, outputs), energy)
+
+    energy = quadratic(target, moments.second, outputs)
     rounded = ternarize(weight, group_size=spec.group_size, scales=spec.scales, name=name).dequantize().to(target).T
     report = LayerReport(
         name=name,
@@ -120,20 +139,26 @@ def solve_layer(
         rank=packed.spec.rank,
         column_scales=packed.spec.column_scales,
         bits_per_weight=bits_per_weight({name: packed.spec}),
-        error_rounded=_ratio(quadratic(target - rounded, moments.second), energy),
-        error_gptq=_ratio(quadratic(target - first, hessian), energy),
-        error=_ratio(error - added * float((target - dense).square().sum(dtype=torch.float64)), energy),
+        error_rounded=relative(target - rounded, moments.second),
+        error_gptq=relative(target - first, hessian),
+        error=relative(target - dense, hessian),
         damping=damped.damping,
         tokens=moments.count,
         seconds=time.perf_counter() - begin,
         resumed=False,
     )
-    change = (moments.mean @ (target - dense)).float() if correct_bias else None
+    change = (bias - moments.mean @ dense).float() if correct_bias else None
     return SolvedLayer(packed, change, report)
 
 
 def _tried(
-    target: torch.Tensor, damped: DampedHessian, spec: TernarySpec, config: SolverConfig, name: str
+    target: torch.Tensor,
+    damped: DampedHessian,
+    spec: TernarySpec,
+    config: SolverConfig,
+    outputs: torch.Tensor | None,
+    seed: int,
+    name: str,
 ) -> Iterator[tuple[float, TernaryWeight, torch.Tensor, torch.Tensor]]:
     """What is tried for one basis of the inputs; the low-rank factors see the inputs as they are.
 
@@ -144,30 +169,44 @@ def _tried(
     plain = dataclasses.replace(spec, rank=0, column_scales=False)
     basis = first_basis(target, damped.matrix, spec.hadamard) if spec.column_scales else Basis(spec.hadamard)
     inputs = basis.inputs(damped, name)
-    search = CodeSearch(basis.weight(target), inputs, plain, config)
-    start = search.start()
-    first = basis.dense(start.dense())
-    coding = search.search(start)
-    for _ in range(COLUMN_TURNS if spec.column_scales else 0):
-        basis = basis.refit(target, damped.matrix, coding.dense())
-        inputs = basis.inputs(damped, name)
-        search = CodeSearch(basis.weight(target), inputs, plain, config)
-        coding = search.improve(coding)
-    remaining = target
-    for turn in range(LOW_RANK_TURNS if spec.rank else 1):
-        if turn:  # the codes follow what the correction leaves to them
-            search = CodeSearch(basis.weight(remaining), inputs, plain, config)
-            coding = search.improve(coding)
+
+    def search_for(wanted: torch.Tensor) -> CodeSearch | CoupledSearch:
+        wanted = basis.weight(wanted)
+        if outputs is None:
+            return CodeSearch(wanted, inputs, plain, config)
+        return CoupledSearch(wanted, inputs, plain, config, outputs)
+
+    def finished(coding: Coding) -> tuple[float, TernaryWeight, torch.Tensor, torch.Tensor]:
+        """Error, packed weight, what it stands for, and the part of that which is the correction's."""
         packed, coded = search.pack(coding)
         packed, dense = dataclasses.replace(packed, spec=spec), basis.dense(coded)
         if basis.scale is not None:
             packed = dataclasses.replace(packed, column_scale=basis.scale.to(COLUMN_SCALE_DTYPE))
+        correction = torch.zeros_like(dense)
         if spec.rank:
             low_rank = low_rank_residual((target - dense).T, spec.rank, whitening=damped.upper)
             correction = low_rank.dense().to(target).T
             packed, dense = dataclasses.replace(packed, low_rank=low_rank), dense + correction
-            remaining = target - correction
-        error = float(damped.row_errors(target - dense).sum())
+        return quadratic(target - dense, damped.matrix, outputs), packed, dense, correction
+
+    search = search_for(target)
+    start = search.start()
+    first = basis.dense(start.dense())
+    coding = search.search(start)
+    for _ in range(COLUMN_TURNS if spec.column_scales else 0):
+        basis = basis.refit(target, damped.matrix, coding.dense(), outputs)
+        inputs = basis.inputs(damped, name)
+        search = search_for(target)
+        coding = search.improve(coding)
+    correction = torch.zeros_like(target)
+    for turn in range(LOW_RANK_TURNS if spec.rank else 1):
+        if turn:  # the codes follow what the correction leaves to them
+            search = search_for(target - correction)
+            coding = search.improve(coding)
+        error, packed, dense, correction = finished(coding)
+        yield error, packed, dense, first
+    if config.polish:
+        error, packed, dense, _ = finished(search.polish(coding, seed))
         yield error, packed, dense, first
 
 

@@ -4,7 +4,7 @@
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..layers import FLOAT_TYPES, FloatLayer, input_rows, matrix_shape
 from ..rollouts import Rollouts, timestep_of
-from .hessian import InputMoments
+from .hessian import InputMoments, ReferenceMoments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +22,21 @@ class InputGroup:
 
     Args:
         layers (`tuple[str, ...]`): module names, in the order of their calls.
-        in_features (`int`): K, of the layer's matrix.
+        in_features (`int`): K, of the layers' matrices.
+        out_features (`tuple[int, ...]`, *optional*): N of each, where second moments of the outputs' gradients are
+            gathered too.
+        reference (`bool`): whether moments with the inputs of the float model are gathered too.
     """
 
     layers: tuple[str, ...]
     in_features: int
+    out_features: tuple[int, ...] = ()
+    reference: bool = False
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Memory of the moments."""
-        return (self.in_features + 1) * self.in_features * dtype.itemsize
+        """Memory of the moments, and of the outputs' where these are gathered."""
+        inputs = (1 + self.reference) * (self.in_features + 1) * self.in_features
+        return (inputs + sum(rows * rows for rows in self.out_features)) * dtype.itemsize
 
 
 class GroupFinder:
@@ -107,9 +113,23 @@ class MomentCollector:
         model (`nn.Module`): the denoiser; its calls are counted as steps for messages.
         groups (`Sequence[InputGroup]`): what to gather; the first layer of a group is hooked.
         dtype (`torch.dtype`): float32 or float64, of products and sums.
+        reference (`Callable[[], AbstractContextManager]`, *optional*): makes the model the float model inside. Each
+            call is made twice then, and moments with the inputs of the float model are gathered too.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[InputGroup], *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[InputGroup],
+        *,
+        dtype: torch.dtype = torch.float32,
+        reference: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        self._reference = reference
+        self._recording = False
+        self._expected: dict[str, list[torch.Tensor]] = {}  # inputs of the float model, not used yet
+        self._cross: dict[str, torch.Tensor] = {}
+        self._expected_first: dict[str, torch.Tensor] = {}
         self._model = model
         self._groups = list(groups)
         self._dtype = dtype
@@ -118,6 +138,7 @@ class MomentCollector:
         self._count: dict[str, int] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._calls = 0
+        self._inside = False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "MomentCollector":
@@ -125,8 +146,11 @@ class MomentCollector:
             leader = group.layers[0]
             handle = self._model.get_submodule(leader).register_forward_pre_hook(self._observer(leader))
             self._stack.callback(handle.remove)
-        handle = self._model.register_forward_hook(self._check, with_kwargs=True)
-        self._stack.callback(handle.remove)
+        begin = self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._stack.callback(begin.remove)
+        # First of all hooks: a backward in another one may compute activations again, and their inputs do not count.
+        end = self._model.register_forward_hook(self._check, with_kwargs=True, prepend=True)
+        self._stack.callback(end.remove)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -135,13 +159,24 @@ class MomentCollector:
     def _observer(self, name: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
             assert isinstance(module, FLOAT_TYPES)
-            self._add(name, input_rows(module, args[0].detach()))
+            if self._inside:
+                self._add(name, input_rows(module, args[0].detach()).to(self._dtype))
 
         return observe
 
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inside = True
+        if self._reference is not None:
+            with self._reference(), torch.no_grad():
+                self._recording = True
+                module.forward(*args, **kwargs)
+                self._recording = False
+
     @torch.no_grad()
     def _add(self, name: str, rows: torch.Tensor) -> None:
-        rows = rows.to(self._dtype)  # [M, K]
+        if self._recording:
+            self._expected.setdefault(name, []).append(rows)
+            return
         if name not in self._second:
             size = rows.shape[1]
             self._second[name] = torch.zeros(size, size, dtype=self._dtype, device=rows.device)
@@ -150,9 +185,17 @@ class MomentCollector:
         self._second[name].addmm_(rows.T, rows)
         self._first[name] += total
         self._count[name] = self._count.get(name, 0) + rows.shape[0]
+        if self._reference is not None:
+            expected = self._expected[name].pop(0)
+            if name not in self._cross:
+                self._cross[name] = torch.zeros_like(self._second[name])
+                self._expected_first[name] = torch.zeros_like(self._first[name])
+            self._cross[name].addmm_(rows.T, expected)
+            self._expected_first[name] += expected.sum(dim=0)
         self._sums[name] = total.sum()
 
     def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._inside = False
         # One look per denoiser call, not one per layer: on a GPU each look waits for the device.
         if self._sums:
             names = list(self._sums)
@@ -178,7 +221,10 @@ class MomentCollector:
             weight = self._model.get_parameter(f"{name}.weight")
             zeros = torch.zeros(group.in_features, dtype=self._dtype, device=weight.device)
             return InputMoments(zeros.expand(group.in_features, -1).clone(), zeros, 0)
-        return InputMoments(self._second[name] / count, self._first[name] / count, count)
+        reference = None
+        if self._reference is not None:
+            reference = ReferenceMoments(self._cross[name] / count, self._expected_first[name] / count)
+        return InputMoments(self._second[name] / count, self._first[name] / count, count, reference)
 
 
 def _step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -204,10 +250,11 @@ def collect_moments(
     rollouts: Rollouts,
     *,
     dtype: torch.dtype,
+    reference: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
     description: str = "Gathering statistics",
 ) -> dict[str, InputMoments]:
     """The moments of a denoiser's layers over all prompts, by the name of each group's first layer."""
-    with MomentCollector(model, groups, dtype=dtype) as collector:
+    with MomentCollector(model, groups, dtype=dtype, reference=reference) as collector:
         rollouts.run(pipeline, description=description)
     return collector.moments()
 

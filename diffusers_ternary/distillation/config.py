@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..calibration import CalibrationConfig
+from ..calibration.config import CHECKPOINTED_WEIGHTS
 
 
 MODES = ("scales", "blockwise", "full", "lora")
@@ -16,7 +17,6 @@ TRAINED_OTHERS = ("none", "vectors", "all")
 TIMESTEPS = ("auto", "logit_normal", "schedule")
 OPTIMIZERS = ("auto", "adamw", "adamw8bit")
 PRECISIONS = (None, "no", "bf16")
-_CHECKPOINTED_WEIGHTS = 500_000_000
 FORMER_NAMES = {"steps": "updates", "gradient_accumulation": "gradient_accumulation_steps"}
 
 
@@ -169,7 +169,7 @@ class DistillConfig:
 
     def checkpoints_gradients(self, weights: int) -> bool:
         """Whether activations are computed twice, for a denoiser of this many ternary weights."""
-        return weights > _CHECKPOINTED_WEIGHTS if self.gradient_checkpointing is None else self.gradient_checkpointing
+        return weights > CHECKPOINTED_WEIGHTS if self.gradient_checkpointing is None else self.gradient_checkpointing
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dictionary of all fields; call arguments that are not JSON appear as their `repr`."""

@@ -7,7 +7,7 @@ from .conv import QuantizedConv2d
 from .int8 import Int8Conv2d, Int8Layer, Int8Linear
 from .linear import QuantizedLinear
 from .resident import keep_unpacked
-from .shapes import FLOAT_TYPES, FloatLayer, input_rows, matrix_shape, reason_not_to_pack
+from .shapes import FLOAT_TYPES, FloatLayer, input_rows, matrix_shape, output_rows, reason_not_to_pack
 from .ternary import TernaryConv2d, TernaryLayer, TernaryLinear
 
 
@@ -28,6 +28,7 @@ __all__ = [
     "input_rows",
     "keep_unpacked",
     "matrix_shape",
+    "output_rows",
     "read_records",
     "reason_not_to_pack",
 ]

@@ -44,3 +44,11 @@ def input_rows(module: FloatLayer, x: torch.Tensor) -> torch.Tensor:
         return pixels.movedim(1, -1).reshape(-1, module.in_channels)
     patches = F.unfold(batch, module.kernel_size, dilation=module.dilation, padding=padding, stride=module.stride)
     return patches.movedim(1, -1).reshape(-1, patches.shape[1])  # [B, C kh kw, L] before
+
+
+def output_rows(module: FloatLayer, y: torch.Tensor) -> torch.Tensor:
+    """What the module's matrix gives for [`input_rows`], `[M, N]`, from an output of the module."""
+    if isinstance(module, nn.Linear):
+        return y.reshape(-1, y.shape[-1])
+    batch = y if y.dim() == 4 else y.unsqueeze(0)
+    return batch.movedim(1, -1).reshape(-1, batch.shape[1])

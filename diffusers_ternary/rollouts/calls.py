@@ -46,7 +46,7 @@ class DenoiserCall:
         def put(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, own if tensor.dtype == dtype else tensor.dtype)
 
-        return prediction_of(denoiser(*map_tensors(self.args, put), **map_tensors(self.kwargs, put))).cpu()
+        return prediction_of(denoiser(*map_tensors(self.args, put), **map_tensors(self.kwargs, put))).detach().cpu()
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def recorded_calls(denoiser: nn.Module) -> Iterator[list[DenoiserCall]]:
             step = calls[-1].step + (calls[-1].timestep != timestep)
         calls.append(
             DenoiserCall(
-                step, timestep, store.keep(args), store.keep(kwargs), prediction_of(output).to("cpu", copy=True)
+                step, timestep, store.keep(args), store.keep(kwargs), prediction_of(output).detach().to("cpu", copy=True)
             )
         )
 
@@ -131,7 +131,7 @@ def prediction_of(output: Any) -> torch.Tensor:
     if isinstance(prediction, (list, tuple)):
         prediction = torch.stack(list(prediction))  # Z-Image predicts a list, one tensor per prompt
     assert isinstance(prediction, torch.Tensor)
-    return prediction.detach()
+    return prediction
 
 
 def _device(module: nn.Module) -> torch.device:
