@@ -18,7 +18,7 @@ from .polish import polish
 
 
 # Rows of a block are solved at once, as if their outputs were independent.
-ROW_BLOCKS = 32
+ROW_BLOCKS = 16
 
 
 class CoupledSearch:
@@ -58,7 +58,7 @@ class CoupledSearch:
         return CodeSearch(self._target, self._damped, self._spec, self._config).start()
 
     def search(self, start: Coding) -> Coding:
-        """Solves block after block, each from a start of its own; `start` gives the shape."""
+        """Solves block after block, each from a start of its own (`start` gives the shape), and sweeps once more."""
         coding = dataclasses.replace(start, codes=torch.empty_like(start.codes), scales=torch.empty_like(start.scales))
         residual = torch.zeros_like(self._target)  # in the order of the blocks
         first = 0
@@ -72,7 +72,7 @@ class CoupledSearch:
             coding.codes[:, rows], coding.scales[:, rows] = found.codes, found.scales
             residual[:, block] = self._target[:, rows] - found.dense()
             first = block.stop
-        return coding
+        return self._sweep(coding)
 
     # There is no better way to go on from codes for another target.
     improve = search

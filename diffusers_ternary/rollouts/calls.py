@@ -71,7 +71,11 @@ def recorded_calls(denoiser: nn.Module) -> Iterator[list[DenoiserCall]]:
             step = calls[-1].step + (calls[-1].timestep != timestep)
         calls.append(
             DenoiserCall(
-                step, timestep, store.keep(args), store.keep(kwargs), prediction_of(output).detach().to("cpu", copy=True)
+                step,
+                timestep,
+                store.keep(args),
+                store.keep(kwargs),
+                prediction_of(output).detach().to("cpu", copy=True),
             )
         )
 

@@ -35,12 +35,13 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_coupled_rows_leave_less_of_what_their_outputs_do_together(problem):
     weight, hessian, outputs = problem
     damped, target = damp(hessian, 0.01), weight.T.contiguous()
+    outputs = damp(outputs, OUTPUT_DAMPING).matrix
     errors = []
     for search in (CodeSearch(target, damped, SPEC, CONFIG), CoupledSearch(target, damped, SPEC, CONFIG, outputs)):
         packed, dense = search.pack(search.search(search.start()))
         assert torch.allclose(packed.dequantize(), dense.T)
         errors.append(quadratic(target - dense, damped.matrix, outputs))
-    assert errors[1] < 0.6 * errors[0]
+    assert errors[1] < 0.75 * errors[0]
 
 
 def test_the_last_rows_are_solved_for_the_best_that_they_can_do(problem):

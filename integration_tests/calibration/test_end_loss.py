@@ -69,7 +69,9 @@ def test_a_failed_call_leaves_gradients_off():
 def test_rows_of_outputs_are_those_of_the_inputs(options):
     module = nn.Conv2d(3, 5, 3, bias=False, **options)
     x = torch.randn(2, 3, 8, 6)
-    torch.testing.assert_close(output_rows(module, module(x)), F.linear(input_rows(module, x), module.weight.flatten(1)))
+    torch.testing.assert_close(
+        output_rows(module, module(x)), F.linear(input_rows(module, x), module.weight.flatten(1))
+    )
     torch.testing.assert_close(output_rows(module, module(x[0])), output_rows(module, module(x[:1])))
 
 
