@@ -45,13 +45,17 @@ def calibrate(
     denoising, and what a size budget weighs is the error of the embeddings that the denoiser is given.
 
     The float pipeline draws the prompts with its own scheduler; the inputs of every layer to convert are summed up
-    as H = E[x xᵀ] over all steps, guidance branches and tokens. Codes and scales of each layer then minimize the
-    error of its output, tr((W - Ŵ) H (W - Ŵ)ᵀ): GPTQ (Frantar et al., arXiv 2210.17323), coordinate descent on the
-    codes, and a joint least-squares fit of the scales. No images and no training. The result saves, loads and
-    dequantizes like one from [`quantize`], at the same number of bits.
+    as H = E[x xᵀ] over all steps, guidance branches and tokens, and A = E[g gᵀ] of the gradient g of the prediction
+    for the layer's output, from a backward of random signs through every call (`end_loss`). Codes and scales of each
+    layer then minimize what the error of its output does to the prediction, tr(A (W - Ŵ) H (W - Ŵ)ᵀ): GPTQ (Frantar
+    et al., arXiv 2210.17323), coordinate descent on the codes, and a joint least-squares fit of the scales, with
+    feedback from rows to later rows. No images and no training. The result saves, loads and dequantizes like one from
+    [`quantize`], at the same number of bits.
 
-    Beside the pipeline, memory holds the statistics (4 K² bytes for each distinct input of K features; see
-    `memory_limit`), the packed layers, and a few float32 copies of the layer being solved.
+    Beside the pipeline, memory holds the statistics (4 K² bytes for each distinct input of K features, and with
+    `end_loss` 4 N² for each layer of N outputs; see `memory_limit`), with `end_loss` the activations of one call of
+    the denoiser (of more than 500 million weights: the inputs of its blocks, and the activations of one), the packed
+    layers, and a few float32 copies of the layer being solved.
 
     Args:
         pipeline (`DiffusionPipeline`):

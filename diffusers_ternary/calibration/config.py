@@ -38,7 +38,7 @@ class SolverConfig:
             by a factor each, `[K]`, and keep what leaves the smaller error: 16 / N bits per weight, three times the
             solver's work, and one pass over the inputs when the layer is called.
         damping (`float`, *optional*, defaults to 0.01): added to the diagonal of H, as a fraction of its mean.
-        compensation (`float`, *optional*, defaults to 1.0): with `sequential`, the share of the error of earlier blocks
+        compensation (`float`, *optional*, defaults to 1.0): with `sequential`, the share of earlier blocks' errors
             that a layer makes up for, as far as its inputs tell (GPTAQ, arXiv 2504.02692). Less holds better for
             inputs that were not seen where these are few (QEP, arXiv 2504.09629). 0 = none.
         polish (`int`, *optional*, defaults to 0): steps of gradient descent on softened codes and scales at the end

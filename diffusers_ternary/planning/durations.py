@@ -11,7 +11,9 @@ from .picture import Picture
 
 
 TRAINING_FORWARDS = 5  # of a row, a step of training: teacher, student, the student's again, and two for its gradients
-_GATHERING = 2  # forwards that calibration's statistics cost: the forward, and a product of each input with itself
+# Forwards that calibration's statistics cost: the forward, the backward of activations, and the products of each input
+# and of each output's gradient with itself.
+_GATHERING = 4
 # A UNet's weights lie where the picture is smallest; its tokens are counted where attention begins.
 _UNET_SHARE = 1 / 4
 _LAUNCH = 3e-5  # seconds a module takes, however little it computes

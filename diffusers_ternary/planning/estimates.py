@@ -117,15 +117,21 @@ class ModelEstimate:
     def statistics(self) -> int:
         """Bytes of statistics that calibration is told to gather at a time; every layer counts as if its input were
         its own."""
-        groups = [InputGroup((name,), spec.in_features).bytes(torch.float32) for name, spec in self.specs.items()]
+        groups = [
+            InputGroup((name,), spec.in_features, (spec.out_features,)).bytes(torch.float32)
+            for name, spec in self.specs.items()
+        ]
         return min(sum(groups), max(_STATISTICS, *groups))
 
     def calibrating(self, tokens: int) -> int:
-        """Peak of calibration with offloading: the float model, statistics, packed layers, one block's activations."""
+        """Peak of calibration with offloading: the float model, statistics, packed layers, and the activations that
+        the backward of a call needs."""
+        kept = DistillConfig(batch_size=1, block_weight=0.0)
+        backward = estimate_memory(self.part.model, self._ternary, kept, tokens=tokens, dtype=self.dtype)
         return (
             LIBRARIES
             + self.dtype.itemsize * self.part.weights
-            + (self.memory + self.statistics + self.activations(tokens))
+            + (self.memory + self.statistics + backward.activations)
         )
 
     def distilling(self, tokens: int) -> dict[str, int]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The solver against brute force, numpy and the true output error."""
 
+import dataclasses
 import itertools
 import logging
 
@@ -11,7 +12,7 @@ import torch
 from diffusers_ternary.calibration.config import SolverConfig
 from diffusers_ternary.calibration.descent import coordinate_descent
 from diffusers_ternary.calibration.gptq import Coding, gptq
-from diffusers_ternary.calibration.hessian import InputMoments, damp
+from diffusers_ternary.calibration.hessian import InputMoments, ReferenceMoments, damp
 from diffusers_ternary.calibration.refit import refit_scales
 from diffusers_ternary.calibration.solver import SolvedLayer, solve_layer
 from diffusers_ternary.format import TernarySpec, normalize_group_size
@@ -316,6 +317,8 @@ def test_bad_input_names_layer_and_remedy():
         ({"descent_passes": -1}, "-1"),
         ({"starts": 0}, "1 or more"),
         ({"damping": 0.0}, "0.01 is usual"),
+        ({"compensation": 1.5}, "share from 0 to 1"),
+        ({"polish": -1}, "-1"),
     ],
 )
 def test_solver_config_rejects(arguments, message):
@@ -379,3 +382,29 @@ def test_low_rank_beats_the_same_rank_added_afterward():
 
     assert solved.report.error < 0.9 * ratio(unweighted) < 0.9 * plain.report.error
     assert solved.weight.spec.rank == 8
+
+
+@pytest.mark.parametrize("correct_bias", [False, True])
+def test_compensation_makes_up_for_what_the_layers_before_have_spoilt(correct_bias):
+    weight, reference = random_weight(0, 24, 32), correlated_inputs(0, 600, 32)
+    generator = torch.Generator().manual_seed(5)
+    x = reference @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator)) + 0.2
+    expected = ReferenceMoments(x.T @ reference / len(x), reference.mean(dim=0))
+    plain = moments_of(x)
+    moments = dataclasses.replace(plain, reference=expected)
+
+    def solved(moments: InputMoments, share: float) -> SolvedLayer:
+        config = dataclasses.replace(ONE_START, compensation=share)
+        return solve(weight, moments, group_size=16, config=config, correct_bias=correct_bias)
+
+    def error(layer: SolvedLayer) -> torch.Tensor:
+        output = x @ layer.weight.dequantize().T + (0 if layer.bias_change is None else layer.bias_change)
+        return (reference @ weight.T - output).square().mean() / (reference @ weight.T).square().mean()
+
+    none, half, full = (solved(moments, share) for share in (0.0, 0.5, 1.0))
+    assert torch.equal(none.weight.packed, solved(plain, 1.0).weight.packed)
+    assert error(full) < error(half) < error(none)
+    assert error(full) < 0.5 * error(none)
+    if correct_bias:
+        mean = (reference @ weight.T - x @ full.weight.dequantize().T - full.bias_change).mean(dim=0)
+        assert mean.abs().max() < 1e-4

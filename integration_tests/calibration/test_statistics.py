@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moments against a direct computation from recorded inputs, on stock pipelines."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -186,3 +188,29 @@ def test_the_hash_depends_on_prompts_and_order():
         for prompts in (["a", "b"], ["b", "a"], ["ab"], ["a", "b"])
     }
     assert len(hashes) == 3
+
+
+@torch.no_grad()
+def test_moments_with_the_inputs_of_the_float_model():
+    """Two layers, of which the first is another one now; each call is made with both."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    float_layer, now = model[0], nn.Linear(4, 3)
+    model[0] = now
+
+    @contextlib.contextmanager
+    def as_it_was():
+        model[0] = float_layer
+        yield
+        model[0] = now
+
+    calls = [torch.randn(5, 4) for _ in range(3)]
+    with MomentCollector(model, [InputGroup(("1",), 3)], dtype=torch.float64, reference=as_it_was) as collector:
+        for x in calls:
+            assert torch.equal(model(x), model[1](now(x)))
+    found = collector.moments()["1"]
+    x = torch.cat(calls)
+    expected, got = float_layer(x).double(), now(x).double()
+    assert found.count == 15
+    torch.testing.assert_close(found.second, got.T @ got / 15)
+    torch.testing.assert_close(found.reference.cross, got.T @ expected / 15)
+    torch.testing.assert_close(found.reference.mean, expected.mean(dim=0))

@@ -27,7 +27,7 @@ def test_a_run_is_so_many_forwards():
     durations = Durations(denoiser, [denoiser], Picture(64, text_tokens=36), calls=20, rate=rate)
     forward = 2 * 600 * 100 / rate + 3e-5 * 3
     assert durations.drawing(4) == pytest.approx(80 * forward)
-    assert durations.gathering(4, passes=3) == pytest.approx(2 * 3 * 80 * forward)
+    assert durations.gathering(4, passes=3) == pytest.approx(4 * 3 * 80 * forward)
     assert durations.training(7, 2) == pytest.approx(5 * 14 * forward)
 
 
