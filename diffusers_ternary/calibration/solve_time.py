@@ -58,10 +58,13 @@ def predicted_seconds(
     weight = torch.randn(rows, columns, generator=generator).to(device)
     x = torch.randn(2 * columns, columns, generator=generator).to(device, calibration.dtype)
     moments = InputMoments(x.T @ x / len(x), x.mean(dim=0), len(x))
+    outputs = torch.eye(rows).to(x) if calibration.end_loss else None
     spec = base_candidate(config).spec(weight, config)
     assert isinstance(spec, TernarySpec)
     start = time.perf_counter()
-    solved = solve_layer(weight, moments, spec, config=calibration.solver, correct_bias=calibration.correct_bias)
+    solved = solve_layer(
+        weight, moments, spec, config=calibration.solver, correct_bias=calibration.correct_bias, outputs=outputs
+    )
     solved.weight.scale.cpu()  # waits for the device
     rate = layer_work(rows, columns) / (time.perf_counter() - start)
     return sum(layer_work(*shape) for shape in shapes) / rate
