@@ -38,6 +38,9 @@ def test_every_mode_learns(mode, tmp_path):
     assert result.best_error < 0.8 * result.start_error
     assert result.stopped is None
     assert result.steps == changes["updates"]
+    spent = [entry.cpu_seconds for entry in result.history]
+    assert 0 == spent[0] < spent[-1] == result.cpu_seconds
+    assert spent == sorted(spent)
     assert list(result.trained_parameters) == (
         ["transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "scales"]
         if mode == "blockwise"
