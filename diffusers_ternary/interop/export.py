@@ -3,9 +3,10 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,9 @@ from ..backend.sources import selected_components
 from ..files import read_json
 from ..format import LayerSpec, TernarySpec
 from ..progress import Bar
+
+
+_SLICE_WEIGHTS = 1 << 19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +67,25 @@ class ReadBack:
     Args:
         name (`str`): in the file.
         exact (`np.ndarray`): float32 weights of the packed model.
-        stored (`np.ndarray`): float32 weights of the file, unpacked by code that shares nothing with the packing.
+        read (`Callable[[slice], np.ndarray]`): float32 weights of the file by slices of the first axis, unpacked by
+            code that shares nothing with the packing.
     """
 
     name: str
     exact: np.ndarray
-    stored: np.ndarray
+    read: Callable[[slice], np.ndarray]
+
+    def compare(self) -> tuple[int, float]:
+        """How many weights differ, and by how much at most, relative to the largest one."""
+        differing, largest = 0, 0.0
+        for rows in row_slices(self.exact.shape):
+            exact = self.exact[rows]
+            stored = self.read(rows).reshape(exact.shape)
+            if not np.array_equal(stored, exact):
+                difference = np.abs(stored - exact)
+                differing += int(np.count_nonzero(difference))
+                largest = max(largest, float(difference.max()))
+        return differing, largest / float(np.abs(self.exact).max()) if differing else 0.0
 
 
 class ExportFormat(Protocol):
@@ -137,13 +154,12 @@ def export(
         types = form.write(model, place)
         inexact, weights, differing, largest = [], 0, 0, 0.0
         for tensor in Bar(form.read_back(model, place), "Comparing"):
-            stored = tensor.stored.reshape(tensor.exact.shape)
             weights += tensor.exact.size
-            if not np.array_equal(stored, tensor.exact):
-                difference = np.abs(stored - tensor.exact)
+            different, most = tensor.compare()
+            if different:
                 inexact.append(tensor.name)
-                differing += int(np.count_nonzero(difference))
-                largest = max(largest, float(difference.max() / np.abs(tensor.exact).max()))
+                differing += different
+                largest = max(largest, most)
         if differing and not form.may_round:
             raise RuntimeError(f"{differing} weights differ after the export. This is a bug; please report it.")
         size = sum(file.stat().st_size for file in form.files(model, place))
@@ -181,6 +197,26 @@ def more_than_codes(spec: LayerSpec) -> str:
     if isinstance(spec, TernarySpec) and spec.column_scales:
         return "its inputs are scaled one by one"
     return "it has a low-rank correction" if isinstance(spec, TernarySpec) and spec.rank else ""
+
+
+def row_slices(shape: Sequence[int]) -> list[slice]:
+    """Slices of the first axis of a tensor that stay in the cache while something is done with them."""
+    rows = shape[0] if shape else 1
+    step = max(1, _SLICE_WEIGHTS * rows // max(1, math.prod(shape)))
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def four_in_a_byte(codes: torch.Tensor) -> torch.Tensor:
+    """Ternary codes as two bits each, code + 1, the first of four in the lowest bits.
+
+    Args:
+        codes (`torch.Tensor`): int8 `[N, K]`, contiguous, K divisible by four.
+
+    Returns:
+        `torch.Tensor`: uint8 `[N, K / 4]`.
+    """
+    words = (codes + 1).view(torch.int32)  # little-endian: the first code is in the lowest byte
+    return (words | words >> 6 | words >> 12 | words >> 18).to(torch.uint8)
 
 
 def block_scales(spec: LayerSpec, scales: torch.Tensor, block: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ..format import Int8Spec, LayerSpec, TernarySpec
-from .export import MERGE, ONLY_CODES, more_than_codes
+from .export import MERGE, ONLY_CODES, four_in_a_byte, more_than_codes
 
 
 TERNARY_TYPES = ("tq2_0", "tq1_0", "q2_0", "q4_0")
@@ -40,6 +40,7 @@ RUNTIMES = {
 BLOCK = {"tq2_0": 256, "tq1_0": 256, "q2_0": 64, "q4_0": 32, "q8_0": 32}
 BLOCK_BYTES = {"tq2_0": 66, "tq1_0": 54, "q2_0": 18, "q4_0": 18, "q8_0": 34}
 _INT8_TYPE = "q8_0"
+_FOUR_ZEROS = 0b01010101
 _NOT_FLOAT16 = (
     "its scales are not 16-bit floats (6-bit multipliers, or bfloat16 out of range). Make the model with "
     "scale_layout='portable' or scale_layout='group', or round them to float16 (--round-scales, at most 0.05 %)."
@@ -102,11 +103,29 @@ def encode_q2_0(codes: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
         `np.ndarray`: uint8 `[N, K / 64 * 18]`.
     """
     rows, columns = codes.shape
-    blocks = codes.view(rows, columns // BLOCK["q2_0"], BLOCK["q2_0"])
-    pairs = (blocks + 1).to(torch.uint8).view(*blocks.shape[:2], -1, 4)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
-    data = (pairs << shifts).sum(dim=-1, dtype=torch.uint8)
-    return _with_scales(data, scales * blocks.any(dim=-1))
+    data = four_in_a_byte(codes).view(rows, columns // BLOCK["q2_0"], -1)
+    return _with_scales(data, scales * (data != _FOUR_ZEROS).any(dim=-1))
+
+
+def encode_tq2_0(codes: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
+    """TQ2_0 blocks of ternary codes: 64 bytes of four weights, then a float16 scale, which is 0 for a block of zeros.
+
+    A half of the block is 32 bytes; weight 32 n + i of it is in the bits from 2 n on of byte i, as (q - 1) * scale.
+
+    Args:
+        codes (`torch.Tensor`): int8 `[N, K]`.
+        scales (`torch.Tensor`): float32 `[N, K / 256]`, one per block.
+
+    Returns:
+        `np.ndarray`: uint8 `[N, K / 256 * 66]`.
+    """
+    rows, columns = codes.shape
+    quarters = (codes + 1).view(torch.uint8).view(rows, columns // BLOCK["tq2_0"], 2, 4, 32)
+    data = quarters[..., 0, :].clone()
+    for place in (1, 2, 3):
+        data |= quarters[..., place, :] << (2 * place)
+    data = data.view(rows, -1, 64)
+    return _with_scales(data, scales * (data != _FOUR_ZEROS).any(dim=-1), last=True)
 
 
 def encode_q4_0(codes: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
@@ -135,10 +154,10 @@ def encode_q8_0(values: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
     return _with_scales(values.view(rows, columns // block, block).view(torch.uint8), scales)
 
 
-ENCODERS = {"q2_0": encode_q2_0, "q4_0": encode_q4_0, "q8_0": encode_q8_0}
+ENCODERS = {"tq2_0": encode_tq2_0, "q2_0": encode_q2_0, "q4_0": encode_q4_0, "q8_0": encode_q8_0}
 
 
-def _with_scales(data: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
+def _with_scales(data: torch.Tensor, scales: torch.Tensor, *, last: bool = False) -> np.ndarray:
     rows = data.shape[0]
     halves = scales.contiguous().half().view(torch.uint8).view(rows, -1, 2)
-    return torch.cat([halves, data], dim=-1).reshape(rows, -1).numpy()
+    return torch.cat([data, halves] if last else [halves, data], dim=-1).reshape(rows, -1).numpy()

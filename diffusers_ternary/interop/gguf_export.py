@@ -22,10 +22,10 @@ from ..format import LayerSpec
 from ..format.dtypes import dtype_name
 from ..progress import Bar
 from .compat import TwoBitType, open_reader, writable_type
-from .export import MERGE, ExportReport, ReadBack, block_scales, export
+from .export import MERGE, ExportReport, ReadBack, block_scales, export, row_slices
 from .gguf_blocks import BLOCK, ENCODERS, FALLBACKS, RUNTIMES, TERNARY_TYPES, choose_type
 from .gguf_names import ARCHITECTURES, CONFIG_KEY, GgufTensor, gguf_tensors
-from .gguf_two_bit import dequantize_two_bit
+from .gguf_two_bit import dequantize_tq2_0, dequantize_two_bit
 
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,8 @@ class _Gguf:
         stored = {part.name: part for part in open_reader(place).tensors}
         for tensor in gguf_tensors(model.class_name, model.names()):
             exact = tensor.join([model.dequantize(name) for name in tensor.parts]).numpy()
-            yield ReadBack(tensor.name, exact, _unpacked(self.gguf, stored[tensor.name]))
+            part = stored[tensor.name]
+            yield ReadBack(tensor.name, exact, lambda rows, part=part: _unpacked(self.gguf, part, rows))
 
     def type_of(self, model: PackedFolder, tensor: GgufTensor) -> tuple[str | None, str]:
         """The type that holds all parts of a tensor, or the reason why there is none."""
@@ -228,7 +229,8 @@ class _Gguf:
             [block_scales(_spec(model, name), self._scales(model, name), block) for name in tensor.parts]
         )
         if kind in ENCODERS:
-            return kind, ENCODERS[kind](codes, scales)
+            parts = [ENCODERS[kind](codes[rows], scales[rows]) for rows in row_slices(codes.shape)]
+            return kind, np.concatenate(parts)
         return kind, _quantized(self.gguf, codes * scales, kind)
 
 
@@ -274,10 +276,12 @@ def _encode_float(gguf: Any, tensor: torch.Tensor, name: str) -> tuple[str, np.n
     return "f32", tensor.float().numpy()
 
 
-def _unpacked(gguf: Any, part: Any) -> np.ndarray:
-    """float32 weights of a tensor of the file."""
-    data = np.ascontiguousarray(part.data)
+def _unpacked(gguf: Any, part: Any, rows: slice) -> np.ndarray:
+    """float32 weights of some rows of a tensor of the file."""
+    data = np.ascontiguousarray(part.data[rows])
     if isinstance(part.tensor_type, TwoBitType):
         return dequantize_two_bit(data, part.tensor_type)
+    if part.tensor_type.name == "TQ2_0":
+        return dequantize_tq2_0(data)
     back: np.ndarray = gguf.quants.dequantize(data, part.tensor_type)
     return back

@@ -126,7 +126,8 @@ class _Mflux:
         files = MfluxFiles(self._part(model, place))
         for name in sorted(model.names()):
             renamed, exact = mflux_name(model.class_name, name), model.dequantize(name).numpy()
-            yield ReadBack(renamed, exact, files.read(renamed, columns=exact.shape[-1]).float().numpy())
+            stored = files.read(renamed, columns=exact.shape[-1])
+            yield ReadBack(renamed, exact, lambda rows, stored=stored: stored[rows].float().numpy())
 
     def _part(self, model: PackedFolder, place: pathlib.Path) -> pathlib.Path:
         return place / model.path.relative_to(self.root)

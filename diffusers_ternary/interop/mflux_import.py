@@ -16,6 +16,7 @@ from ..backend.checkpoint import load_tensor
 from ..backend.folder import shard_names
 from ..files import read_json
 from .empty_model import empty_model
+from .export import row_slices
 from .foreign_model import ForeignModel, Item
 from .mflux_names import mflux_name
 
@@ -76,6 +77,10 @@ def read_mflux(folder: pathlib.Path, config: dict[str, Any]) -> ForeignModel:
     return ForeignModel("mflux", config, shapes, items)
 
 
+# The four levels of a byte, that in the lowest bits first.
+_LEVELS = ((np.arange(256)[:, None] >> np.array([0, 2, 4, 6])) & 3).astype(np.float32)
+
+
 def dequantize_affine(weight: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, *, bits: int) -> np.ndarray:
     """float32 `[N, K]` of MLX's affine weights: bytes of little-endian words, `scales * q + biases` per group.
 
@@ -86,8 +91,11 @@ def dequantize_affine(weight: torch.Tensor, scales: torch.Tensor, biases: torch.
     """
     data = weight.numpy().astype("<u4").view(np.uint8)  # [N, K * bits / 8]
     groups = scales.shape[1]
-    if bits == 2:
-        data = np.stack([data >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(len(data), -1)
-    levels = data.reshape(len(data), groups, -1).astype(np.float32)
-    values = levels * scales.float().numpy()[..., None] + biases.float().numpy()[..., None]
+    values = np.empty((len(data), groups, data.shape[1] * 8 // bits // groups), dtype=np.float32)
+    factors, offsets = scales.float().numpy()[..., None], biases.float().numpy()[..., None]
+    for rows in row_slices(values.shape):
+        part = values[rows]
+        levels = np.take(_LEVELS, data[rows], axis=0) if bits == 2 else data[rows]  # four of a byte, the lowest first
+        np.multiply(levels.reshape(part.shape), factors[rows], out=part)
+        part += offsets[rows]
     return values.reshape(len(data), -1)

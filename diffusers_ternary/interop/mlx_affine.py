@@ -11,11 +11,10 @@ import dataclasses
 import torch
 
 from ..format import LayerSpec, TernarySpec
-from .export import more_than_codes
+from .export import four_in_a_byte, more_than_codes
 
 
 GROUP_SIZES = (128, 64, 32)  # that MLX knows; a larger group is stored as several with the same scale
-_WORD = 32  # bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +49,10 @@ def encode_affine(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> Affin
         scales (`torch.Tensor`): float32 `[N, K / group_size]`, stored in the narrowest dtype that holds all of them.
         bits (`int`): 2 or 8.
     """
-    rows, columns = codes.shape
     shift = 1 if bits == 2 else 128
-    levels = (codes.to(torch.int32) + shift).view(rows, columns * bits // _WORD, _WORD // bits)
-    places = torch.arange(0, _WORD, bits, dtype=torch.int32)
-    words = (levels << places).sum(dim=-1, dtype=torch.int32)  # the bits do not overlap; the highest may be the sign
+    # The bytes of little-endian words.
+    data = four_in_a_byte(codes) if bits == 2 else codes.view(torch.uint8) ^ 0x80
+    words = data.view(torch.int32)
     dtype = narrowest(scales)
     stored = scales.to(dtype)
     return AffineWeight(words, stored, -shift * stored)

@@ -50,9 +50,19 @@ class TernaryWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Dense weight `[N, K]`, rotated back and corrected: formed in float32 and rounded once to `dtype`."""
+        rows, columns, size = self.spec.out_features, self.spec.in_features, self.spec.group_size
         scales = group_scales(self.scale, self.multiplier)
-        scales = expand_scales(scales, self.spec.group_size, self.spec.in_features)
-        return complete(self.codes() * scales, self.spec.hadamard, self.column_scale, self.low_rank, dtype)
+        dense = scales.new_empty(rows, columns)
+        step = max(1, _CHUNK_WEIGHTS // columns)
+        for start in range(0, rows, step):  # what is between codes and weights stays in the cache
+            part = slice(start, start + step)
+            codes = unpack_planes(self.packed[part], columns)
+            if columns % size == 0:
+                grouped = dense[part].view(-1, scales.shape[1], size)
+                torch.mul(codes.reshape(grouped.shape), scales[part, :, None], out=grouped)
+            else:
+                torch.mul(codes, expand_scales(scales[part], size, columns), out=dense[part])
+        return complete(dense, self.spec.hadamard, self.column_scale, self.low_rank, dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by the names of [`TernarySpec.memory_tensors`]."""

@@ -26,10 +26,12 @@ from diffusers.loaders.single_file_utils import (
 from diffusers_ternary import TernaryConfig, convert, quantize
 from diffusers_ternary.backend import packed_layers
 from diffusers_ternary.interop import ExportReport, export_gguf
+from diffusers_ternary.interop import export as export_frame
 from diffusers_ternary.interop.compat import TwoBitType, open_reader
-from diffusers_ternary.interop.gguf_blocks import encode_q2_0
+from diffusers_ternary.interop.export import ReadBack
+from diffusers_ternary.interop.gguf_blocks import encode_q2_0, encode_tq2_0
 from diffusers_ternary.interop.gguf_names import gguf_tensors
-from diffusers_ternary.interop.gguf_two_bit import dequantize_two_bit
+from diffusers_ternary.interop.gguf_two_bit import dequantize_tq2_0, dequantize_two_bit
 from diffusers_ternary.interop.inspection import inspect_path
 from integration_tests.support import denoisers, foreign
 
@@ -161,6 +163,22 @@ class TestTwoBit:
         back = dequantize_two_bit(data, TwoBitType.Q2_0)
         assert back[0, :5].tolist() == [-0.5, 0, 0.5, -0.5, 0]
         assert not back[0, 5:].any()
+
+    @pytest.mark.parametrize("slice_weights", [1, 300, 1 << 19])
+    def test_tq2_0_is_as_the_package_writes_and_reads_it(self, monkeypatch, slice_weights):
+        """Also by slices, of which one has the weight that differs."""
+        monkeypatch.setattr(export_frame, "_SLICE_WEIGHTS", slice_weights)
+        weight = foreign.random_ternary(5, 512, 256, seed=2)
+        codes, scales = torch.from_numpy(weight.codes), torch.from_numpy(weight.scales).float()
+        codes[3, :256] = 0
+        data = encode_tq2_0(codes, scales)
+        exact = (codes * scales.repeat_interleave(256, dim=1)).numpy()
+        assert np.array_equal(data, gguf.quants.quantize(exact, TYPES.TQ2_0))
+        assert np.array_equal(dequantize_tq2_0(data), gguf.quants.dequantize(data, TYPES.TQ2_0))
+        back = ReadBack("w", exact, lambda rows: dequantize_tq2_0(data[rows]))
+        assert back.compare() == (0, 0.0)
+        exact[4, 7] += 0.25
+        assert back.compare() == (1, pytest.approx(0.25 / np.abs(exact).max()))
 
     def test_blocks_of_128_byte_by_byte(self):
         wide = bytes.fromhex("0038" + "24" + 31 * "55")
