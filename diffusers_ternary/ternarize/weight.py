@@ -59,9 +59,9 @@ class TernaryWeight:
             codes = unpack_planes(self.packed[part], columns)
             if columns % size == 0:
                 grouped = dense[part].view(-1, scales.shape[1], size)
-                torch.mul(codes.reshape(grouped.shape), scales[part, :, None], out=grouped)
+                grouped.copy_(codes.reshape(grouped.shape) * scales[part, :, None])
             else:
-                torch.mul(codes, expand_scales(scales[part], size, columns), out=dense[part])
+                dense[part] = codes * expand_scales(scales[part], size, columns)
         return complete(dense, self.spec.hadamard, self.column_scale, self.low_rank, dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -88,7 +88,7 @@ def test_gguf_and_back(converted, tmp_path):
     assert "tq2_0" in run_command("inspect", tmp_path / "flux.gguf").output
     back = run_command("convert", tmp_path / "flux.gguf", tmp_path / "back", "--json")
     assert back.exit_code == 0, back.output
-    layers = json.loads(back.output[back.output.index("[") :])[0]["layers"]
+    layers = json.loads(back.output[back.output.index("[\n") :])[0]["layers"]
     assert len(layers) == 20
 
 
