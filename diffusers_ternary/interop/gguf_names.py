@@ -3,8 +3,9 @@
 
 Checked against:
 
-- stable-diffusion.cpp (August 2026): the blocks that `src/model/diffusion/{flux,mmdit,z_image,qwen_image}.hpp`
-  declare, and the diffusers names that `src/name_conversion.cpp` translates to them;
+- stable-diffusion.cpp (August 2026), which ran FLUX.1, FLUX.2, Z-Image and Qwen-Image: the blocks that
+  `src/model/diffusion/{flux,mmdit,z_image,qwen_image}.hpp` declare, and the diffusers names that
+  `src/name_conversion.cpp` translates to them;
 - ComfyUI-GGUF: the keys by which `tools/convert.py` tells the architectures, and the architecture names that
   `loader.py` accepts;
 - diffusers: `convert_{flux,flux2,sd3,z_image}_transformer_checkpoint_to_diffusers` turn what is exported back into the
