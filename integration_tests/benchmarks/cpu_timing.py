@@ -14,6 +14,11 @@ AVX2_ENVIRONMENT = {
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
 }
+AVX512_ENVIRONMENT = {
+    "ATEN_CPU_CAPABILITY": "avx512",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+}
 SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are repeated inside one sample
 
 
@@ -24,26 +29,33 @@ def limited_to_avx2() -> bool:
 
 def restart_limited_to_avx2() -> None:
     """Runs the script again with torch, MKL and oneDNN limited to AVX2: they read these variables when they load."""
-    if limited_to_avx2():
-        return
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2_ENVIRONMENT})
+    if not limited_to_avx2():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2_ENVIRONMENT})
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Least thread-CPU seconds of each candidate over `rounds` rounds that take all candidates in turn."""
+def restart_limited_to_avx512() -> None:
+    """The same with AVX-512 and its bfloat16 instructions, but without AMX."""
+    if os.environ.get("ONEDNN_MAX_CPU_ISA") != AVX512_ENVIRONMENT["ONEDNN_MAX_CPU_ISA"]:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX512_ENVIRONMENT})
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.thread_time
+) -> dict[str, float]:
+    """Least CPU seconds of each candidate over `rounds` rounds that take all candidates in turn."""
     repeats = {}
     for name, candidate in candidates.items():
         candidate()
-        start = time.thread_time()
+        start = clock()
         candidate()
-        repeats[name] = max(1, round(SHORTEST_SAMPLE / max(time.thread_time() - start, 1e-6)))
+        repeats[name] = max(1, round(SHORTEST_SAMPLE / max(clock() - start, 1e-6)))
     best = dict.fromkeys(candidates, float("inf"))
     for _ in range(rounds):
         for name, candidate in candidates.items():
-            start = time.thread_time()
+            start = clock()
             for _ in range(repeats[name]):
                 candidate()
-            best[name] = min(best[name], (time.thread_time() - start) / repeats[name])
+            best[name] = min(best[name], (clock() - start) / repeats[name])
     return best
 
 
