@@ -8,7 +8,7 @@
 One thread, CPU time of the process, minimum of 9 interleaved rounds; quantization of the activations and decoding
 included. Every output is checked before its figure is printed; a peer whose error is larger than its bits excuse has
 no figure. FBGEMM, ONNX Runtime, OpenVINO and bitsandbytes choose their instructions by themselves, --avx2 does not
-limit them; of ggml the library for the processor named is loaded. Results go to results/linear_cpu_<set>.csv and .png.
+limit them. Results go to results/linear_cpu_<set>.csv and .png.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 import torch.nn.functional as F
 from cpu_timing import interleaved, processor, restart_limited_to_avx2, restart_limited_to_avx512
-from linear_peers import Ggml, peers
+from linear_peers import peers
 
 import diffusers_ternary
 from diffusers_ternary.format import expand_scales, group_scales, pack_planes
@@ -220,7 +220,6 @@ def main() -> None:
         "--skip", nargs="+", default=[], metavar="NAME", help="beginnings of the names of peers left out"
     )
     parser.add_argument("--name", help="of the files in results/, after linear_cpu_; default: the kernel")
-    parser.add_argument("--ggml", type=Path, metavar="FOLDER", help="libggml-base.so, libggml-cpu-*.so")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--quick", action="store_true", help="one shape, nothing written")
     parser.add_argument("--peak", choices=("float32", "ternary"), help=argparse.SUPPRESS)
@@ -248,8 +247,6 @@ def main() -> None:
     }
     print(machine)
     table = []
-    processors = {"avx2": "haswell", "avx512-vnni": "icelake", "amx-int8": "sapphirerapids"}
-    ggml = Ggml(options.ggml, processors[kernel]) if options.ggml else None
     for columns, in_features in SHAPES[:1] if options.quick else options.shape or SHAPES:
         candidates = {
             **floats(columns, in_features),
@@ -257,7 +254,7 @@ def main() -> None:
             **ternary(columns, in_features, GROUP, library),
             **{
                 name: Candidate(call, dense, tolerance, peer=True)
-                for name, (call, dense, tolerance) in peers(columns, in_features, ggml, options.skip).items()
+                for name, (call, dense, tolerance) in peers(columns, in_features, options.skip).items()
             },
         }
         for rows in options.tokens:
