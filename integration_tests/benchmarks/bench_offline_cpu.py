@@ -135,7 +135,7 @@ def exporting() -> Iterator[Row]:
                 "what": f"export to {' for '.join(options.values())}, proof included",
                 "size": f"{report.weights / 1e9:.2f} G weights",
                 "CPU seconds": round(seconds, 2),
-                "peak MB": round((peak.anonymous - peak.before) / 2**20),
+                "peak MB": round(peak.anonymous / 2**20),
                 "G weights/s": round(report.weights / seconds / 1e9, 3),
             }
 
