@@ -4,6 +4,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -184,8 +185,7 @@ class _Gguf:
         stored = {part.name: part for part in open_reader(place).tensors}
         for tensor in gguf_tensors(model.class_name, model.names()):
             exact = tensor.join([model.dequantize(name) for name in tensor.parts]).numpy()
-            part = stored[tensor.name]
-            yield ReadBack(tensor.name, exact, lambda rows, part=part: _unpacked(self.gguf, part, rows))
+            yield ReadBack(tensor.name, exact, functools.partial(_unpacked, self.gguf, stored[tensor.name]))
 
     def type_of(self, model: PackedFolder, tensor: GgufTensor) -> tuple[str | None, str]:
         """The type that holds all parts of a tensor, or the reason why there is none."""

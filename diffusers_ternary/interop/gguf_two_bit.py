@@ -45,10 +45,10 @@ def dequantize_tq2_0(data: np.ndarray) -> np.ndarray:
     values = np.empty((*halves.shape[:3], 4, 32), dtype=np.float32)
     for place in range(4):
         values[..., place, :] = (halves >> 2 * place) & 3
-    values = values.reshape(*blocks.shape[:2], 256)
-    values -= 1
-    values *= scales
-    return values.reshape(len(data), -1)
+    weights = values.reshape(*blocks.shape[:2], 256)
+    weights -= 1
+    weights *= scales
+    return weights.reshape(len(data), -1)
 
 
 def _dequantize(data: np.ndarray, kind: TwoBitType) -> np.ndarray:

@@ -4,12 +4,14 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -127,7 +129,7 @@ class _Mflux:
         for name in sorted(model.names()):
             renamed, exact = mflux_name(model.class_name, name), model.dequantize(name).numpy()
             stored = files.read(renamed, columns=exact.shape[-1])
-            yield ReadBack(renamed, exact, lambda rows, stored=stored: stored[rows].float().numpy())
+            yield ReadBack(renamed, exact, functools.partial(_rows, stored))
 
     def _part(self, model: PackedFolder, place: pathlib.Path) -> pathlib.Path:
         return place / model.path.relative_to(self.root)
@@ -151,6 +153,11 @@ class _Mflux:
             return hidden | {name for name in names if ".safetensors" in name or name == "config.json"}
 
         shutil.copytree(self.root, place, ignore=left_out, dirs_exist_ok=True)
+
+
+def _rows(stored: torch.Tensor, rows: slice) -> np.ndarray:
+    values: np.ndarray = stored[rows].float().numpy()
+    return values
 
 
 def _kind(spec: LayerSpec | None) -> str:
