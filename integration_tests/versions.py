@@ -28,15 +28,12 @@ RECORD = Path(__file__).with_name("versions.json")
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PYTHON = {"oldest": "3.11", "newest": "3.13"}
 SHOWN = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface-hub")
-# Registration, private names of the hosts, quantizing, saving and loading of a whole pipeline.
+# Private names of the hosts, what configs and loading ask of them, and quantizing.
 HOSTS = (
-    "integration_tests/test_import.py",
-    "integration_tests/backend/test_compat.py",
-    "integration_tests/backend/test_compat_offload.py",
     "integration_tests/backend/test_config.py",
-    "integration_tests/backend/test_quantize.py",
     "integration_tests/lora/test_compat.py",
-    "integration_tests/journeys/test_composition.py",
+    "integration_tests/backend/test_compat.py",
+    "integration_tests/backend/test_quantize.py",
 )
 _BEGIN, _END = "<!-- versions -->\n", "<!-- /versions -->"
 
@@ -115,7 +112,7 @@ def main() -> None:
         ).stdout.strip()
         record[arguments.which] = {
             "date": date.today().isoformat(),
-            "machine": platform.platform(terse=True),
+            "machine": f"{platform.system()} {platform.machine()}",
             "python": python,
             **found,
             "suite": f"of the hosts: {suite}" if arguments.hosts else suite,
