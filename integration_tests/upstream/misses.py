@@ -16,5 +16,6 @@ MISSES = {
     "*Pipeline.test_serialization_with_variants": _SAFETENSORS,
     "*Pipeline.test_loading_with*variants*": _SAFETENSORS,
     "*Pipeline.test_torch_dtype_dict": _SAFETENSORS,
-    "*LoraMemory.test_*offload*": "Streams and `enable_model_cpu_offload` need an accelerator: diffusers raises on a CPU.",
+    "*LoraMemory.test_*offload*": "Streams and `enable_model_cpu_offload` need an "
+    "accelerator: diffusers raises on a CPU.",
 }
