@@ -7,7 +7,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 
-class Bar(tqdm):  # type: ignore[type-arg]
+class Bar(tqdm):
     """A bar for this package's own work.
 
     Shown unless `diffusers.utils.logging.disable_progress_bar()` was called: a library obeys its host. Commands hide
