@@ -36,8 +36,12 @@ class EncoderRollouts(Rollouts):
         """
         inputs: list[torch.Tensor] = []
 
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            inputs.append(tensor.detach().cpu())
+            return tensor
+
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            map_tensors((args, kwargs), lambda tensor: inputs.append(tensor.detach().cpu()))
+            map_tensors((args, kwargs), keep)
             raise _Reached
 
         with contextlib.ExitStack() as stack:
