@@ -8,7 +8,8 @@
 The moments of the inputs are gathered once, over calibration prompts and over held-back ones, and kept in --work; then
 every row solves the layers. Its numbers: stored bits; the error of the layers' outputs (mean over the layers of
 E|W x - Ŵ x|² / E|W x|²) on both sets of prompts; that of the denoiser's output on held-back prompts and other noise,
-with the weights in stock layers. The rows of budgets run `calibrate` as a whole. Results go to
+with the weights in stock layers. The rows of budgets, end loss and sequential run `calibrate` as a whole; with end
+loss the layers' error is what it does to the denoiser's output. Results go to
 results/ablation_NAME.csv, one row at a time; a rerun makes what is missing. Seconds are CPU time of one thread.
 """
 
@@ -74,9 +75,10 @@ def rows(block: int) -> dict[str, Row]:
     plain, rotated = TernaryConfig(**WEIGHTS_ONLY), TernaryConfig(hadamard=block, **WEIGHTS_ONLY)
     finer = {"group_size": 64, **WEIGHTS_ONLY}
     scaled = SolverConfig(column_scales=True)
-    budget = {"size_budget": "2.1 bits"}
+    budget = {"size_budget": "2.1 bits", "end_loss": False}
     # At widths of 128 and 256 a correction of rank 16 costs a bit per weight or more.
     measured = {**budget, "sensitivity": SensitivityConfig(prompts=2, ranks=())}
+    sequential = {"sequential": True, "end_loss": False}
     return {
         "twn": Row(plain, ROUNDED, correct_bias=False),
         "gptq": Row(plain, dataclasses.replace(ROUNDED, gptq=True), correct_bias=False),
@@ -87,6 +89,13 @@ def rows(block: int) -> dict[str, Row]:
         "columns": Row(plain, scaled),
         "rotated": Row(rotated),
         "rotated, columns": Row(rotated, scaled),
+        "end loss": Row(plain, settings={"end_loss": True}),
+        "end loss, rotated": Row(rotated, settings={"end_loss": True}),
+        "end loss, rotated, columns": Row(rotated, scaled, settings={"end_loss": True}),
+        "end loss, polish 500": Row(plain, SolverConfig(polish=500), settings={"end_loss": True}),
+        "sequential": Row(plain, SolverConfig(compensation=0.0), settings=sequential),
+        "sequential, compensated": Row(plain, settings=sequential),
+        "sequential, compensated, end loss": Row(plain, settings={"sequential": True, "end_loss": True}),
         "group 64": Row(TernaryConfig(**finer)),
         "group 64, rotated": Row(TernaryConfig(hadamard=block, **finer)),
         "budget 2.1 bits, protected ends": Row(rotated, settings={**budget, "allocation": "protected_ends"}),

@@ -203,7 +203,7 @@ def _methods() -> dict[str, Method]:
     return {
         "absmean": _rounding("absmean"),
         "twn": _rounding("twn"),
-        "gptq": _calibrated(solver=plain, correct_bias=False),
+        "gptq": _calibrated(solver=plain, correct_bias=False, end_loss=False),
         "calibrated": calibrated,
         "calibrated, packed": _packed("calibrated", calibrated),
         "calibrated, rotated": _calibrated(ROTATED),
