@@ -48,8 +48,10 @@ from diffusers_ternary.rollouts import make_rollouts
 RESULTS = Path(__file__).parent / "results"
 WORK = Path(__file__).parents[2] / "runs" / "ablation"  # ignored by git
 BATCH = 32
+SEED = 1_000_000  # of the noise of the first calibration prompt
 STATES = SensitivityConfig(prompts=16, steps=4)
 WEIGHTS_ONLY = {"activation_dtype": "none"}
+INT8_ONLY = SensitivityConfig(prompts=2, group_sizes=(), ranks=())  # what protected ends choose from
 CALIBRATED = SolverConfig()
 ROUNDED = SolverConfig(gptq=False, refit=False, descent_passes=0, starts=1)
 
@@ -99,6 +101,7 @@ def rows(block: int) -> dict[str, Row]:
         "group 64": Row(TernaryConfig(**finer)),
         "group 64, rotated": Row(TernaryConfig(hadamard=block, **finer)),
         "budget 2.1 bits, protected ends": Row(rotated, settings={**budget, "allocation": "protected_ends"}),
+        "budget 2.1 bits, int8": Row(rotated, settings={**budget, "sensitivity": INT8_ONLY}),
         "budget 2.1 bits": Row(rotated, settings=measured),
     }
 
@@ -175,7 +178,12 @@ class Bench:
         start = time.process_time()
         student = copy_of(self.pipeline)
         settings = CalibrationConfig(
-            solver=row.solver, correct_bias=row.correct_bias, batch_size=BATCH, call_kwargs=self.call, **row.settings
+            solver=row.solver,
+            correct_bias=row.correct_bias,
+            seed=SEED,
+            batch_size=BATCH,
+            call_kwargs=self.call,
+            **row.settings,
         )
         report = calibrate(student, self.prompts, row.config, settings).ternary_report
         spent = time.process_time() - start
@@ -221,7 +229,7 @@ def make_bench(teacher: str, work: Path, prompts: int, held: int) -> Bench:
     if not path.exists():
         rollouts = make_rollouts(pipeline, unseen[:16], seed=4_000_000, batch_size=16, call_kwargs=call)
         kept = {
-            "moments": gather(pipeline, tuning, call, 1_000_000),
+            "moments": gather(pipeline, tuning, call, SEED),
             "held": gather(pipeline, unseen, call, 3_000_000),
             "states": record_states(pipeline, "transformer", rollouts, STATES),
         }
