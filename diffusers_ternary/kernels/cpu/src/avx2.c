@@ -250,8 +250,8 @@ AVX2 void dt_decode_avx2(const dt_plan *plan, int32_t step, int32_t steps, const
 
 // One run of 6 rows x 16 columns.
 AVX2 static void full_run(const dt_tile *t, const dt_run *run, const int32_t *r, const float *scale) {
-    const uint8_t *w = t->panel + (ptrdiff_t)(run->step - t->step) * TILE_COLUMNS * 4;
-    const int8_t *x = t->x + 4 * (ptrdiff_t)(run->step - t->step);
+    const uint8_t *w = dt_run_panel(t, run, TILE_COLUMNS);
+    const int8_t *x = dt_run_x(t, run);
     const int8_t *x3 = x + 3 * t->x_stride;
     ptrdiff_t steps = run->steps;
     if (scale) {
@@ -279,8 +279,8 @@ AVX2 INLINE void finish(__m256i pairs, const float *scale, void *c) {
 
 // The same for the last rows, fewer than six.
 AVX2 INLINE void short_run(const dt_tile *t, const dt_run *run, const int32_t *r, const float *scale, const int rows) {
-    const uint8_t *w = t->panel + (ptrdiff_t)(run->step - t->step) * TILE_COLUMNS * 4;
-    const int8_t *x = t->x + 4 * (ptrdiff_t)(run->step - t->step);
+    const uint8_t *w = dt_run_panel(t, run, TILE_COLUMNS);
+    const int8_t *x = dt_run_x(t, run);
     __m256i low[4], high[4];
 #pragma GCC unroll 4
     for (int m = 0; m < rows; m++) low[m] = high[m] = _mm256_set1_epi32(r[m * t->correction_stride]);
@@ -308,7 +308,7 @@ AVX2 static void tile(const dt_tile *t, int32_t rows) {
     for (int32_t i = 0; i < t->run_count; i++) {
         const dt_run *run = &t->runs[i];
         const int32_t *r = t->correction + i;
-        const float *scale = t->group_scale ? t->group_scale + (ptrdiff_t)run->group * TILE_COLUMNS : NULL;
+        const float *scale = dt_run_scale(t, run, TILE_COLUMNS);
         if (rows == TILE_ROWS) {
             full_run(t, run, r, scale);
         } else if (rows == 4) {

@@ -9,9 +9,10 @@
 #include "convert.h"
 
 #define INLINE static inline __attribute__((always_inline))
+#define TARGET AVX512
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 
-enum { TILE_ROWS = 12, TILE_COLUMNS = 32, GEMV_COLUMNS = 4, GEMV_ROWS = 4 };
+enum { TILE_ROWS = 12, SHORT_ROWS = 4, TILE_COLUMNS = 32, GEMV_COLUMNS = 4, GEMV_ROWS = 4 };
 
 AVX512 uint32_t dt_absmax_avx512(const void *x, int64_t dtype, int64_t n) {
     if (dtype == DT_FLOAT32) {
@@ -143,8 +144,8 @@ AVX512 INLINE void finish(__m512i sum, const float *scale, void *c) {
 
 // One run of 12 rows x 32 columns.
 AVX512 static void full_run(const dt_tile *t, const dt_run *run, const int32_t *corrections, const float *scale) {
-    const uint8_t *w = t->panel + (ptrdiff_t)(run->step - t->step) * TILE_COLUMNS * 4;
-    const int8_t *x0 = t->x + 4 * (ptrdiff_t)(run->step - t->step);
+    const uint8_t *w = dt_run_panel(t, run, TILE_COLUMNS);
+    const int8_t *x0 = dt_run_x(t, run);
     const int8_t *x3 = x0 + 3 * t->x_stride, *x6 = x0 + 6 * t->x_stride, *x9 = x0 + 9 * t->x_stride;
     ptrdiff_t steps = run->steps;
     if (scale) {
@@ -156,8 +157,8 @@ AVX512 static void full_run(const dt_tile *t, const dt_run *run, const int32_t *
 
 // The same for four rows.
 AVX512 static void short_run(const dt_tile *t, const dt_run *run, const int32_t *corrections, const float *scale) {
-    const uint8_t *w = t->panel + (ptrdiff_t)(run->step - t->step) * TILE_COLUMNS * 4;
-    const int8_t *x = t->x + 4 * (ptrdiff_t)(run->step - t->step);
+    const uint8_t *w = dt_run_panel(t, run, TILE_COLUMNS);
+    const int8_t *x = dt_run_x(t, run);
     __m512i low[4], high[4];
 #pragma GCC unroll 4
     for (int m = 0; m < 4; m++) low[m] = high[m] = _mm512_set1_epi32(corrections[m]);
@@ -180,24 +181,7 @@ AVX512 static void short_run(const dt_tile *t, const dt_run *run, const int32_t 
     }
 }
 
-AVX512 static void tile(const dt_tile *t, int32_t rows) {
-    for (int32_t i = 0; i < t->run_count; i++) {
-        const dt_run *run = &t->runs[i];
-        const float *scale = t->group_scale ? t->group_scale + (ptrdiff_t)run->group * TILE_COLUMNS : NULL;
-        int32_t corrections[TILE_ROWS];
-        for (int32_t m = 0; m < rows; m++) corrections[m] = t->correction[m * t->correction_stride + i];
-        if (rows == TILE_ROWS) {
-            full_run(t, run, corrections, scale);
-            continue;
-        }
-        for (int32_t m = 0; m < rows; m += 4) {
-            dt_tile part = *t;
-            part.x += m * t->x_stride;
-            part.c = (float *)t->c + m * TILE_COLUMNS;
-            short_run(&part, run, corrections + m, scale);
-        }
-    }
-}
+#include "vnni.h"
 
 // One run of `columns` weight rows times `rows` rows of x. The codes stay at their bit position,
 // (byte + (1 << shift)) & (3 << shift) = u << shift, and the exact sums are shifted back once.

@@ -7,9 +7,10 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#define TARGET AVXVNNI
 #define AVXVNNI __attribute__((target("avxvnni,avx2,fma,f16c")))
 
-enum { TILE_ROWS = 6, TILE_COLUMNS = 16 };
+enum { TILE_ROWS = 6, SHORT_ROWS = 2, TILE_COLUMNS = 16 };
 
 AVXVNNI INLINE void finish(__m256i sum, const float *scale, void *c) {
     if (scale) {
@@ -70,8 +71,8 @@ AVXVNNI INLINE void finish(__m256i sum, const float *scale, void *c) {
 
 // One run of 6 rows x 16 columns.
 AVXVNNI static void full_run(const dt_tile *t, const dt_run *run, const int32_t *corrections, const float *scale) {
-    const uint8_t *w = t->panel + (ptrdiff_t)(run->step - t->step) * TILE_COLUMNS * 4;
-    const int8_t *x = t->x + 4 * (ptrdiff_t)(run->step - t->step);
+    const uint8_t *w = dt_run_panel(t, run, TILE_COLUMNS);
+    const int8_t *x = dt_run_x(t, run);
     const int8_t *x3 = x + 3 * t->x_stride;
     ptrdiff_t steps = run->steps;
     if (scale) {
@@ -83,8 +84,8 @@ AVXVNNI static void full_run(const dt_tile *t, const dt_run *run, const int32_t 
 
 // The same for two rows.
 AVXVNNI static void short_run(const dt_tile *t, const dt_run *run, const int32_t *corrections, const float *scale) {
-    const uint8_t *w = t->panel + (ptrdiff_t)(run->step - t->step) * TILE_COLUMNS * 4;
-    const int8_t *x = t->x + 4 * (ptrdiff_t)(run->step - t->step);
+    const uint8_t *w = dt_run_panel(t, run, TILE_COLUMNS);
+    const int8_t *x = dt_run_x(t, run);
     __m256i low[2], high[2];
 #pragma GCC unroll 2
     for (int m = 0; m < 2; m++) low[m] = high[m] = _mm256_set1_epi32(corrections[m]);
@@ -107,24 +108,7 @@ AVXVNNI static void short_run(const dt_tile *t, const dt_run *run, const int32_t
     }
 }
 
-AVXVNNI static void tile(const dt_tile *t, int32_t rows) {
-    for (int32_t i = 0; i < t->run_count; i++) {
-        const dt_run *run = &t->runs[i];
-        const float *scale = t->group_scale ? t->group_scale + (ptrdiff_t)run->group * TILE_COLUMNS : NULL;
-        int32_t corrections[TILE_ROWS];
-        for (int32_t m = 0; m < rows; m++) corrections[m] = t->correction[m * t->correction_stride + i];
-        if (rows == TILE_ROWS) {
-            full_run(t, run, corrections, scale);
-            continue;
-        }
-        for (int32_t m = 0; m < rows; m += 2) {
-            dt_tile part = *t;
-            part.x += m * t->x_stride;
-            part.c = (float *)t->c + m * TILE_COLUMNS;
-            short_run(&part, run, corrections + m, scale);
-        }
-    }
-}
+#include "vnni.h"
 
 static int supported(void) { return dt_x86_has(DT_X86_AVX_VNNI); }
 

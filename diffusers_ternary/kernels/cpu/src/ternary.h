@@ -92,6 +92,17 @@ typedef struct {
     void *c;                       // [rows][columns] int32 or float, added to
 } dt_tile;
 
+// Where a run begins in the panel and in the first row of x, and the scales of its group.
+static inline const uint8_t *dt_run_panel(const dt_tile *t, const dt_run *run, int32_t tile_columns) {
+    return t->panel + (ptrdiff_t)(run->step - t->step) * tile_columns * 4;
+}
+static inline const int8_t *dt_run_x(const dt_tile *t, const dt_run *run) {
+    return t->x + 4 * (ptrdiff_t)(run->step - t->step);
+}
+static inline const float *dt_run_scale(const dt_tile *t, const dt_run *run, int32_t tile_columns) {
+    return t->group_scale ? t->group_scale + (ptrdiff_t)run->group * tile_columns : NULL;
+}
+
 // A few rows of x times the columns of one panel, straight from the packed bytes.
 typedef struct {
     const uint8_t *weight;  // first row
