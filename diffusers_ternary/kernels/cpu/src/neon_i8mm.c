@@ -82,7 +82,6 @@ I8MM static void full_run(const dt_tile *t, const dt_run *run, const float *scal
     __asm__ volatile(
         ZERO("0", "1", "2") ZERO("3", "4", "5") ZERO("6", "7", "8") ZERO("9", "10", "11")
         ZERO("12", "13", "14") ZERO("15", "16", "17") ZERO("18", "19", "20") ZERO("21", "22", "23")
-        ".p2align 4\n"
         "1:\n\t"
         "ldr q24, [%[x0]], #16\n\t"
         "ldr q25, [%[x1]], #16\n\t"
