@@ -99,6 +99,23 @@ def test_operators_are_there_with_torch(first):
     assert first["operators"] == "diffusers_ternary.linear"  # an exported program needs them, and loads no layers
 
 
+@pytest.mark.parametrize("room", ["format", "ternarize", "kernels.cpu"])
+def test_a_room_that_operators_are_built_from_may_be_what_imports_torch(room):
+    """torch's import registers the operators, in the middle of the room's own."""
+    code = f"""
+        import logging
+        records = []
+        handler = logging.Handler()
+        handler.emit = lambda record: records.append(record.getMessage())
+        logging.getLogger("diffusers_ternary").addHandler(handler)
+        import diffusers_ternary.{room}, diffusers_ternary.layers, torch
+        torch.ops.diffusers_ternary.linear.default
+        import json
+        print(json.dumps(records))
+    """
+    assert run_python(code) == []
+
+
 def test_registers_one_backend_and_leaves_the_others_alone(first):
     assert first["backends"] == ["diffusers_ternary"]
     assert first["class"] == "TernaryDiffusersQuantizer"

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that only other programs read: workflows, issue forms, the citation. Checked against the schemas of those."""
 
+import importlib
 import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,11 +57,9 @@ def test_the_version_is_written_once():
 def test_only_compilers_of_gnu_c_are_asked():
     """MSVC would answer with errors; the library is optional, so it is left out with one line."""
     setuptools = pytest.importorskip("setuptools")
-    from distutils.core import run_setup
-
-    command = run_setup(str(ROOT / "setup.py"), stop_after="init").get_command_class("build_ext")(
-        setuptools.Distribution()
-    )
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["cmdclass"]["build_ext"]
+    module, _, name = named.rpartition(".")
+    command = getattr(importlib.import_module(module), name)(setuptools.Distribution())
     warnings = []
     command.warn = warnings.append
     for compiler in ("msvc", "mingw32"):

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes `diffusers_ternary` known to diffusers and transformers, and its operators to torch; imports none of them."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from .after_import import after_import
 from .method import QUANT_METHOD
+
+
+_PACKAGE = __package__.partition(".")[0]
 
 
 def register() -> None:
@@ -36,6 +40,9 @@ class _Deferred:
 
 
 def _register_operators() -> None:
+    # What the operators are built from may be what imports torch, and is not ready then. Layers bring them later.
+    if any(f"{_PACKAGE}.{room}" in sys.modules for room in ("files", "format", "ternarize", "kernels")):
+        return
     from ..kernels import ops  # noqa: F401 (exported programs name the operators, and import no layers)
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pyproject.toml cannot say: the C library is for compilers of GNU C (attributes, vectors, assembly)."""
+"""How setuptools builds the C library; pyproject.toml names it, nothing imports it afterward."""
 
-from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 
 class BuildLibrary(build_ext):
-    """Leaves the library out where the compiler is MSVC, or MinGW, whose stack is not aligned for AVX."""
+    """Leaves the library out where the compiler is MSVC, or MinGW, whose stack is not aligned for AVX.
+
+    The sources are GNU C (attributes, vectors, assembly): MSVC would answer with a page of errors.
+    """
 
     def build_extensions(self) -> None:
         """Compiles, or says why not."""
@@ -17,6 +19,3 @@ class BuildLibrary(build_ext):
             )
             self.extensions = []
         super().build_extensions()
-
-
-setup(cmdclass={"build_ext": BuildLibrary})
