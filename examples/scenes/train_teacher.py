@@ -59,21 +59,21 @@ class Recipe:
     width: int = 256
     num_layers: int = 3
     num_single_layers: int = 6  # of flux
-    steps: int = 40_000
-    decay_steps: int = 2_000
+    steps: int = 10_000
+    decay_steps: int = 1_500
     batch_size: int = 48
     optimizer: str = "muon"
     learning_rate: float = 1.5e-3
     warmup_steps: int = 100
     weight_decay: float = 0.02
-    ema_decay: float = 0.999
+    ema_decay: float = 0.99
     no_caption: float = 0.1
     timestep_mean: float = 0.6
     content_weight: float = 1.0
     language_weight: float = 0.5
     grounding_weight: float = 0.2
-    close_ups: float = 0.6  # of the steps, as long as there are any
-    close_up_steps: int = 4_000
+    close_ups: float = 0.5  # of the steps, as long as there are any
+    close_up_steps: int = 3_000
     seed: int = 0
 
 
