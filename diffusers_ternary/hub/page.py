@@ -135,10 +135,7 @@ def _limits(reports: Reports) -> Iterator[str]:
             "No report of a calibration or distillation came with these weights. Weights that were only rounded to "
             "ternary spoil the pictures of most models."
         )
-    yield (
-        "`.to(dtype)` and `.half()` raise in diffusers for quantized models: pass `dtype` while loading. LoRA weights "
-        "are saved with `save_lora_weights`, never inside this checkpoint."
-    )
+    yield "LoRA weights are saved with `save_lora_weights`, never inside this checkpoint."
     yield "Limits and biases of the base model hold here too; see its card."
 
 
