@@ -41,7 +41,7 @@ class _Deferred:
 
 def _register_operators() -> None:
     # What the operators are built from may be what imports torch, and is not ready then. Layers bring them later.
-    if any(f"{_PACKAGE}.{room}" in sys.modules for room in ("files", "format", "ternarize", "kernels")):
+    if any(f"{_PACKAGE}.{room}" in sys.modules for room in ("format", "ternarize", "kernels")):
         return
     from ..kernels import ops  # noqa: F401 (exported programs name the operators, and import no layers)
 

@@ -103,6 +103,11 @@ class OutputCollector:
         if output is None:  # the call failed
             return
         prediction = prediction_of(output)
+        if not bool(torch.isfinite(prediction).all()):
+            raise ValueError(
+                "The denoiser's own output holds NaN or Inf. Load the pipeline in bfloat16 or float32 instead of "
+                "float16, and check that it draws images."
+            )
         if prediction.requires_grad:
             signs = torch.randint(0, 2, prediction.shape, generator=self._generator).mul_(2).sub_(1)
             prediction.backward(signs.to(prediction))

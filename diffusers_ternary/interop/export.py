@@ -3,10 +3,9 @@
 
 import contextlib
 import dataclasses
-import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,9 +17,7 @@ from ..backend.sources import selected_components
 from ..files import read_json
 from ..format import LayerSpec, TernarySpec
 from ..progress import Bar
-
-
-_SLICE_WEIGHTS = 1 << 19
+from .slices import row_slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,13 +194,6 @@ def more_than_codes(spec: LayerSpec) -> str:
     if isinstance(spec, TernarySpec) and spec.column_scales:
         return "its inputs are scaled one by one"
     return "it has a low-rank correction" if isinstance(spec, TernarySpec) and spec.rank else ""
-
-
-def row_slices(shape: Sequence[int]) -> list[slice]:
-    """Slices of the first axis of a tensor that stay in the cache while something is done with them."""
-    rows = shape[0] if shape else 1
-    step = max(1, _SLICE_WEIGHTS * rows // max(1, math.prod(shape)))
-    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def four_in_a_byte(codes: torch.Tensor) -> torch.Tensor:

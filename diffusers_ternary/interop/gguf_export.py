@@ -23,10 +23,11 @@ from ..format import LayerSpec
 from ..format.dtypes import dtype_name
 from ..progress import Bar
 from .compat import TwoBitType, open_reader, writable_type
-from .export import MERGE, ExportReport, ReadBack, block_scales, export, row_slices
+from .export import MERGE, ExportReport, ReadBack, block_scales, export
 from .gguf_blocks import BLOCK, ENCODERS, FALLBACKS, RUNTIMES, TERNARY_TYPES, choose_type
 from .gguf_names import ARCHITECTURES, CONFIG_KEY, GgufTensor, gguf_tensors
 from .gguf_two_bit import dequantize_tq2_0, dequantize_two_bit
+from .slices import row_slices
 
 
 logger = logging.getLogger(__name__)

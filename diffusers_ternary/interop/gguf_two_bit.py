@@ -15,7 +15,7 @@ It shares nothing with the writers of Q2_0 and TQ2_0 (`gguf_blocks.py`), so that
 import numpy as np
 
 from .compat import TwoBitType
-from .export import row_slices
+from .slices import row_slices
 
 
 # Weights of a PTQ1_0 block by the bytes that hold them: (first byte, bytes, trits in each), weight n * bytes + i in

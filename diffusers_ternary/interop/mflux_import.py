@@ -16,9 +16,9 @@ from ..backend.checkpoint import load_tensor
 from ..backend.folder import shard_names
 from ..files import read_json
 from .empty_model import empty_model
-from .export import row_slices
 from .foreign_model import ForeignModel, Item
 from .mflux_names import mflux_name
+from .slices import row_slices
 
 
 INDEX = "model.safetensors.index.json"
