@@ -52,9 +52,17 @@ def test_moments_of_the_gradients_are_those_of_the_jacobians():
 def test_gradients_that_are_not_finite_name_the_layer():
     model = Chain()
     with OutputCollector(model, ["first"], dtype=torch.float32, seed=0) as collector:
-        model(torch.randn(2, 5), torch.full((2, 1), torch.inf))
+        model(torch.randn(2, 5), torch.full((2, 1), 1e25))  # its square is not
     with pytest.raises(ValueError, match=r"first: the gradient .* end_loss=False"):
         collector.outputs()
+
+
+def test_a_prediction_that_is_not_finite_is_named_itself():
+    model = Chain()
+    with torch.no_grad(), OutputCollector(model, ["first"], dtype=torch.float32, seed=0):
+        with pytest.raises(ValueError, match=r"denoiser's own output holds NaN or Inf"):
+            model(torch.randn(2, 5), torch.full((2, 1), torch.inf))
+        assert not torch.is_grad_enabled()
 
 
 def test_a_failed_call_leaves_gradients_off():

@@ -25,8 +25,7 @@ from diffusers.loaders.single_file_utils import (
 
 from diffusers_ternary import TernaryConfig, convert, quantize
 from diffusers_ternary.backend import packed_layers
-from diffusers_ternary.interop import ExportReport, export_gguf
-from diffusers_ternary.interop import export as export_frame
+from diffusers_ternary.interop import ExportReport, export_gguf, slices
 from diffusers_ternary.interop.compat import TwoBitType, open_reader
 from diffusers_ternary.interop.export import ReadBack
 from diffusers_ternary.interop.gguf_blocks import encode_q2_0, encode_tq2_0
@@ -167,7 +166,7 @@ class TestTwoBit:
     @pytest.mark.parametrize("slice_weights", [1, 300, 1 << 19])
     def test_tq2_0_is_as_the_package_writes_and_reads_it(self, monkeypatch, slice_weights):
         """Also by slices, of which one has the weight that differs."""
-        monkeypatch.setattr(export_frame, "_SLICE_WEIGHTS", slice_weights)
+        monkeypatch.setattr(slices, "_SLICE_WEIGHTS", slice_weights)
         weight = foreign.random_ternary(5, 512, 256, seed=2)
         codes, scales = torch.from_numpy(weight.codes), torch.from_numpy(weight.scales).float()
         codes[3, :256] = 0
