@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How setuptools builds the C library; pyproject.toml names it, nothing imports it afterward."""
 
+from typing import Any
+
 from setuptools.command.build_ext import build_ext
 
 
@@ -17,5 +19,5 @@ class BuildLibrary(build_ext):
                 f"the compiler ({self.compiler.compiler_type}) is neither gcc nor clang for this system: the CPU "
                 "library is left out and plain torch serves. Wheels carry the library."
             )
-            self.extensions = []
+            self.extensions: list[Any] = []
         super().build_extensions()
